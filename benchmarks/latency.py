@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.bench import Bench
-from benchmarks.processes import Side, submitter, worker
+from benchmarks.processes import SIDES, Side, submitter, worker
 from benchmarks.rounds import Sides, percentile
 
 #: Jobs of one round, one after the other.
@@ -18,7 +20,7 @@ WARM_UP = 20
 #: Worker processes (prefork) of each side, and the CPUs that ours publishes for them.
 CONCURRENCY = 2
 
-#: For `release_to_start`: slots that are always full, jobs of one round, their least and greatest seconds.
+#: For `end_to_start`: slots that are always full, jobs of one round, their least and greatest seconds.
 SLOTS, HELD, SHORTEST, LONGEST = 4, 200, 0.02, 0.06
 
 
@@ -48,22 +50,77 @@ def idle_latencies(bench: Bench) -> tuple[list[list[float]], list[list[float]]]:
         return contest.in_turn(latencies)
 
 
-def release_to_start_p95(bench: Bench) -> Sides:
-    """Measure the milliseconds from a task's end to the next start on the freed slot of a full worker, p95."""
-    with bench.contest(concurrency=SLOTS) as contest:
-        draw = random.Random(2)  # both sides, every round and every run hold for the same seconds
-        jobs: list[tuple[float, dict[str, Any]]]
-        jobs = [(draw.uniform(SHORTEST, LONGEST), {}) for _ in range(HELD)]
+def end_to_start_p50(bench: Bench) -> Sides:
+    """Measure the milliseconds from a task's end to the next start on the freed slot of a full worker: the median."""
+    return bench.once(gaps_of_one_size).at(0.5)
 
-        def gap(side: Side) -> float:
+
+def end_to_start_p95(bench: Bench) -> Sides:
+    """Measure the milliseconds from a task's end to the next start on the freed slot: the 95th percentile."""
+    return bench.once(gaps_of_one_size).at(0.95)
+
+
+def end_to_start_two_sizes_p50(bench: Bench) -> Sides:
+    """Measure the milliseconds from an end to the next start, of jobs of one and of two CPUs in turn: the median."""
+    return bench.once(gaps_of_two_sizes).at(0.5)
+
+
+def end_to_start_two_sizes_p95(bench: Bench) -> Sides:
+    """Measure the milliseconds from an end to the next start, of two sizes in turn: the 95th percentile."""
+    return bench.once(gaps_of_two_sizes).at(0.95)
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """The milliseconds of each gap of each round, of both sides."""
+
+    ours: list[list[float]]
+    plain: list[list[float]]
+
+    def at(self, share: float) -> Sides:
+        """Return a percentile of each round."""
+        return Sides([percentile(gaps, share) for gaps in self.ours], [percentile(gaps, share) for gaps in self.plain])
+
+
+def gaps_of_one_size(bench: Bench) -> Gaps:
+    """Return the gaps between jobs that are all equal."""
+    return _gaps(bench, ({},))
+
+
+def gaps_of_two_sizes(bench: Bench) -> Gaps:
+    """Return the gaps between jobs of one and of two CPUs in turn. Plain Celery knows no sizes."""
+    return _gaps(bench, ({"cpus": 1}, {"cpus": 2}))
+
+
+def held_seconds() -> list[float]:
+    """Return the seconds of each job of a round, which are the same for both sides and in every run."""
+    draw = random.Random(2)
+    return [draw.uniform(SHORTEST, LONGEST) for _ in range(HELD)]
+
+
+def _gaps(bench: Bench, sizes: Sequence[dict[str, Any]]) -> Gaps:
+    """Measure how long a freed slot stays empty on a worker that always has a job for it.
+
+    Ours publishes CPUs for the widest jobs on all slots. So the slots alone keep a job waiting, as on the plain side.
+    """
+    cpus = SLOTS * max(size.get("cpus", 1) for size in sizes)
+    with bench.contest(concurrency=SLOTS, cpus=cpus) as contest:
+        seconds = held_seconds()
+        jobs: dict[Side, list[tuple[float, dict[str, Any]]]] = {
+            "ours": [(each, sizes[number % len(sizes)]) for number, each in enumerate(seconds)],
+            "plain": [(each, {}) for each in seconds],
+        }
+
+        def gaps(side: Side) -> list[float]:
             with contest.metered(side, HELD):
-                ran: list[tuple[float, float, str]] = contest.senders[side].call("hold", jobs=jobs)
-            gaps = idle_gaps([(start, end) for start, end, _ in ran], SLOTS)
-            bench.say(f"  {side}: p50 {percentile(gaps, 0.5):.2f} ms, p95 {percentile(gaps, 0.95):.2f} ms")
-            return percentile(gaps, 0.95)
+                ran: list[tuple[float, float, str]] = contest.senders[side].call("hold", jobs=jobs[side])
+            idle = idle_gaps([(start, end) for start, end, _ in ran], SLOTS)
+            bench.say(f"  {side}: p50 {percentile(idle, 0.5):.2f} ms, p95 {percentile(idle, 0.95):.2f} ms")
+            return idle
 
-        contest.warm_up("hold", jobs=jobs[:SLOTS])
-        return Sides(*contest.in_turn(gap))
+        for side in SIDES:
+            contest.senders[side].call("hold", jobs=jobs[side][: 2 * SLOTS])
+        return Gaps(*contest.in_turn(gaps))
 
 
 def commit_to_start_session_p95(bench: Bench) -> Sides:

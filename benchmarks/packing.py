@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -75,12 +75,17 @@ def packing(bench: Bench) -> Sides:
     There is no peer: plain Celery does not know a job's CPUs and starts all jobs at once. Raises OverCapacity when a
     worker of ours did so.
     """
+    return packed_draws(bench, range(min(bench.rounds, MOST_ROUNDS)))
+
+
+def packed_draws(bench: Bench, draws: Iterable[int]) -> Sides:
+    """Measure the makespan over its lower bound for each of these draws, in a round of its own."""
     with bench.pair() as pair, ExitStack() as stack:
         for name, cpus in WORKERS.items():
             stack.enter_context(worker("ours", pair, pool="threads", concurrency=cpus, cpus=cpus, name=name))
         sender = stack.enter_context(submitter("ours", pair))
         sides = Sides()
-        for number in range(min(bench.rounds, MOST_ROUNDS)):
+        for number in draws:
             packed = jobs(number)
             bound = lower_bound(packed, sum(WORKERS.values()))
             requests = [(job.seconds, {"cpus": job.cpus}) for job in packed]

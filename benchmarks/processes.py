@@ -8,9 +8,8 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.servers import Pair
@@ -19,9 +18,6 @@ from benchmarks.tasks import READY_FD
 Side = Literal["ours", "plain"]
 
 SIDES: tuple[Side, Side] = ("ours", "plain")
-
-#: Folder that holds `benchmarks`; measured processes run in it.
-ROOT = Path(__file__).resolve().parent.parent
 
 #: Seconds for a worker to become ready, and to end on request.
 START_PATIENCE, END_PATIENCE = 60.0, 30.0
@@ -40,21 +36,26 @@ class ProcessFailed(RuntimeError):
 class Worker:
     """A worker process of a side, running when the constructor returns.
 
-    `cpus` is the capacity that ours publishes. Plain Celery knows only `concurrency`, the number of slots of both.
+    `slots` has the number of slots of both sides, and the CPUs that ours publishes. `settings` are added to the
+    environment.
     Raises ProcessFailed when the process ends, or is not ready within `START_PATIENCE`.
     """
 
-    def __init__(self, side: Side, pair: Pair, *, pool: str, concurrency: int, cpus: int, name: str = "bench") -> None:
+    def __init__(
+        self, side: Side, pair: Pair, pool: str, slots: tuple[int, int], name: str, settings: Mapping[str, str]
+    ) -> None:
+        concurrency, cpus = slots
         self.side = side
         self._log = pair.folder / f"{side}-{name}.log"
-        command = [sys.executable, "-m", "celery", *APPLICATION[side]]
+        command = [pair.python, "-m", "celery", *APPLICATION[side]]
         command += ["-P", pool, "-c", str(concurrency), "-n", f"{name}@{side}"]
         ready, announce = os.pipe()
-        environment = pair.environment(PLATFORM_CPUS=str(cpus), NODE_NAME=name, **{READY_FD: str(announce)})
+        added = {"PLATFORM_CPUS": str(cpus), "NODE_NAME": name, READY_FD: str(announce), **settings}
+        environment = pair.environment(**added)
         try:
             with self._log.open("ab") as log:
                 self._process = subprocess.Popen(
-                    command, cwd=ROOT, env=environment, pass_fds=[announce], stdout=log, stderr=log
+                    command, cwd=pair.root, env=environment, pass_fds=[announce], stdout=log, stderr=log
                 )
             os.close(announce)
             readable, _, _ = select.select([ready], [], [], START_PATIENCE)
@@ -100,10 +101,20 @@ class Worker:
 
 @contextmanager
 def worker(
-    side: Side, pair: Pair, *, pool: str = "prefork", concurrency: int = 2, cpus: int = 2, name: str = "bench"
+    side: Side,
+    pair: Pair,
+    *,
+    pool: str = "prefork",
+    concurrency: int = 2,
+    cpus: int = 2,
+    name: str = "bench",
+    settings: Mapping[str, str] | None = None,
 ) -> Iterator[Worker]:
-    """Run a worker that is ready on entry, and end it warm on exit. Kill it if the block failed."""
-    started = Worker(side, pair, pool=pool, concurrency=concurrency, cpus=cpus, name=name)
+    """Run a worker that is ready on entry, and end it warm on exit. Kill it if the block failed.
+
+    `cpus` is the capacity that ours publishes. Plain Celery knows only `concurrency`, the number of slots of both.
+    """
+    started = Worker(side, pair, pool, (concurrency, cpus), name, settings or {})
     try:
         yield started
     except BaseException:
@@ -116,12 +127,12 @@ def worker(
 class Submitter:
     """A submitting process of a side. `call` runs a method of `benchmarks.submitter.Submitter` in it."""
 
-    def __init__(self, side: Side, pair: Pair) -> None:
+    def __init__(self, side: Side, pair: Pair, settings: Mapping[str, str]) -> None:
         self.side = side
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.submitter", side],
-            cwd=ROOT,
-            env=pair.environment(),
+            [pair.python, "-m", "benchmarks.submitter", side],
+            cwd=pair.root,
+            env=pair.environment(**settings),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -166,9 +177,9 @@ class Submitter:
 
 
 @contextmanager
-def submitter(side: Side, pair: Pair) -> Iterator[Submitter]:
-    """Run a submitter process that ends with the block."""
-    started = Submitter(side, pair)
+def submitter(side: Side, pair: Pair, settings: Mapping[str, str] | None = None) -> Iterator[Submitter]:
+    """Run a submitter process that ends with the block. `settings` are added to its environment."""
+    started = Submitter(side, pair, settings or {})
     try:
         yield started
     finally:

@@ -39,17 +39,18 @@ class Result:
     def of(cls, figure: str, unit: str, sides: Sides) -> Result:
         """Make a result of the medians of both sides and their ratio."""
         ours, plain = sides.medians()
-        ratio = None if plain is None else significant(ours / plain)
+        ratio = significant(ours / plain) if plain else None
         return cls(figure, unit, significant(ours), plain and significant(plain), ratio, sides.rounds)
 
 
 @dataclass(frozen=True)
 class Line:
-    """A result beside its target."""
+    """A result beside its target. Without a target, `reached` is None; `better` is `more` or `less`."""
 
     result: Result
+    better: str
     target: str
-    reached: bool
+    reached: bool | None
 
     def cells(self) -> tuple[str, ...]:
         """Return the line's texts, in the order of `HEADINGS`."""
@@ -57,16 +58,17 @@ class Line:
         return (
             result.figure,
             result.unit,
+            self.better,
             number(result.ours),
             number(result.plain),
             number(result.ratio),
             self.target,
-            "yes" if self.reached else "no",
+            {True: "yes", False: "no", None: "–"}[self.reached],
             str(result.rounds),
         )
 
 
-HEADINGS = ("figure", "unit", "ours", "plain", "ratio", "target", "reached", "rounds")
+HEADINGS = ("figure", "unit", "better", "ours", "plain", "ratio", "target", "reached", "rounds")
 
 #: Columns whose cells are numbers.
 NUMBERS = frozenset({"ours", "plain", "ratio", "rounds"})
@@ -94,7 +96,7 @@ def print_table(lines: Sequence[Line], stream: TextIO) -> None:
             table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading in NUMBERS)
         for line in lines:
             *cells, reached, rounds = line.cells()
-            colour = "green" if line.reached else "red"
+            colour = {True: "green", False: "red", None: "default"}[line.reached]
             table.add_row(*cells, f"[{colour}]{reached}[/]", rounds)
         Console(file=stream).print(table)
         return
@@ -133,11 +135,45 @@ def markdown(lines: Sequence[Line], versions: Mapping[str, str], profiles: Mappi
     rows = [HEADINGS, rule, *(line.cells() for line in lines)]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     text = [table, f"Measured on {datetime.now(UTC).date().isoformat()}: {about}."]
-    for line in lines:
-        if not line.reached:
-            text.append(f"`{line.result.figure}` does not reach {line.target}. Where the time goes:")
-            text.append("\n".join(["```text", *profiles.get(line.result.figure, ["no profile"]), "```"]))
+    for explains, profile in explained([line for line in lines if line.reached is False], profiles):
+        text.append(f"{', '.join(map(headline, explains))}. Where the time goes:")
+        text.append("\n".join(["```text", *profile, "```"]))
     return "\n\n".join(text)
+
+
+def explained(lines: Sequence[Line], profiles: Mapping[str, list[str]]) -> list[tuple[list[Line], list[str]]]:
+    """Return each profile once, with all lines that it explains."""
+    explains: dict[tuple[str, ...], list[Line]] = {}
+    for line in lines:
+        if profile := profiles.get(line.result.figure):
+            explains.setdefault(tuple(profile), []).append(line)
+    return [(about, list(profile)) for profile, about in explains.items()]
+
+
+def headline(line: Line) -> str:
+    """Return the figure's name for people, and the target if it was missed."""
+    missed = f" does not reach {line.target}" if line.reached is False else ""
+    return f"`{line.result.figure}`{missed}"
+
+
+#: Measured values that the page on sizing builds on: figure, and what it means there.
+SIZING = {
+    "submit": "jobs that one process submits, one by one",
+    "submit_4": "jobs that four processes submit together",
+    "bulk": "jobs that one process submits with `submit_many`",
+    "end_to_end": "jobs from submission to result, one worker",
+    "drain": "waiting jobs that one worker runs, tasks that do nothing",
+    "admit_vs_evalsha_3": "one admission, round trip included, beside 3 workers",
+    "admit_vs_evalsha_10000": "the same beside 10,000 workers",
+    "admit_vs_evalsha_10000_waiting_100000": "the same beside 10,000 workers and 100,000 waiting jobs",
+    "packing": "200 jobs of 1 to 16 CPUs on workers of 16, 16 and 32",
+}
+
+
+def sizing(results: Mapping[str, Result]) -> str:
+    """Return the table of the page on sizing."""
+    rows = [f"| {means} | {number(results[figure].ours)} {results[figure].unit} |" for figure, means in SIZING.items()]
+    return "\n".join(["| what | measured |", "| --- | --- |", *rows])
 
 
 def machine(versions: Mapping[str, str]) -> dict[str, str]:

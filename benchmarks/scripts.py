@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from benchmarks.bench import Bench
 from benchmarks.books import CAPACITY_WITH_QUEUE, CPUS, REQUEST, REQUEST_OF_QUEUE, Books, books
-from benchmarks.costs import Costs, read
+from benchmarks.costs.reading import Costs, Meter
 from benchmarks.rounds import Sides, in_turn, percentile
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import Submitted
@@ -133,12 +133,12 @@ def admission(opened: Books, request: str = REQUEST) -> float:
 
 def admission_costs(opened: Books, request: str = REQUEST) -> list[str]:
     """Return the server's work in one admission, and its duration by the server's own count."""
-    costs = Costs()
+    costs, meter = Costs(), Meter(opened.ledger.client)
     for _ in range(CALLS // BATCH):
         jobs = [opened.new_job() for _ in range(BATCH)]
-        before = read(opened.ledger.client, {})
+        before = meter.read()
         answers = [opened.ledger.submit(job, request, place, opened.message) for job, place in jobs]
-        costs.add(read(opened.ledger.client, {}).since(before), BATCH)
+        costs.add(meter.read().since(before), BATCH)
         for (job, _), answer in zip(jobs, answers, strict=True):
             opened.release(job, answer)
     return costs.lines("ours")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,15 +30,31 @@ PAGE, PAGES, SYNCS = 8192, 512, 400
 FOREIGN = ("PLATFORM_", "CELERY_", "BENCH_", "REDIS_URL", "DATABASE_URL", "NODE_NAME")
 
 
+#: Folder that holds `benchmarks`; measured processes run in it.
+ROOT = Path(__file__).resolve().parent.parent
+
+#: Program of another checkout: start servers with its tables, print where they are, and end them with the input.
+_SERVE = """
+import json, sys
+from celery_capacity.platform.embedded import servers
+with servers.private_pair(durable=True) as pair:
+    names = ("redis_url", "database_url", "redis_pid", "postgres_pid")
+    print(json.dumps({name: getattr(pair, name) for name in names}), flush=True)
+    sys.stdin.read()
+"""
+
+
 @dataclass(frozen=True)
 class Pair:
-    """Running servers: Redis for both sides, Postgres for ours."""
+    """Running servers, Redis for both sides and Postgres for ours, and the code whose processes they serve."""
 
     redis_url: str
     database_url: str
     redis_pid: int
     postgres_pid: int
     folder: Path
+    root: Path = ROOT
+    python: str = sys.executable
 
     @property
     def plain_url(self) -> str:
@@ -63,6 +82,23 @@ def private_pair(folder: Path) -> Iterator[Pair]:
     """
     with servers.private_pair(durable=True) as pair:
         yield Pair(pair.redis_url, pair.database_url, pair.redis_pid, pair.postgres_pid, folder)
+
+
+@contextmanager
+def pair_of(checkout: Path, folder: Path) -> Iterator[Pair]:
+    """Start a pair for the code of another checkout, by the interpreter of its own `.venv`."""
+    root = checkout.resolve()
+    python = str(root / ".venv" / "bin" / "python")
+    server = subprocess.Popen(
+        [python, "-c", _SERVE], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        if not line:
+            raise RuntimeError(f"no servers of {root}: its program ended with {server.wait()}")
+        yield Pair(**json.loads(line), folder=folder, root=root, python=python)
 
 
 def versions(pair: Pair) -> dict[str, str]:

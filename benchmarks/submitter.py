@@ -10,16 +10,23 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import struct
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any, TextIO
 
 from celery import Celery, chord, group
 from celery.result import AsyncResult, ResultSet
 
+from benchmarks.tasks import NOTE, NOTES
+
 #: Seconds after which missing results are an error.
 PATIENCE = 300.0
+
+#: Seconds between two looks for ended tasks, while as many as may be are under way.
+LOOK_SECONDS = 0.0005
 
 
 class Submitter:
@@ -38,6 +45,39 @@ class Submitter:
         for _ in range(count):
             pending.append(delay())
         return time.perf_counter() - begin
+
+    def paced(self, rate: float, count: int) -> float:
+        """Submit `count` tasks that note their ends, at `rate` a second.
+
+        The moments at which tasks are due do not depend on how long earlier submissions took. Returns the seconds by
+        which the last submission was late.
+        """
+        delay = self._app.tasks["bench.note"].delay
+        begin = due = time.monotonic()
+        for number in range(count):
+            due = begin + number / rate
+            # A sleep of no time costs some 50 µs, which a sender that is late does not have.
+            if (early := due - time.monotonic()) > 0:
+                time.sleep(early)
+            delay(due)
+        return time.monotonic() - due
+
+    def saturate(self, seconds: float, under_way: int) -> int:
+        """Keep this many tasks that note their ends under way for so long, and return how many were submitted."""
+        delay = self._app.tasks["bench.note"].delay
+        notes, size = Path(os.environ[NOTES]), struct.calcsize(NOTE)
+        before = notes.stat().st_size
+        until = time.monotonic() + seconds
+        submitted = ended = 0
+        while (now := time.monotonic()) < until:
+            if submitted - ended >= under_way:
+                ended = (notes.stat().st_size - before) // size
+                if submitted - ended >= under_way:
+                    time.sleep(LOOK_SECONDS)
+                continue
+            delay(now)
+            submitted += 1
+        return submitted
 
     def submit_together(self, task: str, count: int) -> float:
         """Submit `count` tasks in one call, keep their results for `gather`, and return the seconds taken.

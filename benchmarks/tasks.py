@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import time
 from typing import Any
 
@@ -11,6 +12,13 @@ from celery.signals import worker_ready
 
 #: Environment variable with the number of the open pipe to which a worker writes one byte when it can run tasks.
 READY_FD = "BENCH_READY_FD"
+
+
+#: Environment variable with the file in which tasks note their ends.
+NOTES = "BENCH_NOTES"
+
+#: A note: when the job was due, and when its body ended, as two doubles in seconds of the monotonic clock.
+NOTE = "dd"
 
 
 @shared_task(name="bench.noop")
@@ -28,6 +36,16 @@ def count(values: list[Any]) -> int:
 def stamp() -> tuple[float, float]:
     """Do nothing, and return start and end in seconds of this machine's monotonic clock."""
     return time.monotonic(), time.monotonic()
+
+
+@shared_task(name="bench.note", ignore_result=True)
+def note(due: float) -> None:
+    """Note in a file when this job was due and that it ends now. A short write to its end is never torn."""
+    file = os.open(os.environ[NOTES], os.O_WRONLY | os.O_APPEND)
+    try:
+        os.write(file, struct.pack(NOTE, due, time.monotonic()))
+    finally:
+        os.close(file)
 
 
 @shared_task(name="bench.hold")

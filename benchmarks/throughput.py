@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from benchmarks.bench import Bench
@@ -150,18 +151,46 @@ def drain(bench: Bench) -> Sides:
 
     The tasks record starts and ends themselves, so that the boot time of a worker is not included.
     """
+    return bench.once(unattended)[1]
+
+
+def submit_unattended(bench: Bench) -> Sides:
+    """Measure the jobs a second that one process submits one by one while no worker lives."""
+    return bench.once(unattended)[0]
+
+
+def unattended(bench: Bench) -> tuple[Sides, Sides]:
+    """Return the rates of submission while no worker lives, and those of the worker that starts afterwards."""
     with bench.contest(workers=False) as contest:
 
-        def rate(side: Side) -> float:
+        def rates(side: Side) -> tuple[float, float]:
             sender = contest.senders[side]
-            sender.call("submit", task="bench.stamp", count=DRAINED)
+            with contest.metered(side, DRAINED, phase="submitted"):
+                seconds: float = sender.call("submit", task="bench.stamp", count=DRAINED)
+            submitted = DRAINED / seconds
             with (
                 worker(side, contest.pair, concurrency=CONCURRENCY, cpus=CONCURRENCY) as receiver,
-                contest.metered(side, DRAINED, receiver),
+                contest.metered(side, DRAINED, phase="run", worker=receiver),
             ):
                 stamps: list[list[float]] = sender.call("gather")
-            seconds = max(end for _, end in stamps) - min(start for start, _ in stamps)
-            bench.say(f"  {side}: {DRAINED / seconds:.0f} jobs/s")
-            return DRAINED / seconds
+            drained = rate_of(stamps)
+            bench.say(f"  {side}: submitted {submitted:.0f} jobs/s, run {drained:.0f} jobs/s")
+            return submitted, drained
 
-        return Sides(*contest.in_turn(rate))
+        for side in SIDES:
+            with worker(side, contest.pair, concurrency=CONCURRENCY, cpus=CONCURRENCY):
+                contest.senders[side].call("end_to_end", task="bench.noop", count=WARM_UP)
+        ours, plain = contest.in_turn(rates)
+        return (
+            Sides([submitted for submitted, _ in ours], [submitted for submitted, _ in plain]),
+            Sides([drained for _, drained in ours], [drained for _, drained in plain]),
+        )
+
+
+def rate_of(stamps: Sequence[Sequence[float]]) -> float:
+    """Return the jobs a second from the first start to the last end, of (start, end) in seconds.
+
+    >>> rate_of([(1.0, 1.5), (2.0, 3.0)])
+    1.0
+    """
+    return len(stamps) / (max(end for _, end in stamps) - min(start for start, _ in stamps))

@@ -6,15 +6,16 @@
     app.send_task("demo.sleep", args=[1.0], cpus=4, memory="2GiB")
 
 `create_app` makes a Celery app whose tasks are placed by capacity, `install` does it to an app that exists,
-`Request` is what a job asks for, `fenced` commits a task's rows together with the end of its job, `job` is a job that
-asyncio programs wait for (a `Job`, whose states are `JobEvent`s), and the rest are the errors, all derived from
-`PlatformError`:
+`Request` is what a job asks for, `fenced` commits a task's rows together with the end of its job, and `progress` says
+how far a task has come. `job` is a handle of a job: a `Job`, whose `aio` is an `AsyncJob` for asyncio programs. Its
+state is a `JobEvent`, all that is known of it a `JobInfo`, and the result of its cancel a `Cancellation`. The rest are
+the errors, all derived from `PlatformError`:
 
     PlatformError
-    ├── IllegalTransition a job cannot do this in its state
     ├── InvalidRequest   also a ValueError; nothing was written
     │   ├── MessageTooLarge  more bytes than are allowed
-    │   └── MessageTooDeep   nested deeper than is allowed
+    │   ├── MessageTooDeep   nested deeper than is allowed
+    │   └── NotRetried       this job cannot be retried
     ├── LeaseLost        this attempt no longer holds its job
     ├── NameTaken        another live worker has this name
     ├── NoServers        no Redis and Postgres are named or running
@@ -40,7 +41,6 @@ from typing import Any as _Any
 if TYPE_CHECKING:
     from celery_capacity.routing.errors import (
         BacklogFull,
-        IllegalTransition,
         InvalidRequest,
         LeaseLost,
         MessageTooDeep,
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         NoServers,
         NotAccepted,
         NotMigrated,
+        NotRetried,
         OutcomeUnknown,
         PartlyAccepted,
         PlatformError,
@@ -59,15 +60,19 @@ if TYPE_CHECKING:
     from celery_capacity.routing.inspect.job_events import JobEvent
     from celery_capacity.routing.model.request import Request
     from celery_capacity.workers.app.install import create_app, install
+    from celery_capacity.workers.client.cancel import Cancellation
     from celery_capacity.workers.client.fenced import fenced
-    from celery_capacity.workers.client.job import Job, job
+    from celery_capacity.workers.client.job import AsyncJob, Job, JobInfo, job
+    from celery_capacity.workers.process.progress import progress
 
 __all__ = [
+    "AsyncJob",
     "BacklogFull",
-    "IllegalTransition",
+    "Cancellation",
     "InvalidRequest",
     "Job",
     "JobEvent",
+    "JobInfo",
     "LeaseLost",
     "MessageTooDeep",
     "MessageTooLarge",
@@ -75,6 +80,7 @@ __all__ = [
     "NoServers",
     "NotAccepted",
     "NotMigrated",
+    "NotRetried",
     "OutcomeUnknown",
     "PartlyAccepted",
     "PlatformError",
@@ -86,18 +92,23 @@ __all__ = [
     "fenced",
     "install",
     "job",
+    "progress",
 ]
 
 #: Where the names that are looked up when used come from; what is not here is an error and comes from
 #: routing.errors.
 _SOURCES = {
+    "AsyncJob": "celery_capacity.workers.client.job",
+    "Cancellation": "celery_capacity.workers.client.cancel",
     "Job": "celery_capacity.workers.client.job",
     "JobEvent": "celery_capacity.routing.inspect.job_events",
+    "JobInfo": "celery_capacity.workers.client.job",
     "Request": "celery_capacity.routing.model.request",
     "create_app": "celery_capacity.workers.app.install",
     "fenced": "celery_capacity.workers.client.fenced",
     "install": "celery_capacity.workers.app.install",
     "job": "celery_capacity.workers.client.job",
+    "progress": "celery_capacity.workers.process.progress",
 }
 
 

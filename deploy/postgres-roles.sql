@@ -32,10 +32,23 @@ ALTER TABLE jobs OWNER TO platform_owner;
 ALTER TABLE attempts OWNER TO platform_owner;
 ALTER TABLE jobs_archive OWNER TO platform_owner;
 ALTER TABLE attempts_archive OWNER TO platform_owner;
+DO $$
+DECLARE
+  month regclass;
+BEGIN
+  FOR month IN SELECT inhrelid FROM pg_inherits WHERE inhparent IN ('jobs_archive'::regclass, 'attempts_archive'::regclass)
+  LOOP
+    EXECUTE format('ALTER TABLE %s OWNER TO platform_owner', month);
+  END LOOP;
+END
+$$;
 ALTER FUNCTION archive_finished(double precision, integer) OWNER TO platform_owner;
+ALTER FUNCTION open_archive(boolean) OWNER TO platform_owner;
+ALTER FUNCTION drop_archived(double precision) OWNER TO platform_owner;
 ALTER TABLE unique_keys OWNER TO platform_owner;
 ALTER TABLE dependencies OWNER TO platform_owner;
 ALTER TABLE rates OWNER TO platform_owner;
+ALTER TABLE retries OWNER TO platform_owner;
 ALTER TABLE chords OWNER TO platform_owner;
 ALTER TABLE chord_parts OWNER TO platform_owner;
 ALTER FUNCTION note_chord(text, integer, text) OWNER TO platform_owner;
@@ -53,13 +66,17 @@ ALTER TABLE alembic_version OWNER TO platform_owner;
 REVOKE ALL ON ALL TABLES IN SCHEMA public FROM PUBLIC, platform_worker, platform_submitter, platform_dashboard;
 
 -- Workers. They delete no job: what has ended long ago is moved by a function, with its owner's rights.
-REVOKE ALL ON FUNCTION archive_finished(double precision, integer) FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION archive_finished(double precision, integer) TO platform_worker;
+-- To drop old months of the archive is the owner's to do, or to allow: for `PLATFORM_KEEP_ARCHIVED`, which workers read,
+-- GRANT EXECUTE ON FUNCTION drop_archived(double precision) TO platform_worker, here or elsewhere.
+REVOKE ALL ON FUNCTION archive_finished(double precision, integer), open_archive(boolean),
+  drop_archived(double precision) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION archive_finished(double precision, integer), open_archive(boolean) TO platform_worker;
 GRANT SELECT ON jobs_archive, attempts_archive TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON jobs, attempts, workers, declarations TO platform_worker;
 GRANT SELECT, DELETE ON unique_keys, dependencies TO platform_worker;
 GRANT DELETE ON workers TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON rates TO platform_worker;
+GRANT SELECT, INSERT, UPDATE (seq) ON retries TO platform_worker;
 GRANT SELECT, UPDATE, DELETE ON chords TO platform_worker;
 GRANT SELECT, INSERT, DELETE ON chord_parts TO platform_worker;
 GRANT SELECT, UPDATE ON authority TO platform_worker;
@@ -86,8 +103,9 @@ GRANT EXECUTE ON FUNCTION note_chord(text, integer, text) TO platform_worker, pl
 -- Those who look. `message`, `successor` and `outbox` hold the arguments and the results of jobs.
 GRANT SELECT (id, seq, name, state, epoch, attempt, step, losses, worker, incarnation, priority, request, shape, declared,
   queue, rerun, retries, nesting, root_id, parent_id, replaces, submitted_at, due_at, expires_at, admitted_at, started_at,
-  finished_at, revoked_at, error, needs, rated, not_before) ON jobs TO platform_dashboard;
-GRANT SELECT ON attempts, workers, authority, runner, declarations, dependencies, rates, alembic_version TO platform_dashboard;
+  finished_at, revoked_at, error, needs, rated, not_before, progress, behind) ON jobs TO platform_dashboard;
+GRANT SELECT ON attempts, workers, authority, runner, declarations, dependencies, rates, retries, alembic_version
+  TO platform_dashboard;
 GRANT SELECT ON jobs_archive, attempts_archive TO platform_dashboard;
 GRANT SELECT (id, queue, reason, worker, seen_at) ON quarantine TO platform_dashboard;
 

@@ -7,12 +7,5 @@ from __future__ import annotations
 
 from alembic import context
 
-from celery_capacity.routing.database.schema import metadata
-
-context.configure(
-    connection=context.config.attributes["connection"],
-    target_metadata=metadata,
-    compare_type=True,
-    compare_server_default=True,
-)
+context.configure(connection=context.config.attributes["connection"])
 context.run_migrations()

@@ -23,19 +23,30 @@ from celery_capacity.routing.model.states import Store
 
 #: Number of reads of the allocated CPUs in the fourth check.
 READS: Final = 1000
+#: Where CPUs are allocated that no live worker holds.
+LAPSED: Final = "on workers that went silent, until their jobs are taken back"
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Result of a check: whether it passed, its finding in words, and the numbers."""
+    """Result of a check, with its finding in words and in numbers.
+
+    `failure`: the statement that holds where the check did not pass, "" where the name alone is shown.
+    """
 
     name: str
     passed: bool
-    found: str
+    finding: str
     facts: dict[str, Any]
+    failure: str = ""
+
+    @property
+    def statement(self) -> str:
+        """Return the name for people: the statement of the check, or the contrary where it did not pass."""
+        return self.name if self.passed or not self.failure else self.failure
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "passed": self.passed, "found": self.found, **self.facts}
+        return {"name": self.name, "passed": self.passed, "found": self.finding, **self.facts}
 
 
 def run(client: redispy.Redis, engine: Engine, settings: Settings) -> list[Check]:
@@ -45,7 +56,7 @@ def run(client: redispy.Redis, engine: Engine, settings: Settings) -> list[Check
         _registered(client, seen, settings.worker_ttl),
         _resources(seen),
         _heartbeats(seen, settings.heartbeat_interval + settings.renew_interval),
-        _reads(overview.read_allocated(client, engine, READS)),
+        _reads(overview.read_allocated(client, engine, READS), seen.lapsed_cpus),
     ]
 
 
@@ -55,6 +66,7 @@ def run_for(client: redispy.Redis, settings: Settings, worker: str) -> list[Chec
     They read only the worker's own key, so that every worker of a large cluster can be asked often. They ask neither
     Postgres nor other workers. Raises RedisError if the ledger does not answer.
     """
+    registered, fresh_heartbeat = f"{worker} is registered, and expires", f"the heartbeat of {worker} is fresh"
     pipe = client.pipeline(transaction=False)
     pipe.hgetall(keys.view(worker))
     pipe.pttl(keys.view(worker))
@@ -63,24 +75,29 @@ def run_for(client: redispy.Redis, settings: Settings, worker: str) -> list[Chec
     seen = {snapshot.text(name): snapshot.text(value) for name, value in fields.items()}
     if not seen:
         finding = f"no live worker is named {worker}: its log says why, or `celery -A platform cluster` who is there"
-        missing = Check(f"{worker} is registered, and expires", False, finding, {"workers": {}})
-        return [missing, Check(f"the heartbeat of {worker} is fresh", False, "no heartbeat", {"ages_seconds": {}})]
+        absent, silent = f"worker {worker!r} is not registered", f"worker {worker!r} has no heartbeat"
+        return [
+            Check(registered, False, finding, {"workers": {}}, absent),
+            Check(fresh_heartbeat, False, "no heartbeat", {"ages_seconds": {}}, silent),
+        ]
     left = ms / 1000
     beaten = datetime.fromisoformat(seen["heartbeat_at"]).timestamp() if seen.get("heartbeat_at") else None
     age = None if beaten is None else max(0.0, seconds + microseconds / 1e6 - beaten)
     fresh = settings.heartbeat_interval + settings.renew_interval
     return [
         Check(
-            f"{worker} is registered, and expires",
+            registered,
             0 < left <= settings.worker_ttl,
             f"{seen.get('status', 'no status')}, {left:.0f} s left",
             {"workers": {worker: left}},
+            f"the registration of worker {worker!r} does not expire in time",
         ),
         Check(
-            f"the heartbeat of {worker} is fresh",
+            fresh_heartbeat,
             age is not None and age <= fresh,
             "no heartbeat" if age is None else f"it is {age:.1f} s old, and may be {fresh:g} s",
             {"ages_seconds": {worker: None if age is None else round(age, 3)}},
+            f"the heartbeat of worker {worker!r} is late",
         ),
     ]
 
@@ -114,6 +131,8 @@ def _resources(seen: Overview) -> Check:
         f"total {amounts.format_cpus(total)} CPUs, allocated {amounts.format_cpus(allocated)},"
         f" available {amounts.format_cpus(available)}, utilisation {seen.utilization_percent:g}%"
     )
+    if seen.lapsed_cpus:
+        finding += f"; {amounts.format_cpus(seen.lapsed_cpus)} more {LAPSED}"
     facts = {
         "total_cpus": amounts.cpus_number(total),
         "allocated_cpus": amounts.cpus_number(allocated),
@@ -142,11 +161,12 @@ def _heartbeats(seen: Overview, fresh: float) -> Check:
     return Check("heartbeats are fresh", bool(ages) and not late, finding, {"ages_seconds": shown})
 
 
-def _reads(reads: Reads) -> Check:
+def _reads(reads: Reads, lapsed_cpus: int) -> Check:
     """Check that Redis answers every read of the allocated CPUs. Their duration is reported and not judged."""
+    of_these = f", {amounts.format_cpus(lapsed_cpus)} of them {LAPSED}" if lapsed_cpus else ""
     finding = (
         f"{reads.times:,} reads took {reads.seconds * 1000:.1f} ms,"
-        f" {reads.share_percent:g}% answered by Redis ({reads.value} CPUs allocated)"
+        f" {reads.share_percent:g}% answered by Redis ({reads.value} CPUs allocated{of_these})"
     )
     facts = {
         "reads": reads.times,

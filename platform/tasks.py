@@ -11,9 +11,7 @@ from typing import Any
 
 from celery import shared_task
 
-from celery_capacity.workers.app.install import platform_of
-
-__all__ = ["SLEEP", "sleep"]
+from celery_capacity.workers.process.stores import platform_of
 
 #: Name under which the task is sent.
 SLEEP = "demo.sleep"

@@ -20,25 +20,39 @@ A **job** is a Celery message with a row in Postgres; a **worker** publishes its
 
 Who can die where, and who repairs it:
 
-================================================  =====================================================================
-the process dies                                  repaired by
-================================================  =====================================================================
-before the insert commits                         nobody: the caller has an error, nothing was written
-between insert and script                         sweep: rows that are still `accepted` are submitted (10 s)
-after the script, before the message is read      redelivery (START): the same attempt is delivered again
-worker took the message, did not claim            redelivery; when the worker is dead, the lapse
-worker claimed, body runs                         lapse (TTL, LOST): the job is taken back as a new attempt
-body ended, release not sent                      lapse: the attempt counts as lost and runs again (at least once)
-released, the answer with the next jobs is lost   `hand_over_again`: the worker asks for what it holds and does not know
-released, Postgres not written                    the stream has the outcome; whoever runs the duty applies it
-Redis loses everything                            the epoch is missing: COLD, nobody admits; one process begins the
-                                                  next epoch in Postgres and opens it, workers say what they hold
-Redis is gone, whatever the broker is             every worker says so in Postgres: that decides, workers pull from it,
-                                                  until Redis has answered for a while; then a new epoch is opened
-both stores are down when a worker starts         it waits for them, and says for what
-a job is revoked, row marked, ledger not told     nothing brings a marked row in; sweep: what is marked and has not
-                                                  ended is told again (`revoking`), and ends if no worker holds it
-================================================  =====================================================================
+=============================================  ================================================================  =======
+the process dies                               repaired by                                                       within
+=============================================  ================================================================  =======
+the caller, before the insert commits          nobody: the caller has an error, nothing was written
+the caller, around the commit                  the caller submits again with the same id (`OutcomeUnknown`)
+the caller, between insert and script          sweep: rows that are still `accepted` after 10 s are submitted    20 s
+any process, after the script                  the stream has `admitted`; whoever runs the duties writes it to   2 s
+                                               Postgres
+Redis loses the message                        redelivery (START, 15 s): the same attempt is delivered again     25 s
+the worker, before it claims                   redelivery; when the worker is dead, the lapse                    76 s
+the worker, while the body runs                lapse (TTL, LOST): the job is taken back as a new attempt         76 s
+the process of the body                        its worker releases the attempt as lost: a new attempt            2 s
+the worker, body ended, release not sent       lapse: the attempt counts as lost and runs again (at least once)  76 s
+the answer of a release is lost                `hand_over_again`: the worker asks for what it holds and does     5 s
+                                               not know
+the worker, released, Postgres not written     the stream has the outcome; whoever runs the duties writes it     2 s
+Redis loses everything                         the epoch is missing: COLD, nobody admits; one process begins     10 s
+                                               the next epoch in Postgres and opens it, workers say what they
+                                               hold
+the process that opens an epoch, or it stops   another process begins the epoch after it                         21 s
+Redis is gone, whatever the broker is          every worker says so in Postgres: that decides, workers pull      30 s
+                                               from it, until Redis has answered for a while; then a new epoch
+                                               is opened
+both stores, when a worker starts              the worker waits for them, and says for what
+the writer of an end that other jobs need      the end is noted for them in the same transaction; `due` lifts    1 s
+                                               their constraints
+none: Postgres always refuses a transition     its writer sets it aside, and marks the row                       at once
+a revoke: row marked, ledger not told          nothing brings a marked row in; sweep: a marked job that has not  10 s
+                                               ended is told again (`revoking`), and ends if no worker holds it
+the elected worker, in a duty                  the worker that is elected next continues                         10 s
+the elected worker stops, and continues later  nobody: its lease is over, and it does no duty more
+beat                                           nobody need: the elected worker runs the duties by itself
+=============================================  ================================================================  =======
 
 Three rules make the repairs safe to run twice, at once, and by hand. The *token* only grows: a write that carries an
 older one is refused by the script and by the WHERE of the statement. A *missing book is not a free worker*: a key that

@@ -5,7 +5,8 @@
     PlatformError
     ├── InvalidRequest       an amount, a name or an argument is wrong; nothing was written. Also a ValueError
     │   ├── MessageTooLarge  the message has more bytes than are allowed
-    │   └── MessageTooDeep   lists and dicts in the message are nested deeper than is allowed
+    │   ├── MessageTooDeep   lists and dicts in the message are nested deeper than is allowed
+    │   └── NotRetried       this job cannot be retried
     ├── NotAccepted          the job could not be stored; nothing was written
     │   └── BacklogFull      more jobs wait than are allowed
     ├── OutcomeUnknown       the connection broke around the commit: the job may have been stored
@@ -16,8 +17,7 @@
     ├── NoServers            no URL is set and no embedded servers run
     ├── NameTaken            a live worker has this name already
     ├── StoreUnavailable     Redis or Postgres does not answer
-    ├── Unsupported          a feature of Celery that the platform does not offer
-    └── IllegalTransition    a job cannot do this in its state
+    └── Unsupported          a feature of Celery that the platform does not offer
 
 Each error keeps its parts separate: the problem (`message`), the offending `value` as text, and the remedy (`advice`).
 So one object reads well in a traceback, in a terminal and as ``application/problem+json``. `reference` is stable:
@@ -49,10 +49,10 @@ def mask_url(text: str) -> str:
     return _PASSWORD_IN_QUERY.sub(r"\1***", ";sentinel".join(each))
 
 
-def _without_password(found: re.Match[str]) -> str:
+def _without_password(match: re.Match[str]) -> str:
     """Mask a password up to the last "@", so that one with an unescaped "@", "/" or ":" is masked whole."""
-    _, at, rest = found[2].rpartition("@")
-    return f"://{found[1]}:***@{rest}" if at else found[0]
+    _, at, rest = match[2].rpartition("@")
+    return f"://{match[1]}:***@{rest}" if at else match[0]
 
 
 def show(value: object) -> str:
@@ -71,6 +71,9 @@ def storable(text: str, characters: int) -> str:
     Postgres refuses the character NUL. UTF-8 has no half of a surrogate pair, and file names that are not UTF-8 come
     with such halves. Passwords in URLs are masked.
     """
+    if not text:
+        # The end of most attempts.
+        return ""
     return mask_url(text)[:characters].replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -89,6 +92,8 @@ class PlatformError(Exception):
     message: str
     value: str | None
     advice: str
+    #: True once the counter of its refusal has it.
+    counted = False
 
     def __init__(self, message: str = "", *, value: object = None, advice: str = "") -> None:
         self.message = mask_url(message) or self.title
@@ -119,7 +124,7 @@ class PlatformError(Exception):
 
 
 class InvalidRequest(PlatformError, ValueError):
-    """An amount, a name or an argument is wrong. Raised before anything is written."""
+    """An amount, a name, an id, a priority, a time or a header is wrong. Raised before anything is written."""
 
     reference = "invalid-request"
     title = "the request is not valid"
@@ -127,7 +132,7 @@ class InvalidRequest(PlatformError, ValueError):
 
 
 class MessageTooLarge(InvalidRequest):
-    """The message has more bytes than PLATFORM_MAX_MESSAGE allows."""
+    """The message has more bytes than `PLATFORM_MAX_MESSAGE` allows."""
 
     reference = "message-too-large"
     title = "the message is too large"
@@ -136,15 +141,26 @@ class MessageTooLarge(InvalidRequest):
 
 
 class MessageTooDeep(InvalidRequest):
-    """Lists and dicts in the arguments or headers are nested too deep: every reader would have to recurse."""
+    """Lists and dicts in the arguments or headers are nested too deep: every reader has to recurse."""
 
     reference = "message-too-deep"
     title = "the message is nested too deep"
     default_advice = "Pass flatter data, a text that the task itself parses, or a reference (a path, a key)."
 
 
+class NotRetried(InvalidRequest):
+    """The job cannot be retried: it has not ended or has succeeded, has a retry, is archived, or is part of a chord."""
+
+    reference = "not-retried"
+    title = "the job cannot be retried"
+    status = 409
+
+
 class NotAccepted(PlatformError):
-    """The job could not be stored, and nothing was written: submitting it again cannot double it."""
+    """Postgres did not store the job, and nothing was written: submitting it again cannot double it.
+
+    Postgres is down, locked, out of connections, or stalled before the insert was sent.
+    """
 
     reference = "not-accepted"
     title = "the job was not accepted"
@@ -153,7 +169,7 @@ class NotAccepted(PlatformError):
 
 
 class BacklogFull(NotAccepted):
-    """Too many jobs wait already, so no more are accepted (PLATFORM_MAX_BACKLOG). Nothing was written."""
+    """`PLATFORM_MAX_BACKLOG` jobs wait already, so no more are accepted. Nothing was written."""
 
     reference = "backlog-full"
     title = "the backlog is full"
@@ -223,7 +239,7 @@ class SettingsError(PlatformError):
 
     reference = "wrong-settings"
     title = "settings are wrong"
-    default_advice = "docs/reference/settings.md lists every setting with its default and unit."
+    default_advice = "`celery -A platform settings` lists every setting with its default and unit."
 
     problems: tuple[str, ...]
 
@@ -248,7 +264,7 @@ class SettingsError(PlatformError):
 class NotMigrated(PlatformError):
     """The platform's tables are missing in Postgres, older than this version needs, or of a newer format.
 
-    The ledger may also be of a newer format (`routing.model.format_versions`).
+    The ledger may also be of a newer format.
     """
 
     reference = "not-migrated"
@@ -258,7 +274,7 @@ class NotMigrated(PlatformError):
 
 
 class NoServers(PlatformError):
-    """REDIS_URL and DATABASE_URL are not set, and no embedded servers run. Submitting never starts any."""
+    """`REDIS_URL` and `DATABASE_URL` are not set, and no embedded servers run. Submitting never starts any."""
 
     reference = "no-servers"
     title = "no URL is set and no embedded servers run"
@@ -298,14 +314,6 @@ class Unsupported(PlatformError):
     reference = "unsupported"
     title = "this is not supported"
     status = 501
-
-
-class IllegalTransition(PlatformError):
-    """A job cannot take this event in its state: a defect, or a writer that came too late."""
-
-    reference = "illegal-transition"
-    title = "the job cannot do this in its state"
-    status = 409
 
 
 # Programs import the errors from `celery_capacity`. A result names its error by that module too, wherever this file

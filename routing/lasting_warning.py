@@ -12,11 +12,13 @@ class LastingWarning:
         self._logger = logger
         self._message = ""
 
-    def warn(self, message: str) -> None:
+    def warn(self, message: str, trace: BaseException | None = None) -> None:
+        """Log a message that is new. `trace`: the error whose traceback follows it."""
         if message != self._message:
             self._message = message
-            self._logger.warning("%s", message)
+            self._logger.warning("%s", message, exc_info=trace)
 
-    def over(self) -> None:
-        """Note that the trouble is over: the next one is logged, though it be the same."""
-        self._message = ""
+    def over(self) -> bool:
+        """Return True if there was a trouble, which is over now: the next one is logged, though it be the same."""
+        lasted, self._message = bool(self._message), ""
+        return lasted

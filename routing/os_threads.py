@@ -297,7 +297,7 @@ def install() -> None:
 # -- connections -----------------------------------------------------------------------------------------------------
 
 
-class _Mine(_local):  # type: ignore[misc, valid-type]
+class _IdleOfThread(_local):  # type: ignore[misc, valid-type]
     """Idle connections and pools of one thread of the operating system."""
 
     def __init__(self) -> None:
@@ -305,7 +305,7 @@ class _Mine(_local):  # type: ignore[misc, valid-type]
         self.pools: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-_mine: Final = _Mine()
+_mine: Final = _IdleOfThread()
 
 
 class _ByThread:
@@ -313,14 +313,14 @@ class _ByThread:
 
     @property
     def _available_connections(self) -> list[Any]:
-        mine: _Mine = self.__dict__["_mine"]
+        mine: _IdleOfThread = self.__dict__["_mine"]
         if not mine.idle:
             _mine.pools.add(self)
         return mine.idle
 
     @_available_connections.setter
     def _available_connections(self, _: list[Any]) -> None:
-        self.__dict__["_mine"] = _Mine()
+        self.__dict__["_mine"] = _IdleOfThread()
 
 
 @lru_cache(maxsize=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+from collections.abc import Collection
 from typing import Final
 
 from celery_capacity.routing import os_threads
@@ -22,6 +23,11 @@ class Wake:
     def fileno(self) -> int:
         return self._read
 
+    def close(self) -> None:
+        """Close the pipe. The caller makes sure that nobody uses it any more."""
+        os.close(self._read)
+        os.close(self._write)
+
     def set(self) -> None:
         try:
             os.write(self._write, b"!")
@@ -39,9 +45,18 @@ class Wake:
 
     def wait(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds; return True if woken."""
+        return self._read in self._poll(timeout, self._read)
+
+    def wait_beside(self, descriptor: int, timeout: float) -> tuple[bool, bool]:
+        """Wait up to `timeout` seconds; return whether it was woken, and whether the other descriptor can be read."""
+        ready = self._poll(timeout, self._read, descriptor)
+        return self._read in ready, descriptor in ready
+
+    def _poll(self, timeout: float, *descriptors: int) -> Collection[int]:
         poll = os_threads.poll()
-        poll.register(self._read, select.POLLIN)
-        woken = bool(poll.poll(max(0, timeout) * 1000))
-        if woken:
+        for descriptor in descriptors:
+            poll.register(descriptor, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll(max(0, timeout) * 1000)}
+        if self._read in ready:
             self.clear()
-        return woken
+        return ready

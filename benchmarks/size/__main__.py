@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from benchmarks.bench import Bench
 from benchmarks.report import update_page
+from benchmarks.size.drawing import draw
 from benchmarks.size.figures import PARTS
 from benchmarks.size.report import HEADINGS, PAGE, PLACE, RESULTS, Report
 from benchmarks.size.scale import Scale
@@ -31,7 +32,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line. On a mistake, argparse ends the process."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.size",
-        description="Measures the platform with 100,000 jobs, 1,000 workers and a million finished rows.",
+        description="Measures the platform with a million waiting jobs, 10,000 workers and a million finished rows.",
         epilog="What --only leaves out stays in results.json as it is. A --scale below 1 is a try: nothing is written.",
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of each part (default: %(default)s)")
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str]) -> int:
         RESULTS.write_text(whole.as_json())
         if not update_page(PAGE, whole.markdown(), PLACE):
             bench.say(f"{PAGE} has no table to update")
+        draw(whole)
     for row in (HEADINGS, *report.lines()):
         print("  ".join(row))
     for name in report.missed():

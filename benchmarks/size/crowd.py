@@ -1,9 +1,9 @@
 """Many workers in one process: each with the threads of a real worker, and without Celery's consumer and pool.
 
 The platform's own code talks to the stores for each worker: registration (`Membership`), heartbeat (`HeartbeatThread`),
-messages (`Mailbox`), claims and releases (`LedgerThread`). The jobs have no bodies: they end after `hold` seconds. The
-workers of a process share their writer to Postgres (`Recorder`, `Confirmation`), because Postgres has no connections
-for a thousand.
+messages (`LedgerQueue`), claims and releases (`LedgerThread`). The jobs have no bodies: they end after `hold` seconds.
+The workers of a process share their writer to Postgres (`Recorder`, `Confirmation`), because Postgres has no
+connections for a thousand.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from celery_capacity.routing.model.message import HEADER, Tag, parse_tag
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
-from celery_capacity.workers.broker.ledger_queue import Mailbox
+from celery_capacity.workers.broker.ledger_queue import LedgerQueue
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.heartbeat import HeartbeatThread
@@ -165,11 +165,11 @@ class Worker:
             shared.recorder.add,
             self._start,
             self.heartbeat.closed,
-            lambda raw, queue, reason, unless: shared.troubles.append(f"{queue}: {reason}"),
+            lambda raw, queue, reason, detail, unless: shared.troubles.append(f"{queue}: {detail}"),
         )
         self.heartbeat.on_missing = lambda: shared.troubles.append(f"{name} is not known")
         self.ledger_thread.on_missing = lambda: shared.troubles.append(f"{name} does not hold what it ended")
-        self.mailbox = Mailbox(shared.settings, self.identity.queue, self._received)
+        self.ledger_queue = LedgerQueue(shared.settings, self.identity.queue, self._received)
 
     def join(self) -> None:
         """Register the worker. While the ledger is cold, the heartbeat registers it as soon as the ledger is open."""
@@ -177,7 +177,7 @@ class Worker:
             self.membership.register(self._shared.capacity, self._shared.declared, lambda: None)
 
     def run(self) -> None:
-        for thread in (self.heartbeat, self.ledger_thread, self.mailbox):
+        for thread in (self.heartbeat, self.ledger_thread, self.ledger_queue):
             thread.start()
 
     def _received(self, raw: bytes) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.bench import Bench
-from benchmarks.size import comparing, keeping, rebuild, streaming, working
+from benchmarks.size import comparing, head, keeping, ledger_alone, rates, rebuild, streaming, working
 from benchmarks.size.scale import Scale
 
 #: A function that measures several figures at once: name -> value.
@@ -66,6 +66,14 @@ PARTS: Mapping[str, Part] = {
             Figure("redis_bytes_per_job", "bytes", "Redis's memory for a job that waits, message included"),
         ),
     ),
+    "head": Part(
+        head.headed,
+        (
+            Figure("head_mb", "MB", "of Redis for a million waiting jobs, of which it holds 10,000", at_most=50),
+            Figure("head_rebuild_s", "s", "an empty Redis until these jobs wait as before", at_most=60),
+            Figure("head_fetched_s", "jobs/s", "fetched from Postgres when the heads of all requests have started"),
+        ),
+    ),
     "workers": Part(
         working.worked,
         (
@@ -73,6 +81,31 @@ PARTS: Mapping[str, Part] = {
             Figure("workers_violations", "violations", "of the invariants, during 10,000 jobs and at rest", at_most=0),
             Figure("workers_jobs_s", "jobs/s", "submitted, run for 8 s on 2,000 slots, and ended"),
             Figure("workers_start_p95_ms", "ms", "from admission to claim, p95"),
+        ),
+    ),
+    "ledger": Part(
+        ledger_alone.alone,
+        (
+            Figure("size_cycle", "×", "an admission and its release, beside a small idle cluster", at_most=1.15),
+            Figure("size_slowest_ms", "ms", "the slowest script of these while all workers beat", at_most=2),
+            Figure("size_beats_percent", "%", "of one core of Redis, for the beats of 10,000 workers", at_most=15),
+            Figure("size_new_shape_ms", "ms", "of Redis for a new request that lacks memory everywhere", at_most=1),
+            Figure("size_sweep_ms", "ms", "of Redis for a sweep over 500 waiting requests", at_most=200),
+            Figure("size_page_ms", "ms", "of the reader's CPU for `cluster --json --limit 100`", at_most=200),
+            Figure("size_whole_ms", "ms", "of the reader's CPU for `cluster --json`, all workers"),
+        ),
+    ),
+    "rates": Part(
+        rates.rated,
+        (
+            Figure("rate_submit_us", "µs", "of Redis's thread for a submission that is admitted; 64 clients"),
+            Figure("rate_deliver_us", "µs", "for the worker's taking of the message"),
+            Figure("rate_claim_us", "µs", "for the claim"),
+            Figure("rate_release_us", "µs", "for the release"),
+            Figure("rate_forget_us", "µs", "for dropping its entry, once Postgres has it"),
+            *(Figure(f"rate_job_us_{n}", "µs", f"for all calls of a job; {n} at once") for n in rates.CLIENTS),
+            *(Figure(f"rate_beat_us_{n}", "µs", f"for a heartbeat; {n} at once") for n in rates.CLIENTS),
+            Figure("rate_jobs_s", "jobs/s", f"for {rates.SHARE:.0%} of a core of Redis, without heartbeats"),
         ),
     ),
     "retention": Part(

@@ -25,6 +25,8 @@ PAGES: Final = {
     "CONTRIBUTING.md": "repository/contributing.md",
     "README.md": "repository/readme.md",
     "README.zh.md": "repository/readme.zh.md",
+    "SECURITY.md": "repository/security.md",
+    "CODE_OF_CONDUCT.md": "repository/code-of-conduct.md",
 }
 
 _LINK: Final = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#])")

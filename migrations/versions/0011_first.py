@@ -1,8 +1,7 @@
 """The tables before the first release, and the functions that run with their owner's rights.
 
-They are written as SQL, and not made from `routing.database.schema`: a revision must always do the work that it did
-when it was applied. A test compares the result with the schema. The revision's number is that of the last of the
-revisions that it replaces.
+They are written as SQL, since a revision must always do the work that it did when it was applied. The revision's number
+is that of the last of the revisions that it replaces.
 """
 
 from __future__ import annotations

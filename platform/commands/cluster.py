@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Final
+
 import click
 
-from celery_capacity.platform.console import render
 from celery_capacity.platform.console.command import Command, json_option, stores_of
-from celery_capacity.platform.console.terminal import facts, print_json, talk
-from celery_capacity.routing.inspect import overview
-from celery_capacity.routing.ledger.connection import quick_client
+from celery_capacity.platform.console.terminal import print_json, talk
+from celery_capacity.platform.console.text_type import Text
+from celery_capacity.platform.console.watch import show, watch_option
+from celery_capacity.routing.model.states import Store
 
-__all__ = ["command"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: A worker is silent after this many times the interval of its renewals without one: 15 s with the default settings.
+SILENT_INTERVALS: Final = 1.5
+#: Share of the lease after which a row of Postgres, which workers write less often, tells a silent worker.
+ROWS_SHARE: Final = 0.75
 
 
 @click.command(
@@ -18,22 +26,42 @@ __all__ = ["command"]
     cls=Command,
     examples=(
         ("What there is, what is allocated and what waits", "celery -A platform cluster"),
+        ("The same again every 5 s", "celery -A platform cluster --watch 5"),
         ("The same for a program", "celery -A platform cluster --json"),
+        ("The next 100 workers behind render-099", "celery -A platform cluster --limit 100 --after render-099"),
     ),
 )
+@click.option("--limit", metavar="N", type=click.IntRange(1, 100_000), help="At most so many workers.")
+@click.option("--after", metavar="NAME", type=Text(), default="", help="Workers behind this one, by name.")
+@watch_option
 @json_option
 @click.pass_context
-def command(context: click.Context, as_json: bool) -> None:
+def command(context: click.Context, limit: int | None, after: str, watch: float | None, as_json: bool) -> None:
     """Show the cluster: totals, each worker, and what waits.
 
-    The numbers come from the ledger; where that is cold or does not answer, from Postgres, and the answer
-    says so.
+    Jobs that no worker can take, not even an empty one, stand first. A worker whose heartbeat is late is
+    "silent". The totals are those of all workers, also with --limit. The numbers come from the ledger; while it
+    does not answer, from Postgres, and the answer says so.
     """
+    from celery_capacity.platform.console import render
+    from celery_capacity.routing.inspect import overview
+    from celery_capacity.routing.inspect.worker_page import Page
+    from celery_capacity.routing.ledger.connection import quick_client
+
     stores = stores_of(context)
-    seen = overview.read(quick_client(stores.redis), stores.engine, stores.settings.worker_ttl)
-    if seen.why:
-        talk().print(f"The ledger cannot be asked: {seen.why}", soft_wrap=True)
-    if as_json:
-        print_json(seen.to_json())
-    else:
-        render.cluster(facts(), seen)
+    settings, client = stores.settings, quick_client(stores.redis)
+    silent_after = settings.renew_interval * SILENT_INTERVALS
+
+    def draw(console: Console) -> None:
+        seen = overview.read(client, stores.engine, settings.worker_ttl, Page(limit, after))
+        if seen.is_new:
+            talk().print("No worker has started yet. Start one: `celery -A platform worker`.")
+        elif seen.why and not watch:
+            talk().print(f"The ledger cannot be asked: {seen.why}")
+        if as_json:
+            print_json(seen.to_json())
+        else:
+            from_rows = seen.source == Store.POSTGRES
+            render.cluster(console, seen, settings.worker_ttl * ROWS_SHARE if from_rows else silent_after)
+
+    show(draw, watch, "cluster", in_place=not as_json)

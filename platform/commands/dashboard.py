@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+from ipaddress import ip_address
 from typing import Any
 
 import click
@@ -12,11 +13,7 @@ import click
 from celery_capacity.platform.console.command import Command, stores_of
 from celery_capacity.platform.console.terminal import talk
 from celery_capacity.routing.errors import InvalidRequest
-from celery_capacity.routing.inspect import overview
-from celery_capacity.routing.ledger.connection import quick_client
 from celery_capacity.workers.process.exit_codes import Exit
-
-__all__ = ["command"]
 
 
 @click.command(
@@ -39,9 +36,12 @@ __all__ = ["command"]
 def command(context: click.Context, host: str | None, port: int | None) -> None:
     """Serve /api/v1/dashboard and /health over HTTP until Ctrl-C.
 
-    On this machine only (127.0.0.1:8000) unless PLATFORM_DASHBOARD or the options say otherwise. There is no
-    authentication: another address than a loopback one shows the cluster to whoever reaches it.
+    On this machine only (127.0.0.1:8000) unless PLATFORM_DASHBOARD or the options say otherwise. There is no login
+    yet: another address than a loopback one shows the cluster to whoever reaches it, and gives a warning.
     """
+    from celery_capacity.routing.inspect import overview
+    from celery_capacity.routing.ledger.connection import quick_client
+
     stores = stores_of(context)
     own_host, own_port = stores.settings.dashboard
     listen = host or own_host
@@ -80,7 +80,12 @@ async def _serve(read: Any, sockets: list[socket.socket], name: str) -> None:
     server.add_sockets(sockets)
     host, port = sockets[0].getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    talk().print(f"Dashboard: http://{shown}:{port}/api/v1/dashboard", soft_wrap=True)
+    talk().print(f"Dashboard: http://{shown}:{port}/api/v1/dashboard")
+    if not all(ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback for bound in sockets):
+        talk().print(
+            f"Warning: the dashboard has no login yet. Whoever reaches {shown}:{port} sees the cluster: put a proxy"
+            " with a login in front of it, or listen on 127.0.0.1.",
+        )
     await ended.wait()
     server.stop()
     await server.close_all_connections()

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Final
 
 import click
 
 from celery_capacity import migrations
+from celery_capacity.platform.console.asking import confirm
 from celery_capacity.platform.console.command import Command, Group, json_option, stores_of
 from celery_capacity.platform.console.terminal import facts, print_json, talk
-from celery_capacity.routing.errors import PlatformError
 from celery_capacity.workers.process.exit_codes import Exit
 
-__all__ = ["command"]
-
 UNKNOWN_REVISION: Final = {Exit.FAILED: "there is no such revision"}
-
-
-class Declined(PlatformError):
-    """The user declined the change, or there was nobody to ask."""
-
-    reference = "declined"
-    title = "it was not wanted"
 
 
 @click.group(
@@ -84,30 +74,16 @@ def downgrade(context: click.Context, revision: str, force: bool, as_json: bool)
     url = _url(context)
     before = migrations.current(url)
     if not force:
-        _ask(url, before, revision)
+        loss = f"{_jobs_in(url)} in the tables, and what a later revision made is dropped."
+        confirm(f"{loss} Take the tables back from {before} to {revision}?", "--force")
     migrations.downgrade(url, revision)
     _tell(before, migrations.current(url), as_json)
 
 
-def _ask(url: str, before: str | None, revision: str) -> None:
-    """Ask the user to confirm. Raise Declined unless the answer is yes, or where there is no terminal to ask on."""
-    loss = _loss(migrations.count_jobs(url))
-    if sys.stdin is None or not sys.stdin.isatty():
-        raise Declined(
-            f"{loss}, and there is no terminal to ask on: nothing was changed", advice="--force does it without asking."
-        )
-    question = f"Take the tables back from {before} to {revision}? {loss}; what a later revision made is dropped"
-    try:
-        yes = click.confirm(question, err=True)
-    except click.Abort:  # end of the input
-        yes = False
-    if not yes:
-        raise Declined("nothing was changed", advice="--force does it without asking.")
-
-
-def _loss(jobs: int) -> str:
+def _jobs_in(url: str) -> str:
+    jobs = migrations.count_jobs(url)
     more = " or more" if jobs == migrations.MAX_COUNTED else ""
-    return f"{jobs:,}{more} {'job is' if jobs == 1 else 'jobs are'} in the tables"
+    return f"{jobs:,}{more} {'job is' if jobs == 1 else 'jobs are'}"
 
 
 @command.command(
@@ -129,9 +105,9 @@ def current(context: click.Context, as_json: bool) -> None:
     if as_json:
         print_json({"current": revision, "head": migrations.HEAD, "up_to_date": revision == migrations.HEAD})
     else:
-        facts().print(revision or "none", soft_wrap=True)
+        facts().print(revision or "none")
     if revision != migrations.HEAD:
-        talk().print(f"needed: {migrations.HEAD}; run `celery -A platform db upgrade`", soft_wrap=True)
+        talk().print(f"needed: {migrations.HEAD}; run `celery -A platform db upgrade`")
 
 
 def _url(context: click.Context) -> str:
@@ -142,6 +118,6 @@ def _tell(before: str | None, after: str | None, as_json: bool) -> None:
     if as_json:
         print_json({"before": before, "current": after, "head": migrations.HEAD})
     elif before == after:
-        facts().print(f"the tables are at {after or 'none'} already", soft_wrap=True)
+        facts().print(f"the tables are at {after or 'none'} already")
     else:
-        facts().print(f"the tables went from {before or 'none'} to {after or 'none'}", soft_wrap=True)
+        facts().print(f"the tables went from {before or 'none'} to {after or 'none'}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,20 +16,16 @@ from celery_capacity.platform.console.command import Command, json_option, setti
 from celery_capacity.platform.console.terminal import Meters, facts, print_json, talk
 from celery_capacity.platform.demo import trace
 from celery_capacity.platform.demo.replay import WORKERS, Replayed, Report, replay
-from celery_capacity.platform.processes.launch import Interrupted, WorkerSpec, dashboard_url, parse_workers
+from celery_capacity.platform.processes.launch import Interrupted, WorkerSpec, workers_option
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model.amounts import format_cpus
 from celery_capacity.workers.process.exit_codes import Exit
 
-__all__ = ["command"]
-
 #: Advice at the end of a demo: the next steps.
 NEXT = """\
-To keep a platform running:      celery -A platform up
-Then look at it, from anywhere:  celery -A platform cluster      (jobs, job ID, verify)
-                                 curl {dashboard}
-And submit to it from Python:    from celery_capacity import create_app
-                                 create_app().send_task("demo.sleep", args=[5], cpus=4)"""
+Next, run a platform that stays:     {celery} -A platform up
+Look at it from a second terminal:   {celery} -A platform cluster
+Submit a job to it:                  {celery} -A platform call demo.sleep --args '[5]'"""
 
 
 def _scale(_context: click.Context, _parameter: click.Parameter, text: str | None) -> float | None:
@@ -61,14 +59,7 @@ def _scale(_context: click.Context, _parameter: click.Parameter, text: str | Non
     help="CSV to replay, instead of the packaged trace.",
 )
 @click.option("--scale", metavar="N", callback=_scale, help="How many times faster than the trace.")
-@click.option(
-    "--worker",
-    "workers",
-    metavar="NAME=CPUS",
-    multiple=True,
-    callback=parse_workers,
-    help="A worker to start; again for more.",
-)
+@workers_option
 @click.option(
     "--log",
     metavar="FILE",
@@ -99,13 +90,13 @@ def command(
     console = talk()
 
     def say(line: str) -> None:
-        console.print(line, soft_wrap=True)
+        console.print(line)
 
     settings = settings_of_environment()
     replayed = _read(path, scale, workers or WORKERS)
     if log is not None:
         _write_log(log, [])  # report a missing folder now, and not after a minute
-    say(f"{len(replayed.jobs)} jobs of {replayed.name}, {replayed.scale:g} times faster than they were.")
+    say(f"Replaying {len(replayed.jobs)} jobs of the trace {replayed.name} at {replayed.scale:,g}× speed.")
     try:
         with Meters(console) as meters:
             report = replay(replayed, settings, os.environ, meters, say)
@@ -119,7 +110,7 @@ def command(
     else:
         _show(report)
         facts().print()
-        facts().print(NEXT.format(dashboard=dashboard_url(settings)), soft_wrap=True)
+        facts().print(next_steps(Path(sys.executable).parent, os.environ.get("PATH", "")))
     context.exit(Exit.OK if report.ok else Exit.FAILED)
 
 
@@ -139,6 +130,15 @@ def _read(path: Path, scale: float | None, workers: tuple[WorkerSpec, ...]) -> R
     return Replayed(path.stem, jobs, scale or trace.default_scale(jobs, total), workers)
 
 
+def next_steps(programs: Path, path: str) -> str:
+    """Return the closing hints. `programs` has the environment's `celery`, which need not be on the shell's PATH."""
+    celery = programs / "celery"
+    on_path = shutil.which("celery", path=path)
+    if on_path is not None and Path(on_path).parent == programs:
+        return NEXT.format(celery="celery")
+    return NEXT.format(celery=celery.relative_to(Path.cwd()) if celery.is_relative_to(Path.cwd()) else celery)
+
+
 def _write_log(path: Path, rows: Iterable[tuple[int, str, str, str]]) -> None:
     try:
         with path.open("w", encoding="utf-8", newline="") as file:
@@ -153,22 +153,24 @@ def _show(report: Report) -> None:
     console = facts()
     summary, total = report.summary, len(report.replayed.jobs)
     states = ", ".join(f"{number} {state}" for state, number in sorted(report.states.items()))
-    console.print(f"jobs      {total}: {states}", soft_wrap=True)
-    console.print(f"makespan  {summary.makespan:.1f} s", soft_wrap=True)
+    console.print(f"jobs      {total}: {states}")
+    console.print(f"makespan  {summary.makespan:.1f} s")
     waits = (("mean", summary.wait_mean), ("p95", summary.wait_p95), ("max", summary.wait_max))
-    console.print("wait      " + ", ".join(f"{what} {wait:.2f} s" for what, wait in waits), soft_wrap=True)
+    console.print("wait      " + ", ".join(f"{what} {wait:.2f} s" for what, wait in waits))
     console.print()
     rows = []
     for worker in report.workers:
         has = "?" if worker.cpus is None else format_cpus(worker.cpus)
-        peak = f"{format_cpus(worker.peak)} of {has} CPUs" + ("" if worker.fits else "  EXCEEDED")
-        rows.append((worker.name, peak, str(worker.jobs)))
-    meters = [(worker.peak, worker.cpus or 0) for worker in report.workers]
-    render.table_with_bars(console, ("worker", "peak allocation", "jobs"), rows, meters, column=1, right=(2,))
+        average = f"{worker.average / 1000:.1f} of {has} CPUs"
+        peak = format_cpus(worker.peak) + ("" if worker.fits else "  EXCEEDED")
+        rows.append((worker.name, average, peak, str(worker.jobs)))
+    meters = [(worker.average, worker.cpus or 0) for worker in report.workers]
+    header = ("worker", "allocated on average", "peak", "jobs")
+    render.table_with_bars(console, header, rows, {1: meters}, right=(3,))
     console.print()
     for row, state, text in report.errors:
-        console.print(f"job {row} {state}: {text}", soft_wrap=True)
+        console.print(f"job {row} {state}: {text}")
     if report.doubled:
-        console.print(f"ran twice: {', '.join(map(str, report.doubled))}", soft_wrap=True)
+        console.print(f"ran twice: {', '.join(map(str, report.doubled))}")
     render.invariants(console, report.invariants)
-    console.print(render.verdict_line(report.invariants), soft_wrap=True)
+    console.print(render.verdict_line(report.invariants))

@@ -8,8 +8,6 @@ from celery_capacity.platform.console.command import Command, json_option, setti
 from celery_capacity.platform.console.terminal import facts, print_json
 from celery_capacity.platform.embedded import servers
 
-__all__ = ["command"]
-
 
 @click.command(
     "down",
@@ -31,6 +29,6 @@ def command(as_json: bool) -> None:
     if as_json:
         print_json({"ended": ended, "home": str(settings.home)})
     elif ended:
-        facts().print(f"Ended {' and '.join(ended)}. Their data stay in {settings.home}.", soft_wrap=True)
+        facts().print(f"Ended {' and '.join(ended)}. Their data stay in {settings.home}.")
     else:
-        facts().print(f"No embedded servers of {settings.home} run.", soft_wrap=True)
+        facts().print(f"No embedded servers of {settings.home} run.")

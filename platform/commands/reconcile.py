@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import click
 
-from celery_capacity.platform.console import render
 from celery_capacity.platform.console.command import Command, json_option, stores_of
 from celery_capacity.platform.console.terminal import facts, print_json
-from celery_capacity.routing.database import deadlines
-from celery_capacity.routing.recovery import rebuild, reconcile
 from celery_capacity.workers.process.exit_codes import Exit
-
-__all__ = ["command"]
 
 
 @click.command(
@@ -33,6 +28,10 @@ def command(context: click.Context, as_json: bool) -> None:
 
     Beat does this every 300 s; by hand it is harmless at any time. A ledger that is cold is opened first.
     """
+    from celery_capacity.platform.console import render
+    from celery_capacity.routing.database import deadlines
+    from celery_capacity.routing.recovery import rebuild, reconcile
+
     stores = stores_of(context)
     with deadlines.patiently(stores.settings.store_timeout * deadlines.LONG):
         rebuilt = rebuild.open_if_cold(stores.engine, stores.ledger)

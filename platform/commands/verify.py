@@ -5,21 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import click
+from rich.text import Text
 
-from celery_capacity.platform import health_checks
-from celery_capacity.platform.console import render
 from celery_capacity.platform.console.command import Command, json_option, stores_of
-from celery_capacity.platform.console.terminal import facts, print_json
-from celery_capacity.routing.database import deadlines
+from celery_capacity.platform.console.terminal import facts, harmless, print_json
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.inspect import verify
-from celery_capacity.routing.ledger.connection import quick_client
 from celery_capacity.workers.process.exit_codes import Exit
 
 if TYPE_CHECKING:
+    from celery_capacity.platform.health_checks import Check
+    from celery_capacity.routing.inspect.verify import Report
+    from celery_capacity.routing.store.quarantine import Quarantined
     from celery_capacity.workers.process.stores import Stores
-
-__all__ = ["command"]
 
 
 @click.command(
@@ -41,13 +38,21 @@ __all__ = ["command"]
 def command(context: click.Context, worker: str | None, as_json: bool) -> None:
     """Check workers, totals, heartbeats and reads, then the invariants.
 
+    Messages that were set aside are listed by reason. They fail no check.
+
     Work may go on meanwhile: what holds only at rest is then named as such.
 
     With --worker: whether that worker is registered and its heartbeat fresh. This reads one key of Redis.
     """
+    from celery_capacity.platform import health_checks
+    from celery_capacity.platform.console import render
+    from celery_capacity.routing.inspect import overview
+    from celery_capacity.routing.ledger.connection import quick_client
+
     stores = stores_of(context)
     client = quick_client(stores.redis)
-    report: verify.Report | None = None
+    report: Report | None = None
+    quarantined: Quarantined | None = None
     why_not: str | None = f"only {worker} was asked about"
     if worker is not None:
         results = health_checks.run_for(client, stores.settings, worker)
@@ -57,6 +62,7 @@ def command(context: click.Context, worker: str | None, as_json: bool) -> None:
         _show(results)
     if worker is None:
         report, why_not = _judge(stores)
+        quarantined = overview.quarantined(stores.engine)
     passed = sum(result.passed for result in results)
     good = passed == len(results) and (worker is not None or (report is not None and report.holds))
     if as_json:
@@ -67,6 +73,7 @@ def command(context: click.Context, worker: str | None, as_json: bool) -> None:
                 "checks": [result.to_json() for result in results],
                 "invariants": None if report is None else report.to_json(),
                 "not_judged": why_not,
+                "quarantine": None if quarantined is None else quarantined.to_json(),
             }
         )
     else:
@@ -75,15 +82,21 @@ def command(context: click.Context, worker: str | None, as_json: bool) -> None:
         if report is not None:
             render.invariants(console, report)
             console.print()
-        console.print(f"{passed}/{len(results)}", soft_wrap=True)
+        if quarantined is not None and quarantined.messages:
+            render.quarantine(console, quarantined)
+            console.print()
+        console.print(f"{passed}/{len(results)}")
         if worker is None:
             verdict = f"invariants: NOT JUDGED, {why_not}" if report is None else render.verdict_line(report)
-            console.print(verdict, soft_wrap=True)
+            console.print(verdict, style="green" if good else "bold red")
     context.exit(Exit.OK if good else Exit.FAILED)
 
 
-def _judge(stores: Stores) -> tuple[verify.Report | None, str | None]:
+def _judge(stores: Stores) -> tuple[Report | None, str | None]:
     """Return the invariants, or why they cannot be judged: both stores are needed."""
+    from celery_capacity.routing.database import deadlines
+    from celery_capacity.routing.inspect import verify
+
     try:
         with deadlines.patiently(stores.settings.store_timeout * deadlines.LONG):
             return verify.check(stores.engine, stores.redis, write_within=stores.settings.write_within), None
@@ -91,8 +104,9 @@ def _judge(stores: Stores) -> tuple[verify.Report | None, str | None]:
         return None, error.message
 
 
-def _show(results: list[health_checks.Check]) -> None:
+def _show(results: list[Check]) -> None:
     console = facts()
     for number, result in enumerate(results, 1):
-        console.print(f"{number} {'ok    ' if result.passed else 'FAILED'} {result.name}", soft_wrap=True)
-        console.print(f"         {result.found}", soft_wrap=True)
+        word = Text("ok    ", "green") if result.passed else Text("FAILED:" if result.failure else "FAILED", "bold red")
+        console.print(Text.assemble(f"{number} ", word, f" {harmless(result.statement)}"))
+        console.print(f"         {result.finding}")

@@ -12,20 +12,18 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import click
-from redis.exceptions import RedisError
-from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.platform.console.terminal import OutputLost, fail, print_json, talk
-from celery_capacity.routing.config.settings import Settings
-from celery_capacity.routing.database.postgres_errors import translate
+from celery_capacity.platform.console.terminal import OutputLost, fail, forsake, print_json, talk
 from celery_capacity.routing.errors import PlatformError, StoreUnavailable
-from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.workers.plugin import SCRIPT
 from celery_capacity.workers.process.exit_codes import Exit, code_of
 
 if TYPE_CHECKING:
+    from celery_capacity.routing.config.settings import Settings
     from celery_capacity.workers.process.stores import Stores
 
 #: Option of every command that prints facts.
@@ -33,6 +31,9 @@ json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print
 
 #: Lines of help: the purpose of an example, and its command.
 Examples = Sequence[tuple[str, str]]
+
+#: The words before a command, in the examples of its help.
+PROGRAM: Final = "celery -A platform"
 
 #: Exit codes that every command can give.
 ALWAYS: Final = (
@@ -52,6 +53,27 @@ class WrongUsage(PlatformError):
     reference = "usage"
     title = "the command line is wrong"
     status = 400
+
+
+class Invocation:
+    """Global options of `capacity`. It stands where Celery's commands have their `CLIContext`."""
+
+    def __init__(self, no_color: bool) -> None:
+        self.no_color = no_color
+
+    @cached_property
+    def app(self) -> Any:
+        """Return the app of `celery -A platform`. It imports Celery, so a command asks for it only if it needs it."""
+        from celery.app.utils import find_app
+
+        return find_app("platform")
+
+    @cached_property
+    def stores(self) -> Stores:
+        """Return stores like those of the app, without the app."""
+        from celery_capacity.workers.process.stores import Stores
+
+        return Stores()
 
 
 class Command(click.Command):
@@ -75,7 +97,7 @@ class Command(click.Command):
         self.codes = dict(sorted(meanings.items()))
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        write_examples(formatter, self.examples)
+        write_examples(context, formatter, self.examples)
         with formatter.section("Exit codes"):
             formatter.write_dl([(f"{code:<3} {code.name}", text) for code, text in self.codes.items()])
 
@@ -89,8 +111,10 @@ class Command(click.Command):
         except click.UsageError as error:
             if not as_json:
                 raise
-            name = error.ctx.command_path.rpartition("celery ")[2] if error.ctx is not None else info_name
-            advice = f"`celery -A platform {name} --help` says what is right."
+            command = str(info_name) if error.ctx is None else error.ctx.command_path
+            root = "" if error.ctx is None else error.ctx.find_root().info_name or ""
+            command = command if " -A " in root or root == SCRIPT else f"{PROGRAM} {command}"
+            advice = f"`{command} --help` says what is right."
             print_json(WrongUsage(error.format_message(), advice=advice).to_problem())
             raise SystemExit(Exit.USAGE) from error
 
@@ -109,14 +133,20 @@ class Group(click.Group):
         self.examples = examples
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        write_examples(formatter, self.examples)
+        write_examples(context, formatter, self.examples)
 
 
-def write_examples(formatter: click.HelpFormatter, examples: Examples) -> None:
-    """Write the section of examples. Each command has a line that can be copied whole."""
+def write_examples(context: click.Context, formatter: click.HelpFormatter, examples: Examples) -> None:
+    """Write the section of examples. Each command has a line that can be copied whole, with the words of the caller."""
     with formatter.section("Examples"):
         for what, line in examples:
-            formatter.write(f"  {what}:\n    {line}\n")
+            formatter.write(f"  {what}:\n    {line.replace(PROGRAM, program(context))}\n")
+
+
+def program(context: click.Context) -> str:
+    """Return the words before the command, as they were typed: "celery -A platform", "capacity"."""
+    root = context.find_root()
+    return (root.info_name if root is not context else None) or PROGRAM
 
 
 @contextmanager
@@ -124,15 +154,34 @@ def answering(as_json: bool) -> Iterator[None]:
     """Turn errors of the platform and of its stores into a message and an exit code."""
     try:
         yield
-    except PlatformError as error:
-        _end(error, as_json)
-    except LedgerClosed as error:
-        advice = "It is being opened again; repeat the command in some seconds."
-        _end(StoreUnavailable(str(error), advice=advice), as_json)
-    except RedisError as error:
-        _end(StoreUnavailable(f"Redis does not answer: {error}"), as_json, error)
-    except DBAPIError as error:
-        _end(translate(error), as_json, error)
+    except click.exceptions.Exit:
+        raise
+    except Exception as error:
+        problem = problem_of_store(error)
+        if problem is None:
+            raise
+        if problem is not error:
+            problem.__cause__ = error
+        fail(problem, as_json)
+        raise SystemExit(exit_code(problem)) from problem
+
+
+def problem_of_store(error: Exception) -> PlatformError | None:
+    """Return an error of the platform, or of a store's driver, as one of the platform; None for any other error."""
+    if isinstance(error, PlatformError):
+        return error
+    # Imported here: the help of a command needs no driver.
+    from redis.exceptions import RedisError
+    from sqlalchemy.exc import DBAPIError
+
+    from celery_capacity.routing.database.postgres_errors import translate
+    from celery_capacity.routing.ledger.replies import LedgerClosed
+
+    if isinstance(error, LedgerClosed):
+        return StoreUnavailable(str(error), advice="It is being opened again; repeat the command in some seconds.")
+    if isinstance(error, RedisError):
+        return StoreUnavailable(f"Redis does not answer: {error}")
+    return translate(error) if isinstance(error, DBAPIError) else None
 
 
 @contextmanager
@@ -143,22 +192,14 @@ def _written() -> Iterator[None]:
     except KeyboardInterrupt:
         raise SystemExit(Exit.INTERRUPTED) from None
     except BrokenPipeError:
-        _forsake(sys.stdout)
-        _forsake(sys.stderr)
+        forsake(sys.stdout)
+        forsake(sys.stderr)
         raise SystemExit(Exit.BROKEN_PIPE) from None
     except OutputLost as error:
-        _forsake(sys.stdout)
+        forsake(sys.stdout)
         with suppress(OutputLost):  # standard error may lie on the same disk
-            talk().print(f"Error: {error}", soft_wrap=True)
+            talk().print(f"Error: {error}")
         raise SystemExit(Exit.OUTPUT) from None
-
-
-def _forsake(stream: Any) -> None:
-    """Redirect a stream to /dev/null, so that its buffered rest does not fail again when the interpreter ends."""
-    if stream is not None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
 
 
 @contextmanager
@@ -179,8 +220,23 @@ def _interruptible() -> Iterator[None]:
 
 
 def stores_of(context: click.Context) -> Stores:
-    """Return the stores of the app that `-A` names. Raise WrongUsage if the app is not on the platform."""
-    from celery_capacity.workers.app.install import platform_of
+    """Return the stores of the app that `-A` names. Raise WrongUsage if the app is not on the platform.
+
+    Without `-A`, the script `capacity` needs no app for that, and so imports no Celery.
+    """
+    if isinstance(context.obj, Invocation):
+        stores = context.obj.stores
+        _warn(stores.settings)
+        return stores
+    return stores_of_app(context)
+
+
+def stores_of_app(context: click.Context) -> Stores:
+    """Return the stores of the app, for a command that sends with the app. Raise WrongUsage as `stores_of` does.
+
+    The app's submissions wait in the app's own stores, so no other stores can flush them.
+    """
+    from celery_capacity.workers.process.stores import platform_of
 
     app: Any = context.obj.app
     try:
@@ -196,6 +252,8 @@ def settings_of_environment() -> Settings:
 
     A name that looks mistyped gives a warning.
     """
+    from celery_capacity.routing.config.settings import Settings
+
     settings = Settings.from_environ(os.environ)
     _warn(settings)
     return settings
@@ -203,14 +261,7 @@ def settings_of_environment() -> Settings:
 
 def _warn(settings: Settings) -> None:
     for warning in settings.warnings:
-        talk().print(f"Warning: {warning}", soft_wrap=True)
-
-
-def _end(error: PlatformError, as_json: bool, cause: Exception | None = None) -> None:
-    if cause is not None:
-        error.__cause__ = cause
-    fail(error, as_json)
-    raise SystemExit(exit_code(error)) from error
+        talk().print(f"Warning: {warning}")
 
 
 def exit_code(error: PlatformError) -> Exit:

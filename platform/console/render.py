@@ -5,11 +5,14 @@ Only this module words the reasons. Each function takes a console and a value. P
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from celery_capacity.platform.console.terminal import bar, harmless, table
+from rich.text import Text
+
+from celery_capacity.platform.console.fitting import fit
+from celery_capacity.platform.console.terminal import STATE_STYLES, bar, harmless, table
 from celery_capacity.routing.inspect.explain import Explanation
 from celery_capacity.routing.model.amounts import (
     ALONE,
@@ -24,7 +27,6 @@ from celery_capacity.routing.model.amounts import (
     queues_of,
 )
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Store
 
 if TYPE_CHECKING:
@@ -32,121 +34,208 @@ if TYPE_CHECKING:
 
     from celery_capacity.routing.inspect.overview import Overview, WorkerLine
     from celery_capacity.routing.inspect.verify import Report
+    from celery_capacity.routing.inspect.waiting import BacklogLine
     from celery_capacity.routing.recovery.drift import Reconciled
     from celery_capacity.routing.recovery.rebuild import Rebuilt
-    from celery_capacity.routing.store.queries import JobFile, JobLine
+    from celery_capacity.routing.store.quarantine import Quarantined
 
 #: Characters of an error or a name in a list.
 CUT: Final = 60
 #: Unknown tasks that `cluster` names.
 SHOWN_TASKS: Final = 5
-#: Characters of a bar, at least and at most: as many as the screen has beside the other columns.
+#: Advice where no worker knows a task, with both ways to name its code.
+WITH_ITS_CODE: Final = (
+    "Start a worker with its code: name the module in PLATFORM_IMPORTS, or your app by celery -A APP worker."
+)
+#: Age of a heartbeat in seconds from which a worker is silent, where the caller does not say.
+SILENT_AFTER: Final = 15.0
+#: Characters of a bar, at least and at most: as many as the screen has beside the other columns. Bars of several
+#: resources are narrower.
+NARROWEST_BAR: Final = 4
 SHORTEST_BAR: Final = 8
 LONGEST_BAR: Final = 24
 #: Text in place of a missing value.
 NOTHING: Final = "-"
 
 
-def cluster(console: Console, overview: Overview) -> None:
-    """Print the totals, a line for each worker, and the backlog by request."""
+#: Words for the reasons that time does not change.
+BLOCKED: Final = {
+    Reason.NO_TASK: "no worker knows their task",
+    Reason.NO_QUEUE: "no worker serves their queue",
+    Reason.UNKNOWN_RESOURCE: "no worker has such a resource",
+    Reason.TOO_LARGE: "larger than every worker",
+}
+#: Columns of the backlog that may be narrower than their content on a terminal, with the fewest characters of each.
+ELASTIC_BACKLOG: Final = {"request": 20, "queue": 6}
+
+
+def cluster(console: Console, overview: Overview, silent_after: float = SILENT_AFTER) -> None:
+    """Print the totals, a line for each worker, and the backlog by request.
+
+    `silent_after`: age of a heartbeat in seconds from which a worker is shown as silent.
+    """
     decides = overview.why.startswith("Postgres decides")
     cold = "from Postgres, which decides" if decides else "from Postgres: the ledger does not answer or is cold"
     source = {Store.LEDGER: "from the ledger", Store.POSTGRES: cold}
     workers = len(overview.workers)
-    console.print(f"{workers} worker{'s' if workers != 1 else ''}, {source[overview.source]}", soft_wrap=True)
-    total, used, free = overview.total(CPUS), overview.allocated(CPUS), overview.available(CPUS)
-    console.print(
-        f"CPUs    {format_cpus(used)} of {format_cpus(total)} allocated ({overview.utilization_percent:g}%),"
-        f" {format_cpus(free)} available",
-        soft_wrap=True,
-    )
-    console.print(f"memory  {_of(overview.allocated(MEMORY), overview.total(MEMORY))} allocated", soft_wrap=True)
-    console.print(f"slots   {overview.allocated(SLOTS)} of {overview.total(SLOTS)} allocated", soft_wrap=True)
+    if not workers and overview.is_new:
+        console.print("no workers yet")
+    else:
+        console.print(f"{workers} worker{'s' if workers != 1 else ''}, {source[overview.source]}")
     resources = overview.resources
-    for name in resources:
-        console.print(f"{name:<7} {overview.allocated(name)} of {overview.total(name)} allocated", soft_wrap=True)
-    console.print(f"backlog {overview.waiting} waiting", soft_wrap=True)
-    if overview.workers:
+    _totals(console, overview, resources)
+    shown, last = overview.shown
+    if shown:
         console.print()
-        _workers(console, overview.workers, resources)
+        _workers(console, shown, resources, silent_after)
+    if last is not None:
+        console.print(f"more: --after {harmless(last)}")
     if overview.backlog:
         console.print()
-        _unknown_tasks(console, [line.unknown_task for line in overview.backlog if line.unknown_task])
-        rows = [
-            (str(line.request), str(line.waiting), age(line.oldest), line.request.queue) for line in overview.backlog
-        ]
-        header = ("request", "waiting", "oldest", "queue")
-        shown = len(header) - all(row[-1] == DEFAULT_QUEUE for row in rows)
-        table(console, header[:shown], [row[:shown] for row in rows], right=(1, 2))
+        _backlog(console, overview.backlog)
+    if overview.memory_short:
+        console.print("\nRedis is nearly full: jobs that find no room wait in Postgres", soft_wrap=True)
     if overview.quarantine is not None and overview.quarantine.messages:
         console.print()
-        console.print(
-            f"{overview.quarantine.messages} messages were set aside: nobody could read them. The newest reasons:",
-            soft_wrap=True,
-        )
-        aside = [
-            (_cut(entry.reason), entry.queue, str(entry.messages), moment(entry.seen_at))
-            for entry in overview.quarantine.reasons
-        ]
-        table(console, ("reason", "queue", "messages", "last"), aside, right=(2,))
+        quarantine(console, overview.quarantine)
+
+
+def quarantine(console: Console, quarantined: Quarantined) -> None:
+    """Print how many messages were set aside, and a line for each of the newest reasons."""
+    if not quarantined.messages:
+        console.print("no message was set aside")
+        return
+    console.print(f"{quarantined.messages} messages were set aside: nobody could read them. The newest reasons:")
+    rows = [
+        (entry.reason, cut(entry.detail), entry.queue, str(entry.messages), moment(entry.seen_at))
+        for entry in quarantined.reasons
+    ]
+    table(console, ("reason", "detail", "queue", "messages", "last"), rows, right=(3,))
+
+
+def _totals(console: Console, overview: Overview, resources: Sequence[str]) -> None:
+    """Print a line for each resource, on a terminal with a bar, and the size of the backlog."""
+    used, total = overview.allocated(CPUS), overview.total(CPUS)
+    share, free = f"{overview.utilization_percent:g}%", format_cpus(overview.available(CPUS))
+    lines = {
+        CPUS: f"{format_cpus(used)} of {format_cpus(total)} allocated ({share}), {free} available",
+        MEMORY: f"{_of(overview.allocated(MEMORY), overview.total(MEMORY))} allocated",
+        **{name: f"{overview.allocated(name)} of {overview.total(name)} allocated" for name in (SLOTS, *resources)},
+    }
+    for name, text in lines.items():
+        label = f"{'CPUs' if name == CPUS else name:<7} "
+        if console.is_terminal:
+            meter = _bar(console, overview.allocated(name), overview.total(name), SHORTEST_BAR)
+            console.print(Text.assemble(harmless(label), meter, f" {text}"))
+        else:
+            console.print(label + text)
+    console.print(f"backlog {overview.waiting} waiting")
+
+
+def _backlog(console: Console, backlog: Sequence[BacklogLine]) -> None:
+    """Print a line for each request that waits. Jobs that no worker can take come first, with the reason."""
+    _unknown_tasks(console, [line.unknown_task for line in backlog if line.unknown_task])
+    columns: dict[str, list[str]] = {
+        "request": [str(line.request) for line in backlog],
+        "waiting": [str(line.waiting) for line in backlog],
+        "oldest": [age(line.oldest) for line in backlog],
+        "queue": [harmless(line.request.queue) for line in backlog],
+        "blocked": ["" if line.blocked is None else BLOCKED[line.blocked] for line in backlog],
+    }
+    if all(line.request.queue == DEFAULT_QUEUE for line in backlog):
+        del columns["queue"]
+    if all(line.blocked is None for line in backlog):
+        del columns["blocked"]
+    if console.is_terminal:
+        columns = fit(columns, console.width, ELASTIC_BACKLOG, dispensable=())
+    rows = [
+        [Text(cell, "bold red") if name == "blocked" else cell for name, cell in zip(columns, row, strict=True)]
+        for row in zip(*columns.values(), strict=True)
+    ]
+    table(console, list(columns), rows, right=(1, 2))
 
 
 def _unknown_tasks(console: Console, names: Sequence[str]) -> None:
     """Say which tasks wait and no live worker knows: each once, and the first few."""
     tasks = list(dict.fromkeys(names))
     for name in tasks[:SHOWN_TASKS]:
-        text = f"No live worker knows the task {_cut(harmless(name))}: start one with its code."
-        console.print(text, style="red", soft_wrap=True)
+        console.print(f"No live worker knows the task {cut(harmless(name))}.", style="red")
     if len(tasks) > SHOWN_TASKS:
-        console.print(f"The same holds for {len(tasks) - SHOWN_TASKS} more tasks.", style="red", soft_wrap=True)
+        console.print(f"The same holds for {len(tasks) - SHOWN_TASKS} more tasks.", style="red")
+    if tasks:
+        console.print(WITH_ITS_CODE)
 
 
-def _workers(console: Console, workers: Sequence[WorkerLine], resources: Sequence[str]) -> None:
+def _workers(console: Console, workers: Sequence[WorkerLine], resources: Sequence[str], silent_after: float) -> None:
     """Print a line for each worker, with a column for each resource that not every worker has."""
-    header = ("worker", "status", "CPUs", "memory", "slots", *resources, "heartbeat", "queues")
-    rows = [_worker(worker, resources) for worker in workers]
+    names = (CPUS, MEMORY, SLOTS, *resources)
+    header = ("worker", "status", "CPUs", *names[1:], "heartbeat", "queues")
+    rows = [_worker(worker, resources, silent_after) for worker in workers]
     shown = len(header) - all(row[-1] == DEFAULT_QUEUE for row in rows)
     header, rows = header[:shown], [row[:shown] for row in rows]
-    meters = [(worker.allocated.get(CPUS, 0), worker.capacity.get(CPUS, 0)) for worker in workers]
-    table_with_bars(console, header, rows, meters, column=2, right=range(2, 6 + len(resources)))
+    meters = {
+        column: [(worker.allocated.get(name, 0), worker.capacity.get(name, 0)) for worker in workers]
+        for column, name in enumerate(names, 2)
+    }
+    shares = {column: pairs for column, pairs in meters.items() if any(total for _, total in pairs)}
+    table_with_bars(console, header, rows, shares, right=range(2, 6 + len(resources)))
 
 
 def table_with_bars(
     console: Console,
     header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    meters: Sequence[tuple[float, float]],
-    column: int,
+    rows: Sequence[Sequence[str | Text]],
+    meters: Mapping[int, Sequence[tuple[float, float]]],
     right: Sequence[int],
 ) -> None:
-    """Print a table; on a terminal, draw a bar in each row before the column with this number.
+    """Print a table; on a terminal, draw a bar in each row before some columns.
 
-    `meters` has (used, total) for each row.
+    `meters`: by the number of a column, (used, total) for each row. On a narrow screen only the first has bars.
     """
-    if not console.is_terminal:
+    if not console.is_terminal or not meters:
         table(console, header, rows, right)
         return
     others = sum(max(map(len, cells)) + 2 for cells in zip(header, *rows, strict=True))
-    width = min(max(console.width - others, SHORTEST_BAR), LONGEST_BAR)
-    drawn = [
-        (*row[:column], bar(used, total, width, unicode=_draws(console)), *row[column:])
-        for row, (used, total) in zip(rows, meters, strict=True)
-    ]
-    moved = [number + (number >= column) for number in right]
-    table(console, (*header[:column], "", *header[column:]), drawn, moved)
+    first = min(meters)
+    width = (console.width - others - 2 * (len(meters) - 1)) // len(meters)
+    if width < NARROWEST_BAR:
+        meters, width = {first: meters[first]}, max(console.width - others, SHORTEST_BAR)
+    width = min(width, LONGEST_BAR if len(meters) == 1 else SHORTEST_BAR)
+    columns = [[name, *(row[number] for row in rows)] for number, name in enumerate(header)]
+    drawn: list[Sequence[str | Text]] = []
+    moved: list[int] = []
+    for number, cells in enumerate(columns):
+        if number in meters:
+            drawn.append(["", *(_bar(console, used, total, width) for used, total in meters[number])])
+        if number in right:
+            moved.append(len(drawn))
+        drawn.append(cells)
+    names, *lines = zip(*drawn, strict=True)
+    table(console, [str(name) for name in names], lines, moved)
 
 
-def _worker(worker: WorkerLine, resources: Sequence[str]) -> tuple[str, ...]:
+def _bar(console: Console, used: float, total: float, width: int) -> Text:
+    """Draw an allocation; a full one in another colour."""
+    return Text(bar(used, total, width, unicode=_draws(console)), "yellow" if 0 < total <= used else "green")
+
+
+def _worker(worker: WorkerLine, resources: Sequence[str], silent_after: float) -> tuple[str | Text, ...]:
     total, used = worker.capacity.get(CPUS, 0), worker.allocated.get(CPUS, 0)
     return (
         worker.name,
-        worker.status,
+        Text(worker.status, STATE_STYLES.get(worker.status, "")),
         f"{format_cpus(used)}/{format_cpus(total)}",
         _of(worker.allocated.get(MEMORY, 0), worker.capacity.get(MEMORY, 0)),
         *(_share(worker, name) for name in (SLOTS, *resources)),
-        "unknown" if worker.heartbeat_age is None else f"{age(worker.heartbeat_age)} ago",
+        _heartbeat(worker.heartbeat_age, silent_after),
         ", ".join(queues_of(worker.capacity)),
     )
+
+
+def _heartbeat(seconds: float | None, silent_after: float) -> str | Text:
+    if seconds is None:
+        return "unknown"
+    return Text(f"silent {age(seconds)}", "bold red") if seconds > silent_after else f"{age(seconds)} ago"
 
 
 def _share(worker: WorkerLine, name: str) -> str:
@@ -174,80 +263,13 @@ def age(seconds: float | None) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
-def jobs(console: Console, lines: Sequence[JobLine], total: int) -> None:
-    """Print the list of jobs, newest first."""
-    if not lines:
-        console.print("no jobs", soft_wrap=True)
-        return
-    rows = [
-        (
-            line["id"],
-            line["name"],
-            line["state"],
-            line["worker"] or NOTHING,
-            str(line["attempt"]),
-            str(line["priority"]),
-            str(Request.from_people(line["request"])),
-            moment(line["submitted_at"]),
-            _cut(line["error"] or ""),
-        )
-        for line in lines
-    ]
-    header = ("id", "task", "state", "worker", "attempt", "priority", "request", "submitted", "error")
-    table(console, header, rows, right=(4, 5))
-    if total > len(lines):
-        console.print(f"the newest {len(lines)} of {total}; more with --limit", soft_wrap=True)
-
-
-def job(console: Console, file: JobFile, why: Explanation | None) -> None:
-    """Print one job: its description, its times, its attempts, and why it waits."""
-    line = file.job
-    declared = "" if line["declared"] else " (the default: no worker declared this task)"
-    rows = [
-        ("id", line["id"]),
-        ("task", line["name"]),
-        ("state", line["state"]),
-        ("request", f"{Request.from_people(line['request'])}{declared}"),
-        ("queue", "" if line["queue"] == DEFAULT_QUEUE else line["queue"]),
-        ("priority", str(line["priority"])),
-        ("worker", line["worker"] or NOTHING),
-        ("submitted", moment(line["submitted_at"])),
-        ("due", moment(line["due_at"])),
-        ("expires", moment(line["expires_at"])),
-        ("admitted", _after(line["admitted_at"], line["submitted_at"])),
-        ("started", _after(line["started_at"], line["admitted_at"])),
-        ("finished", _after(line["finished_at"], line["started_at"])),
-        ("error", line["error"] or ""),
-    ]
-    for name, value in rows:
-        if value not in ("", NOTHING) or name == "worker":
-            console.print(f"{name:<10}{value}", soft_wrap=True)
-    if why is not None and why.waits:
-        console.print()
-        for number, sentence in enumerate(reasons(why)):
-            console.print(f"{'waits:' if number == 0 else '':<10}{sentence}", soft_wrap=True)
-    if file.attempts:
-        console.print()
-        table(
-            console,
-            ("attempt", "worker", "admitted", "started", "ended", "outcome", "error"),
-            _attempts(file),
-        )
-
-
-def _attempts(file: JobFile) -> list[tuple[str, ...]]:
-    return [
-        (
-            f"{attempt['epoch']}.{attempt['attempt']}",
-            attempt["worker"],
-            moment(attempt["admitted_at"]),
-            moment(attempt["started_at"]),
-            moment(attempt["ended_at"]),
-            attempt["outcome"] or "open",
-            _cut(attempt["error"] or ""),
-        )
-        for attempt in file.attempts
-    ]
+def progress(reported: Mapping[str, Any] | None) -> str:
+    """Format how far a job has come: "3 of 10 (30%), frames"."""
+    if reported is None:
+        return ""
+    current, total, message = reported["current"], reported["total"], reported["message"]
+    of = "" if total is None else f" of {total:,.10g}{f' ({current / total:.0%})' if total else ''}"
+    return f"{current:,.10g}{of}{f', {message}' if message else ''}"
 
 
 def reasons(why: Explanation) -> list[str]:
@@ -255,7 +277,8 @@ def reasons(why: Explanation) -> list[str]:
     sentences = [_reason(why)]
     if why.place is not None:
         sentences.append(
-            f"It is number {why.place} of the jobs with this request; {why.before or 0} waiting jobs come before it."
+            f"It is number {why.place} of the jobs with this request;"
+            f" {why.before or 0} waiting {'job comes' if why.before == 1 else 'jobs come'} before it."
         )
     if why.large_enough is not None and why.why in (Reason.NO_ROOM, Reason.BEHIND_SHAPE):
         sentences.append(f"{why.large_enough} of {why.live_workers} live workers are large enough for it.")
@@ -274,8 +297,7 @@ def _reason(why: Explanation) -> str:
         Reason.NO_WORKER: "No live worker admits jobs. Start one: celery -A platform worker"
         if why.request.queue == DEFAULT_QUEUE
         else f"No live worker that serves queue {why.request.queue} admits jobs.",
-        Reason.NO_TASK: "No live worker knows its task. Start one with the code that has it: PLATFORM_IMPORTS, or -A"
-        " with your app.",
+        Reason.NO_TASK: f"No live worker knows its task. {WITH_ITS_CODE}",
         Reason.NO_QUEUE: f"No worker serves queue {why.request.queue}."
         f" Start one: celery -A platform worker -Q {why.request.queue}",
         Reason.UNKNOWN_RESOURCE: f"No worker publishes {why.resource}, and it needs {asked}."
@@ -314,11 +336,13 @@ def invariants(console: Console, report: Report) -> None:
     """Print a line for each invariant, and its violations."""
     for verdict in report.verdicts:
         word = {True: "holds", False: "VIOLATED", None: "not judged: it holds only at rest, and work runs"}
-        console.print(f"{verdict.name} {word[verdict.holds]}: {verdict.says}", soft_wrap=True)
-        for line in verdict.detail:
-            console.print(f"   {line}", soft_wrap=True)
+        word_style = {True: "green", False: "bold red", None: ""}[verdict.holds]
+        line = Text.assemble(f"{verdict.name} ", (word[verdict.holds], word_style), f": {verdict.says}")
+        console.print(line)
+        for evidence in verdict.detail:
+            console.print(f"   {evidence}")
         if verdict.violations > len(verdict.detail):
-            console.print(f"   and {verdict.violations - len(verdict.detail)} more", soft_wrap=True)
+            console.print(f"   and {verdict.violations - len(verdict.detail)} more")
 
 
 def verdict_line(report: Report) -> str:
@@ -335,15 +359,14 @@ def reconciled(console: Console, done: Reconciled, rebuilt: Rebuilt | None) -> N
     """Print the result of a pass: applied entries, compared jobs, and differences."""
     if rebuilt is not None:
         console.print(
-            f"the ledger was cold: epoch {rebuilt.epoch} was opened with {rebuilt.workers} workers,"
+            f"scheduler state rebuilt: epoch {rebuilt.epoch} was opened with {rebuilt.workers} workers,"
             f" {rebuilt.held} held and {rebuilt.filed} waiting jobs",
-            soft_wrap=True,
         )
-    console.print(f"applied   {done.applied} transitions that Postgres did not have", soft_wrap=True)
-    console.print(f"compared  {done.checked} jobs", soft_wrap=True)
-    console.print(f"drift     {done.drift}, repaired {done.repaired.total()}", soft_wrap=True)
+    console.print(f"applied   {done.applied} transitions that Postgres did not have")
+    console.print(f"compared  {done.checked} jobs")
+    console.print(f"drift     {done.drift}, repaired {done.repaired.total()}")
     for kind, number in sorted(done.found.items()):
-        console.print(f"          {number} {kind}", soft_wrap=True)
+        console.print(f"          {number} {kind}")
 
 
 def moment(value: Any) -> str:
@@ -353,15 +376,7 @@ def moment(value: Any) -> str:
     return value.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _after(value: Any, before: Any) -> str:
-    """Format a time, and its distance from the step before it."""
-    if not isinstance(value, datetime):
-        return NOTHING
-    if not isinstance(before, datetime):
-        return moment(value)
-    return f"{moment(value)} (+{max(0.0, (value - before).total_seconds()):.3f} s)"
-
-
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """Return the beginning of a text on one line, for a list."""
     line = " ".join(text.split())
     return line if len(line) <= CUT else line[: CUT - 1] + "…"

@@ -6,36 +6,48 @@ output is not a terminal, lines are plain, without colour, never wrapped or cut.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, Final
 
 from rich.console import Console
+from rich.control import Control
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from celery_capacity.routing.errors import PlatformError
 
-__all__ = [
-    "Meter",
-    "Meters",
-    "OutputLost",
-    "bar",
-    "facts",
-    "fail",
-    "harmless",
-    "print_json",
-    "table",
-    "talk",
-]
-
 #: Maximum number of characters of a table's line.
 WIDEST = 10_000
+#: Style of a state or an outcome of a job, of a worker's status and of a verdict.
+STATE_STYLES: Final = {
+    "running": "cyan",
+    "admitted": "cyan",
+    "open": "cyan",
+    "waiting": "yellow",
+    "accepted": "yellow",
+    "scheduled": "blue",
+    "replaced": "blue",
+    "succeeded": "green",
+    "ready": "green",
+    "failed": "bold red",
+    "lost": "bold red",
+    "FAILED": "bold red",
+    "VIOLATED": "bold red",
+    "expired": "magenta",
+    "cancelled": "magenta",
+    "draining": "yellow",
+    "cordoned": "yellow",
+}
 #: Seconds between two plain progress lines.
 PLAIN_INTERVAL = 5.0
 
@@ -64,7 +76,13 @@ def harmless(text: str) -> str:
 
 
 class OutputLost(Exception):
-    """Standard output or error cannot be written although it has a reader: its disk is full."""
+    """Standard output or error cannot be written: its disk is full, or its terminal is closed."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(
+            f"the output cannot be written: {error.strerror}. Make room where it goes, or send it elsewhere."
+        )
+        self.terminal_closed = error.errno == errno.EIO
 
 
 @contextmanager
@@ -74,15 +92,23 @@ def _writing() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OutputLost(
-            f"the output cannot be written: {error.strerror}. Make room where it goes, or send it elsewhere."
-        ) from error
+        raise OutputLost(error) from error
 
 
-class _Console(Console):
-    """A console that prints texts `harmless`."""
+def forsake(stream: IO[str] | None) -> None:
+    """Redirect a stream to /dev/null, so that its buffered rest does not fail again when the interpreter ends."""
+    if stream is not None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+class SafeConsole(Console):
+    """A console that prints texts `harmless`, and leaves a line that is wider than the screen to the terminal."""
 
     def print(self, *objects: Any, **options: Any) -> None:
+        # Rich's own drawings, which begin with a control code, must fit the screen.
+        options.setdefault("soft_wrap", not any(isinstance(item, Control) for item in objects))
         with _writing():
             super().print(*(harmless(item) if isinstance(item, str) else item for item in objects), **options)
 
@@ -92,9 +118,14 @@ class _Console(Console):
 
 
 def _console(stderr: bool) -> Console:
-    console = _Console(stderr=stderr, markup=False, highlight=False, emoji=False)
-    console.soft_wrap = not console.is_terminal
-    return console
+    return SafeConsole(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+
+def sheet(console: Console, output: IO[str]) -> Console:
+    """Return a console that draws into a text as it would on this terminal."""
+    like: dict[str, Any] = {"width": console.width, "height": console.height, "color_system": console.color_system}
+    like |= {"markup": False, "highlight": False, "emoji": False}
+    return SafeConsole(file=output, force_terminal=True, no_color=console.no_color, **like)
 
 
 def print_json(value: Any) -> None:
@@ -110,7 +141,7 @@ def fail(error: PlatformError, as_json: bool = False) -> None:
     if as_json:
         print_json(error.to_problem())
     else:
-        talk().print(Text.assemble(("Error: ", "bold red"), harmless(str(error))), soft_wrap=True)
+        talk().print(Text.assemble(("Error: ", "bold red"), harmless(str(error))))
 
 
 def bar(used: float, total: float, width: int = 24, unicode: bool = True) -> str:
@@ -123,31 +154,43 @@ def bar(used: float, total: float, width: int = 24, unicode: bool = True) -> str
     return full * marks + empty * (width - marks)
 
 
-def table(console: Console, header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> None:
-    """Print rows below a header. Columns numbered in `right` are right-aligned. Plain text off a terminal."""
-    cells = [[harmless(cell) for cell in row] for row in rows]
+def table(
+    console: Console, header: Sequence[str], rows: Iterable[Sequence[str | Text]], right: Iterable[int] = ()
+) -> None:
+    """Print rows below a header. Columns numbered in `right` are right-aligned. Plain text off a terminal.
+
+    A cell that is a `Text` keeps its style on a terminal.
+    """
+    cells = [[_safe(cell) for cell in row] for row in rows]
     rights = set(right)
     if console.is_terminal:
         drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for column, name in enumerate(header):
             drawn.add_column(Text(name), justify="right" if column in rights else "left", overflow="fold")
         for row in cells:
-            drawn.add_row(*(Text(cell) for cell in row))
+            drawn.add_row(*row)
         # A row wider than the screen continues on the next line, as the terminal does it. A cell that was broken into a
         # column of bits could be neither read nor copied.
         screen = console.width
         console.width = max(screen, console.measure(drawn, options=console.options.update(width=WIDEST)).maximum)
-        console.print(drawn, soft_wrap=True)
+        console.print(drawn)
         console.width = screen
         return
-    lines = [list(header), *cells]
+    lines = [list(header), *([cell.plain for cell in row] for row in cells)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:
         padded = [
             cell.rjust(width) if column in rights else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
-        console.print("  ".join(padded).rstrip(), soft_wrap=True)
+        console.print("  ".join(padded).rstrip())
+
+
+def _safe(cell: str | Text) -> Text:
+    """Return a cell whose text is harmless."""
+    if isinstance(cell, Text):
+        return cell if cell.plain.isprintable() else Text(harmless(cell.plain), cell.style)
+    return Text(harmless(cell))
 
 
 @dataclass(frozen=True)
@@ -173,6 +216,7 @@ class Meters(AbstractContextManager["Meters"]):
         self._plain = ""
         self._tasks: dict[str, TaskID] = {}
         self._progress: Progress | None = None
+        self._interrupts = False
         if console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False),
@@ -184,6 +228,11 @@ class Meters(AbstractContextManager["Meters"]):
 
     def __enter__(self) -> Meters:
         if self._progress is not None:
+            # A signal that ends the process at once would leave the terminal without its cursor.
+            in_main = threading.current_thread() is threading.main_thread()
+            self._interrupts = in_main and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+            if self._interrupts:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             self._progress.start()
         return self
 
@@ -192,11 +241,14 @@ class Meters(AbstractContextManager["Meters"]):
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
+            if self._interrupts:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
         elif self._plain and kind is None:
             self._say()
 
     def show(self, meters: Sequence[Meter]) -> None:
-        """Draw the present values. A meter with a new name is added below the others."""
+        """Draw the present values. A meter with a new name is added below the others, and a missing one removed."""
+        meters = [replace(meter, name=_on_one_line(meter.name), text=_on_one_line(meter.text)) for meter in meters]
         if self._progress is None:
             self._plain = " · ".join(f"{meter.name} {meter.text}" for meter in meters)
             if self._clock() >= self._next:
@@ -207,7 +259,28 @@ class Meters(AbstractContextManager["Meters"]):
             if meter.name not in self._tasks:
                 self._tasks[meter.name] = self._progress.add_task(meter.name, text=meter.text, total=meter.total)
             self._progress.update(self._tasks[meter.name], completed=meter.value, total=meter.total, text=meter.text)
+        for name in self._tasks.keys() - {meter.name for meter in meters}:
+            self._progress.remove_task(self._tasks.pop(name))
+
+    def print(self, line: str) -> None:
+        """Print a result to stdout, above the bars if both are on one terminal."""
+        console = facts()
+        if self._progress is not None and _same_file(console, self._console):
+            console = self._console
+        console.print(line)
 
     def _say(self) -> None:
-        self._console.print(self._plain, soft_wrap=True)
+        self._console.print(self._plain)
         self._plain = ""
+
+
+def _on_one_line(text: str) -> str:
+    """Return the text of a meter, which may come from a task: a line that steers no terminal."""
+    return harmless(" ".join(text.split()))
+
+
+def _same_file(left: Console, right: Console) -> bool:
+    try:
+        return os.path.sameopenfile(left.file.fileno(), right.file.fileno())
+    except (OSError, ValueError):  # a stream without a descriptor
+        return False

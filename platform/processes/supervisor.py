@@ -17,18 +17,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TextIO
+from typing import TypeVar
 
-__all__ = ["COLD", "WARM", "Child", "ProcessEvent", "Step", "Supervisor", "celery_command", "died", "prefixed"]
+T = TypeVar("T")
 
 #: End of the line that Celery's worker logs, at INFO, when it can be admitted to.
 READY = " ready."
 
 #: Lines of a child that are kept, to be shown when it dies.
 KEPT_LINES = 40
+
+#: Seconds between two calls of `meanwhile`, while children end.
+LOOK = 0.1
 
 #: Seconds that a killed process may take to disappear: it only has to leave the kernel.
 KILL_PATIENCE = 10.0
@@ -76,16 +80,23 @@ def celery_command(*arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", "celery", "-A", "platform", *arguments]
 
 
+def script_command(*arguments: str) -> list[str]:
+    """Return the command line of `capacity …` under this very interpreter, for a child that needs no Celery."""
+    return [sys.executable, "-P", "-m", "celery_capacity.platform.script", *arguments]
+
+
 @dataclass
 class Child:
     """A started process. `code` is None until its end is seen, and negative for the signal that ended it."""
 
     name: str
     process: subprocess.Popen[bytes]
-    said: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
+    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
     ready: bool = False
     ready_line: str = ""
     code: int | None = None
+    #: Monotonic time of its start.
+    since: float = field(default_factory=time.monotonic)
 
     @property
     def pid(self) -> int:
@@ -94,11 +105,19 @@ class Child:
 
 @dataclass(frozen=True)
 class ProcessEvent:
-    """An event. `what` is "ready" or "ended", both of a child, or "signal", to this process."""
+    """An event: `what` is "ready" or "ended" of a child, "signal" to this process, "done" of work beside it, or "lost".
+
+    Lost is the reader of this process's output, and `signum` the signal that other programs would get for it.
+    """
 
     what: str
     child: Child | None = None
     signum: int = 0
+
+
+def ignored(signum: signal.Signals) -> bool:
+    """Return True if the process that started this one has it ignore the signal."""
+    return signal.getsignal(signum) == signal.SIG_IGN
 
 
 def died(child: Child) -> str:
@@ -112,26 +131,6 @@ def died(child: Child) -> str:
     except ValueError:
         name = f"signal {-child.code}"
     return f"{child.name} was ended by {name}"
-
-
-def prefixed(stream: TextIO) -> Callable[[Child, str], None]:
-    """Return a function that prints the lines of children with their names in front.
-
-    Each line is one write, from any thread.
-    """
-    lock = threading.Lock()
-
-    def write(child: Child, line: str) -> None:
-        with lock:
-            try:
-                stream.write(f"[{child.name}] {line}\n")
-                stream.flush()
-            except (OSError, ValueError):
-                # No reader is left, as with `| head`, or the stream is closed. Keep emptying the child's pipe all the
-                # same: a worker that cannot log stands still.
-                return
-
-    return write
 
 
 class Supervisor:
@@ -202,9 +201,10 @@ class Supervisor:
                 self._guard.stdin.flush()
 
     def close(self) -> None:
-        """Tell the guard that all children have ended, and wait for its end."""
+        """Dismiss the guard if all children have ended. Otherwise, after an error, the guard ends them."""
         if self._guard is not None:
-            self._to_guard("done")
+            if not self.running():
+                self._to_guard("done")
             self._guard.communicate()
             self._guard = None
 
@@ -213,7 +213,7 @@ class Supervisor:
         with child.process.stdout as pipe:
             for raw in pipe:
                 line = raw.decode("utf-8", "replace").rstrip()
-                child.said.append(line)
+                child.last_lines.append(line)
                 if self._on_line is not None:
                     self._on_line(child, line)
                 if not child.ready and line.endswith(ready):
@@ -235,7 +235,9 @@ class Supervisor:
 
         If nobody looks, because a store that does not answer holds the command, the next signal is a KeyboardInterrupt.
         """
-        before = {signum: signal.signal(signum, self._on_signal) for signum in ENDING}
+        # A closed terminal does not concern a command that was started by `nohup`.
+        heard = [signum for signum in ENDING if not (signum == signal.SIGHUP and ignored(signum))]
+        before = {signum: signal.signal(signum, self._on_signal) for signum in heard}
         try:
             yield
         finally:
@@ -253,6 +255,10 @@ class Supervisor:
         self._unheard = self._unheard or now
         self._events.put(ProcessEvent("signal", signum=signum))
 
+    def lost(self, signum: int) -> None:
+        """Note that nobody reads this process's output any more. From any thread."""
+        self._events.put(ProcessEvent("lost", signum=signum))
+
     def next(self, timeout: float | None = None) -> ProcessEvent | None:
         """Return the next event, or None after `timeout` seconds. Without a timeout, wait for ever."""
         try:
@@ -263,30 +269,65 @@ class Supervisor:
             self._unheard = None
         return event
 
+    def beside(self, work: Callable[[], T], name: str) -> Future[T]:
+        """Start work in a thread, and return its future result. Its end is the event "done"."""
+        future = Future[T]()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+            finally:
+                self._events.put(ProcessEvent("done"))
+
+        threading.Thread(target=run, name=name, daemon=True).start()
+        return future
+
     def running(self) -> list[Child]:
         """Return the children whose end was not seen."""
         return [child for child in self.children if child.code is None]
 
-    def end(self, children: Sequence[Child], steps: Sequence[Step]) -> None:
+    def end(
+        self,
+        children: Sequence[Child],
+        steps: Sequence[Step],
+        meanwhile: Callable[[float], None] | None = None,
+    ) -> None:
         """End these children: apply one step after the other, then kill the rest. Return when all have ended.
 
-        Another signal to this process in the meantime (Ctrl-C again) starts the next step at once.
+        Another Ctrl-C or TERM to this process in the meantime starts the next step at once. A terminal that closes
+        meanwhile does not: nobody asked for haste. `meanwhile` is called again and again with the seconds of a step
+        without limit.
         """
         for step in steps:
             for child in children:
                 if child.code is None:
                     child.process.send_signal(step.signum)
-            if self._all_ended(children, step.patience, may_hurry=True):
+            if self._all_ended(children, step.patience, may_hurry=True, meanwhile=meanwhile):
                 return
         for child in children:
             if child.code is None and child.process.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
         self._all_ended(children, KILL_PATIENCE, may_hurry=False)
 
-    def _all_ended(self, children: Sequence[Child], patience: float | None, may_hurry: bool) -> bool:
-        deadline = None if patience is None else time.monotonic() + patience
+    def _all_ended(
+        self,
+        children: Sequence[Child],
+        patience: float | None,
+        may_hurry: bool,
+        meanwhile: Callable[[float], None] | None = None,
+    ) -> bool:
+        since = time.monotonic()
+        deadline = None if patience is None else since + patience
         while any(child.code is None for child in children):
-            event = self.next(None if deadline is None else deadline - time.monotonic())
-            if event is None or (event.what == "signal" and may_hurry):
+            if deadline is None and meanwhile is not None:
+                event = self.next(LOOK)
+                if event is None:
+                    meanwhile(time.monotonic() - since)
+                    continue
+            else:
+                event = self.next(None if deadline is None else deadline - time.monotonic())
+            if event is None or (event.what == "signal" and event.signum != signal.SIGHUP and may_hurry):
                 return all(child.code is not None for child in children)
         return True

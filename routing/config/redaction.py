@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from celery_capacity.routing.errors import mask_url
+
 #: Text that stands for a hidden value.
 HIDDEN: Final = "***"
 #: Members of arguments that are examined: more than the thousand characters of a representation can show.
@@ -54,6 +56,19 @@ def _hidden(value: Any, levels: int, left: list[int]) -> Any:
             return value
         return tuple(shown) if isinstance(value, tuple) else shown
     return value
+
+
+#: Secret-looking name with its value, in the text of arguments, unless the value is hidden already.
+_NAMED_VALUE: Final = re.compile(rf"""(?:{_NAME.pattern})[\w-]*['"]?\s*[:=](?!\s*['"]\*\*\*['"])""", re.IGNORECASE)
+
+
+def hidden_text(text: str) -> str:
+    """Return a text of arguments as it may be shown: whole, without the passwords of URLs, or not at all.
+
+    The end of a value is not certain in a text, so nothing is shown if a value under a secret-looking name is not
+    hidden already.
+    """
+    return HIDDEN if _NAMED_VALUE.search(text) else mask_url(text)
 
 
 #: Headers in which a producer writes the arguments for people.

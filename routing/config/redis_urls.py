@@ -16,7 +16,7 @@ CELERY_RESULT_BACKEND all take a text with that name.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
@@ -134,11 +134,6 @@ def _number(text: str) -> int:
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def numbered(url: str, number: int) -> str:
-    """Return the URL of another database of the same server."""
-    return replace(read(url), number=number).url
 
 
 def check(value: str, env: str) -> str:

@@ -29,6 +29,11 @@ MAX_MESSAGE_LIMIT = 512 * 1024**2
 #: lost attempts after which a job ends at the latest; a column of Postgres counts them
 MAX_LOSSES_LIMIT = 1000
 
+#: times that may be 0, each with the meaning of that
+ZERO = {"keep_finished": "never", "keep_archived": "ever", "shutdown_grace": "no limit"}
+#: times that may be longer than `MAX_SECONDS`: records are kept for decades
+LONG = {"keep_archived": 100 * MAX_SECONDS}
+
 
 class Meaning(NamedTuple):
     """Metadata of a field: variable, default as the docs write it, unit, what it does, and its parser."""
@@ -56,7 +61,7 @@ def _setting(
 
 
 def _duration(env: str, default: float, text: str) -> Any:
-    return _setting(env, text, setting_values.seconds, default, "seconds", f"{default:g}")
+    return _setting(env, text, setting_values.seconds, default, "seconds", f"{default:.10g}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,6 +107,14 @@ class Settings:
         unit="bytes, or text like 16GiB",
         shown="detected",
     )
+    reserved_memory: int | None = _setting(
+        "PLATFORM_RESERVED_MEMORY",
+        "Memory that is left to the worker itself: the detected memory less this is published, unless PLATFORM_MEMORY"
+        " says it. Detected: of a cgroup's limit 128 MiB and 32 MiB for each process, of a machine nothing.",
+        setting_values.memory,
+        unit="bytes, or text like 512MiB",
+        shown="detected",
+    )
     gpus: int = _setting(
         "PLATFORM_GPUS", "GPUs that this worker publishes.", amounts.parse_count_text, default=0, unit="count"
     )
@@ -131,6 +144,13 @@ class Settings:
     max_backlog: int = _setting(
         "PLATFORM_MAX_BACKLOG",
         "Waiting jobs above which submissions are refused; 0: no limit.",
+        amounts.parse_count_text,
+        default=0,
+        unit="jobs",
+    )
+    max_ledger_backlog: int = _setting(
+        "PLATFORM_MAX_LEDGER_BACKLOG",
+        "Waiting jobs that Redis holds, about; the others wait in Postgres, and are fetched in order. 0: no limit.",
         amounts.parse_count_text,
         default=0,
         unit="jobs",
@@ -186,21 +206,26 @@ class Settings:
         "Between two renewals by the worker's own timer. Below PLATFORM_WORKER_TTL.",
     )
     worker_ttl: float = _duration(
-        "PLATFORM_WORKER_TTL", 60.0, "Without a heartbeat for so long, a worker is admitted to no more."
+        "PLATFORM_WORKER_TTL", 60.0, "After this time without a heartbeat, a worker gets no more jobs."
     )
     lost_after: float = _duration(
         "PLATFORM_LOST_AFTER",
         75.0,
-        "Without a heartbeat for so long, its jobs are taken back. Not below PLATFORM_WORKER_TTL.",
+        "After this time without a heartbeat, a worker's jobs are taken back as new attempts. Not below"
+        " PLATFORM_WORKER_TTL.",
     )
     start_timeout: float = _duration(
         "PLATFORM_START_TIMEOUT",
         15.0,
-        "Admitted and not claimed for so long, a job's message is delivered again.",
+        "If a worker does not claim an admitted job within this time, the same attempt is delivered again.",
     )
-    due_interval: float = _duration("PLATFORM_DUE_INTERVAL", 1.0, "Between two looks for scheduled jobs that are due.")
+    due_interval: float = _duration(
+        "PLATFORM_DUE_INTERVAL", 1.0, "Between two looks for jobs that are due or expired, and for lost workers."
+    )
     sweep_interval: float = _duration(
-        "PLATFORM_SWEEP_INTERVAL", 10.0, "An accepted job that the ledger does not know is brought in within this time."
+        "PLATFORM_SWEEP_INTERVAL",
+        10.0,
+        "Between two looks for accepted jobs that the ledger does not know, unclaimed messages, and free room.",
     )
     reconcile_interval: float = _duration(
         "PLATFORM_RECONCILE_INTERVAL", 300.0, "Between two comparisons of both stores."
@@ -208,7 +233,11 @@ class Settings:
     runner_term: float = _duration(
         "PLATFORM_RUNNER_TERM", 5.0, "The lease of the worker that runs the duties; another takes over within twice it."
     )
-    confirm_interval: float = _duration("PLATFORM_CONFIRM_INTERVAL", 5.0, "Between two questions which store admits.")
+    confirm_interval: float = _duration(
+        "PLATFORM_CONFIRM_INTERVAL",
+        5.0,
+        "Between two questions which store admits. An answer is valid for twice as long.",
+    )
     store_timeout: float = _duration(
         "PLATFORM_STORE_TIMEOUT",
         10.0,
@@ -218,21 +247,42 @@ class Settings:
     tombstone: float = _duration(
         "PLATFORM_TOMBSTONE",
         60.0,
-        "The ledger remembers an ended job for so long after Postgres has its end. Submits older than half of it are"
+        "How long the ledger remembers an ended job, once Postgres has its end. Submits older than half of it are"
         " refused.",
     )
     write_within: float = _duration(
         "PLATFORM_WRITE_WITHIN",
         20.0,
-        "While Postgres has not taken an outcome of a worker for so long, that worker starts nothing more.",
+        "If Postgres takes no outcome of a worker for this time, that worker claims and admits nothing more.",
     )
-    keep_finished: float = _setting(
-        "PLATFORM_KEEP_FINISHED",
-        "Ended for so long, a job moves into the archive; 0: never.",
-        setting_values.seconds,
-        default=2_592_000.0,
-        unit="seconds",
-        shown="2592000",
+    keep_finished: float = _duration(
+        "PLATFORM_KEEP_FINISHED", 2_592_000.0, "How long after its end a job moves into the archive; 0: never."
+    )
+    keep_archived: float = _duration(
+        "PLATFORM_KEEP_ARCHIVED",
+        0.0,
+        "How long a job stays in the archive at least; then its month is dropped as a whole; 0: for ever.",
+    )
+    shutdown_grace: float = _duration(
+        "PLATFORM_SHUTDOWN_GRACE",
+        0.0,
+        "After a TERM running jobs have so long to end; then they are handed back. 0: no limit. Some 10 s less than the"
+        " time after which the service manager kills.",
+    )
+    health_dir: Path | None = _setting(  # noqa: RUF009 - it does not change
+        "PLATFORM_HEALTH_DIR",
+        "Folder of the files `live` and `ready`, which each heartbeat touches.",
+        setting_values.folder,
+        unit="absolute path",
+        shown="none",
+    )
+    lock_dir: Path | None = _setting(  # noqa: RUF009 - it does not change
+        "PLATFORM_LOCK_DIR",
+        "Folder on a local disk that outlives a restart of the container: by a lock there, a worker that is started"
+        " again knows that its predecessor is dead.",
+        setting_values.folder,
+        unit="absolute path",
+        shown="none",
     )
     #: harmless oddities of the environment, a sentence each
     warnings: tuple[str, ...] = field(default=(), compare=False)
@@ -270,7 +320,7 @@ class Settings:
         wrong += _contradictions({name: value for name, value in effective.items() if name not in failed})
         if wrong:
             raise SettingsError(wrong)
-        return cls(**values, warnings=_unknown(environ))
+        return cls(**values, warnings=unknown_names(environ))
 
     def with_urls(self, redis_url: str, database_url: str) -> Settings:
         """Return these settings on other servers; broker and results follow unless they have their own place."""
@@ -304,11 +354,12 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     wrong = []
     values = dict(values)
     for name, meaning in described():
-        least = 0.0 if name == "keep_finished" and values.get(name) == 0 else MIN_SECONDS  # 0: never
-        if meaning.parse is setting_values.seconds and name in values and not least <= values[name] <= MAX_SECONDS:
+        least = 0.0 if name in ZERO and values.get(name) == 0 else MIN_SECONDS
+        most = LONG.get(name, MAX_SECONDS)
+        if meaning.parse is setting_values.seconds and name in values and not least <= values[name] <= most:
             seconds = values.pop(name)  # its relations to others say nothing more
-            never = ", or 0 for never" if name == "keep_finished" else ""
-            wrong.append(f"{meaning.env}={seconds} must be from {MIN_SECONDS:g} to {MAX_SECONDS:.0f} seconds{never}.")
+            zero = f", or 0 for {ZERO[name]}" if name in ZERO else ""
+            wrong.append(f"{meaning.env}={seconds} must be from {MIN_SECONDS:g} to {most:.0f} seconds{zero}.")
     if "max_message" in values and not 0 < values["max_message"] <= MAX_MESSAGE_LIMIT:
         wrong.append(f"PLATFORM_MAX_MESSAGE={values['max_message']} must be from 1 to {MAX_MESSAGE_LIMIT} bytes.")
     if "most_losses" in values and not 1 <= values["most_losses"] <= MAX_LOSSES_LIMIT:
@@ -331,7 +382,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     return wrong
 
 
-def _unknown(environ: Mapping[str, str]) -> tuple[str, ...]:
+def unknown_names(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Return a warning for each PLATFORM_ name that is no setting, with the nearest setting.
 
     A slip must not go unseen.

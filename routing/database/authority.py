@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Result, text
 
 from celery_capacity.routing.errors import NotMigrated
 from celery_capacity.routing.model.states import Store
@@ -69,6 +69,11 @@ def database_id(connection: Connection) -> str:
     return str(value)
 
 
+def _epoch(result: Result[Any]) -> int | None:
+    epoch: int | None = result.scalar_one_or_none()
+    return epoch
+
+
 def count_from_now(connection: Connection) -> None:
     """Count the age of the authority from now, where Postgres's clock was set back since the authority changed.
 
@@ -94,8 +99,7 @@ def begin_epoch(connection: Connection, epoch: int, term: float, above: int = 0)
     begun. A new epoch is no change of the authority, and nobody has to pause: the scripts compare it with the books.
     """
     values = {"epoch": epoch, "above": above, "term": term}
-    begun = connection.execute(_BEGIN_EPOCH, values).scalar_one_or_none()
-    return None if begun is None else int(begun)
+    return _epoch(connection.execute(_BEGIN_EPOCH, values))
 
 
 _STILL_OPENING: Final = text("""
@@ -144,8 +148,7 @@ def decide_in_postgres(connection: Connection, seen_for: float, lost_for: float)
 
     Every worker seen in the last `seen_for` seconds counts. A single worker that lost the ledger changes nothing.
     """
-    epoch = connection.execute(_TO_POSTGRES, {"seen_for": seen_for, "lost_for": lost_for}).scalar_one_or_none()
-    return None if epoch is None else int(epoch)
+    return _epoch(connection.execute(_TO_POSTGRES, {"seen_for": seen_for, "lost_for": lost_for}))
 
 
 _TO_LEDGER: Final = text("""
@@ -162,5 +165,4 @@ def decide_in_ledger(connection: Connection, seen_for: float) -> int | None:
 
     Every worker seen in the last `seen_for` seconds counts.
     """
-    epoch = connection.execute(_TO_LEDGER, {"seen_for": seen_for}).scalar_one_or_none()
-    return None if epoch is None else int(epoch)
+    return _epoch(connection.execute(_TO_LEDGER, {"seen_for": seen_for}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import psycopg2
@@ -34,9 +36,25 @@ def is_lost(error: psycopg2.Error, connection: Any) -> bool:
     return bool(getattr(connection, "closed", 0)) or bool(_DIALECT.is_disconnect(error, None, None))
 
 
+def of_driver(
+    error: psycopg2.Error, statement: str, driver: Any, invalidate: Callable[[BaseException], None]
+) -> BaseException:
+    """Return an error of the driver's own cursor as SQLAlchemy's, and give up a broken connection as it would do."""
+    if error.pgcode in NOT_THERE:
+        return NotMigrated()
+    broken = is_lost(error, driver)
+    if broken:
+        invalidate(error)
+    return DBAPIError.instance(
+        statement, None, error, psycopg2.Error, hide_parameters=True, connection_invalidated=broken
+    )
+
+
 def one_line(error: DBAPIError) -> str:
-    """Return the message of the driver in one line. The driver may write several, with an empty one at the end."""
-    return " ".join(str(error.orig).split())
+    """Return the message of the driver in one line, as sentences. The driver may write several lines."""
+    lines = [" ".join(line.split()) for line in str(error.orig).splitlines() if line.strip()]
+    ended = [line if line.endswith((".", "!", "?", ":", ";", ",")) else f"{line}." for line in lines[:-1]]
+    return " ".join([*ended, *lines[-1:]])
 
 
 def hide_values(engine: Engine) -> None:
@@ -68,6 +86,15 @@ def translate(error: DBAPIError | PoolTimeout, also: str = "") -> PlatformError:
             advice="Use a role that may (deploy/postgres-roles.sql).",
         )
     return StoreUnavailable(f"{also}Postgres does not answer: {one_line(error)}")
+
+
+@contextmanager
+def translated(also: str = "") -> Iterator[None]:
+    """Raise the errors of the driver within the block as errors of the platform, see `translate`."""
+    try:
+        yield
+    except (DBAPIError, PoolTimeout) as error:
+        raise translate(error, also) from error
 
 
 def is_locked(error: BaseException | None) -> bool:

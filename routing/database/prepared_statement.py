@@ -1,9 +1,9 @@
 """Prepare a statement that costs Postgres more to plan than to run, and keep its plan on each connection for a while.
 
 The driver sends text, so a statement that runs 50 times a second is parsed and planned as often. A prepared statement
-is parsed once, but Postgres still plans it for the values of each execution, since those give better estimates. Here
-the values are few and add nothing. So `plan_cache_mode` asks for one plan for all values, and for this statement alone:
-it is set in the message that executes the statement, which is a transaction of its own.
+is parsed once, but Postgres still plans it for the values of each execution, since values improve estimates. Here they
+do not. So `plan_cache_mode` asks for one plan for all values. It is set in the message that executes the statement, a
+transaction of its own, and holds for this statement alone.
 
 Such a plan fits the tables of the moment at which it was made: a plan made for empty tables reads them from end to end.
 So the statement is planned by index where that can be asked for. The plan is used for `KEPT_FOR` seconds, in which no

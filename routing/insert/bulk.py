@@ -7,17 +7,17 @@ inserts of `routing.insert.single`, which know how to treat such an id (a commit
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from operator import attrgetter
 from typing import Any, Final
 
 import psycopg2
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing.database.postgres_errors import NOT_THERE, is_lost
+from celery_capacity.routing.database.postgres_errors import of_driver
 from celery_capacity.routing.errors import NotMigrated
 from celery_capacity.routing.insert.columns import COLUMNS
 from celery_capacity.routing.insert.single import may_publish
@@ -33,6 +33,11 @@ _EXISTS: Final = "23505"
 #: Columns in which each job differs, and the others: the jobs of one call have most of these in common.
 _OWN: Final = ("id", "root_id", "message")
 _COMMON: Final = tuple(column for column in COLUMNS if column.name not in _OWN)
+#: All that the common columns are made of.
+_KIND: Final = attrgetter(
+    *("name", "shape", "priority", "declared", "queue", "retries", "nesting", "parent_id", "due_at", "expires_at"),
+    *("rerun", "replaces", "stamps"),
+)
 _COPY: Final = f"COPY jobs ({', '.join([*_OWN, *(column.name for column in _COMMON)])}) FROM STDIN"
 #: Characters that COPY's text form escapes.
 _ESCAPES: Final = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
@@ -57,19 +62,12 @@ def copy_jobs(connection: Connection, jobs: Sequence[NewJob], by: Publisher | No
     """
     if by is not None and not _keeps_lease(connection, by):
         return False
-    rows = io.StringIO("".join(map(_line, jobs)))
+    rows = io.StringIO("".join(_lines(jobs)))
     cursor = connection.connection.cursor()
     try:
         cursor.copy_expert(_COPY, rows, _BUFFER)
     except psycopg2.Error as error:
-        if error.pgcode in NOT_THERE:
-            raise NotMigrated() from error
-        broken = is_lost(error, connection.connection.driver_connection)
-        if broken:
-            connection.invalidate(error)
-        raise DBAPIError.instance(
-            _COPY, None, error, psycopg2.Error, hide_parameters=True, connection_invalidated=broken
-        ) from error
+        raise of_driver(error, _COPY, connection.connection.driver_connection, connection.invalidate) from error
     finally:
         cursor.close()
     return True
@@ -101,15 +99,15 @@ def _keeps_lease(connection: Connection, by: Publisher) -> bool:
     return may_publish(connection, by)
 
 
-def _line(job: NewJob) -> str:
-    """Return a row as COPY reads it."""
-    common = _common(tuple(column.value(job) for column in _COMMON))
-    return f"{_text(job.id)}\t{_text(job.root_id)}\t\\\\x{job.message.hex()}\t{common}\n"
-
-
-@lru_cache(maxsize=1024)
-def _common(values: tuple[Any, ...]) -> str:
-    return "\t".join(_text(_plain(value)) for value in values)
+def _lines(jobs: Iterable[NewJob]) -> Iterator[str]:
+    """Yield the rows as COPY reads them. Jobs of one kind come one behind the other, or in turn with few others."""
+    cached: dict[tuple[Any, ...], str] = {}
+    for job in jobs:
+        kind = _KIND(job)
+        common = cached.get(kind)
+        if common is None:
+            common = cached[kind] = "\t".join(_text(_plain(column.value(job))) for column in _COMMON)
+        yield f"{_text(job.id)}\t{_text(job.root_id)}\t\\\\x{job.message.hex()}\t{common}\n"
 
 
 def _plain(value: Any) -> str | None:

@@ -12,10 +12,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, text
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    DateTime,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.types import TypeEngine
 
-from celery_capacity.routing.database.schema import CHANNEL, jobs
+from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.insert import columns
 from celery_capacity.routing.model.job import NewJob
 
@@ -24,7 +38,7 @@ MAX_NAMED: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
+class JobsTable:
     """Identity of the platform's table `jobs`, so that no other is taken for it. `server`: its start (seconds)."""
 
     server: str
@@ -33,11 +47,11 @@ class Home:
     table: int
 
 
-_HOME: Final = text(
+_JOBS_TABLE: Final = text(
     "SELECT extract(epoch FROM pg_postmaster_start_time())::text, current_database()::text, n.nspname::text, "
     "c.oid::bigint FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass('jobs')"
 )
-_IS_HOME: Final = text(
+_IS_SAME_TABLE: Final = text(
     "SELECT coalesce(extract(epoch FROM pg_postmaster_start_time())::text = CAST(:server AS text) "
     "AND current_database()::text = CAST(:database AS text) "
     "AND (SELECT c.oid::bigint FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
@@ -46,27 +60,43 @@ _IS_HOME: Final = text(
 _NOTIFY: Final = text("SELECT pg_notify(CAST(:channel AS text), CAST(:payload AS text))")
 
 
-def home_of(connection: Connection) -> Home | None:
+def jobs_table(connection: Connection) -> JobsTable | None:
     """Return the identity of the table that the platform's own connection finds; None where there is none."""
-    row = connection.execute(_HOME).one_or_none()
-    return None if row is None else Home(*row)
+    row = connection.execute(_JOBS_TABLE).one_or_none()
+    return None if row is None else JobsTable(*row)
 
 
-def is_at(connection: Connection, home: Home) -> bool:
+def is_same_table(connection: Connection, table: JobsTable) -> bool:
     """Return True if another connection leads to the same table."""
-    values = {"server": home.server, "database": home.database, "schema": home.schema, "table": home.table}
-    return bool(connection.execute(_IS_HOME, values).scalar_one())
+    values = {"server": table.server, "database": table.database, "schema": table.schema, "table": table.table}
+    return bool(connection.execute(_IS_SAME_TABLE, values).scalar_one())
 
 
-_INSERT: Final = insert(jobs).on_conflict_do_nothing(index_elements=["id"]).returning(jobs.c.id, jobs.c.seq)
+#: Types of the columns, by their names in Postgres: a caller's driver may ask for them.
+_TYPES: Final[Mapping[str, TypeEngine[Any]]] = {
+    "text": Text(),
+    "jsonb": JSONB(),
+    "bytea": LargeBinary(),
+    "smallint": SmallInteger(),
+    "bool": Boolean(),
+    "int": Integer(),
+    "timestamptz": DateTime(timezone=True),
+}
+_JOBS: Final = Table(
+    "jobs",
+    MetaData(),
+    *(Column(column.name, _TYPES[column.type]) for column in columns.COLUMNS),
+    Column("seq", BigInteger),
+)
+_INSERT: Final = insert(_JOBS).on_conflict_do_nothing(index_elements=["id"]).returning(_JOBS.c.id, _JOBS.c.seq)
 
 
-def insert_jobs(connection: Connection, home: Home, jobs: Sequence[NewJob]) -> Mapping[str, int]:
+def insert_jobs(connection: Connection, table: JobsTable, jobs: Sequence[NewJob]) -> Mapping[str, int]:
     """Add rows to the caller's transaction, and a notification that is sent with its commit.
 
     Return the `seq` of each inserted job, by id. An existing id is left as it is.
     """
-    options = {"schema_translate_map": {None: home.schema}}
+    options = {"schema_translate_map": {None: table.schema}}
     rows = connection.execute(_INSERT, [_row(job) for job in jobs], execution_options=options).all()
     written = {row[0]: row[1] for row in rows}
     ready = [job.id for job in jobs if job.due_at is None and job.id in written]

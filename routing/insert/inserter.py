@@ -2,9 +2,9 @@
 
 The commit dominates the cost of a submission; everything around it must be cheap. Most jobs are held back by no
 constraint and published by no attempt. For these a process keeps one connection, instead of checking one out of the
-pool each time. A job without unusual values is inserted by a statement that names only its own columns: each parameter
-of a prepared statement is parsed, planned and evaluated anew. Jobs of a kind that comes time and again have a statement
-of their own, with their common values in it.
+pool each time. A job without unusual values is inserted by a statement that names only its own columns, because each
+parameter of a prepared statement costs something at each execution. A kind of job that comes often has a statement of
+its own, with its common values in it.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ _SIMPLE: Final = single.Statement.of(
     f"VALUES ($1, $2, '{State.ACCEPTED.value}', $3, $4, $5, $6, $7, $8, $1)",
     8,
 )
-#: Jobs after which a kind is common, and has a statement of its own with two parameters. Then the kinds that are
-#: counted, and the kinds that may have a statement, which costs the server some ten kB.
+#: Jobs after which a kind is common, and has a statement of its own with two parameters.
 _COMMON: Final = 8
+#: Kinds whose jobs are counted.
 _COUNTED: Final = 256
+#: Kinds that may have a statement, which costs the server some ten kB each.
 _MAX_KINDS: Final = 32
 
 #: Values that jobs of one kind have in common, in the order of `_SIMPLE`: name, shape, request, priority, declared,

@@ -17,19 +17,15 @@ from typing import Any, Final
 
 import psycopg2
 from sqlalchemy import Connection, PoolProxiedConnection, text
-from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.database.authority import read_authority
-from celery_capacity.routing.database.postgres_errors import is_lost
+from celery_capacity.routing.database.postgres_errors import of_driver
 from celery_capacity.routing.errors import InvalidRequest, NotMigrated, show
 from celery_capacity.routing.insert import columns
 from celery_capacity.routing.insert.columns import COLUMNS
 from celery_capacity.routing.model.job import Constraints, Inserted, NewJob, Publisher
-from celery_capacity.routing.model.states import FINAL, State, Step, Store
-
-_FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
-
+from celery_capacity.routing.model.states import State, Step, Store
 
 _VALUES: Final = ", ".join(f"${number}" for number in range(1, len(COLUMNS) + 1))
 _RETURNING: Final = "ON CONFLICT (id) DO NOTHING RETURNING seq, (SELECT epoch || ' ' || authority FROM authority)"
@@ -82,22 +78,24 @@ _BY_ATTEMPT: Final = Statement.of(
     f"SELECT {_VALUES} WHERE {_HOLDS.format(*_ATTEMPT)}",
     len(COLUMNS) + len(_ATTEMPT),
 )
-#: SQLSTATEs: a table is missing; a prepared statement is unknown, or is known already (a pooler gave us another
-#: session).
-_UNDEFINED_TABLE: Final = "42P01"
+#: SQLSTATEs: a prepared statement is unknown, or is known already (a pooler gave us another session).
 _NOT_PREPARED: Final = "26000"
 _PREPARED: Final = "42P05"
+#: How often a statement is prepared again: behind a pooler each message may go to another session.
+_TRIES: Final = 5
 
 
-def insert_job(connection: Connection, job: NewJob, by: Publisher | None = None) -> Inserted:
+def insert_job(
+    connection: Connection, job: NewJob, by: Publisher | None = None, *, in_transaction: bool = False
+) -> Inserted:
     """Make a job durable; an existing id is left as it is (`seq` is None).
 
-    Nothing is written either where the attempt that publishes the job has lost its lease (`may_publish` tells). Raises
-    `NotMigrated`.
+    Nothing is written either where the attempt that publishes the job has lost its lease (`may_publish` tells).
+    `in_transaction`: the caller has begun a transaction. Raises `NotMigrated`.
     """
     if job.constraints is not None:
         return _insert_constrained(connection, job, job.constraints, by)
-    return _insert(connection, job, by)
+    return _insert(connection, job, by, plain=in_transaction)
 
 
 def values_of(job: NewJob, state: State | None = None, constrained: bool = False) -> tuple[Any, ...]:
@@ -148,7 +146,7 @@ def execute_insert(
     """Execute an insert and return its row, None for none.
 
     The driver's own cursor executes it: SQLAlchemy's result machinery would be a fifth of the whole statement. Errors
-    are SQLAlchemy's, and a broken connection is given up, as SQLAlchemy would do. `plain`: not prepared, since in a
+    are those of SQLAlchemy. `plain`: not prepared, since in a
     transaction an unknown prepared statement would end the transaction. Raises `NotMigrated`.
     """
     cursor: Any = None
@@ -159,35 +157,33 @@ def execute_insert(
             return cursor.fetchone()
         # SQLAlchemy keeps `info` with the connection to the server, for as long as that lives.
         if statement.name not in pooled.info:
-            try:
-                cursor.execute(statement.prepare, statement.common)
-            except psycopg2.Error as error:
-                deadlines.nothing_written(error)
-                # A statement is known already, too, where a signal (a time limit, say) raised its error after the
-                # server's answer.
-                if error.pgcode != _PREPARED:
-                    raise
+            _prepare(cursor, statement)
             pooled.info[statement.name] = True
-        try:
-            cursor.execute(statement.execute, values)
-        except psycopg2.Error as error:
-            if error.pgcode != _NOT_PREPARED:
-                raise
-            cursor.execute(statement.prepare, statement.common)
-            cursor.execute(statement.execute, values)
+        for tries_left in range(_TRIES, -1, -1):
+            try:
+                cursor.execute(statement.execute, values)
+                break
+            except psycopg2.Error as error:
+                if error.pgcode != _NOT_PREPARED or not tries_left:
+                    raise
+            _prepare(cursor, statement)
         return cursor.fetchone()
     except psycopg2.Error as error:
-        if error.pgcode == _UNDEFINED_TABLE:
-            raise NotMigrated() from error
-        broken = is_lost(error, pooled.driver_connection)
-        if broken:
-            invalidate(error)
-        raise DBAPIError.instance(
-            statement.execute, None, error, psycopg2.Error, hide_parameters=True, connection_invalidated=broken
-        ) from error
+        raise of_driver(error, statement.execute, pooled.driver_connection, invalidate) from error
     finally:
         if cursor is not None:
             cursor.close()
+
+
+def _prepare(cursor: Any, statement: Statement) -> None:
+    try:
+        cursor.execute(statement.prepare, statement.common)
+    except psycopg2.Error as error:
+        deadlines.nothing_written(error)
+        # A statement is known already where a signal (a time limit, say) raised its error after the server's answer,
+        # and where a pooler gave us another session.
+        if error.pgcode != _PREPARED:
+            raise
 
 
 # -- constraints

@@ -1,13 +1,14 @@
 """Publishes under an existing id: the successor of a running attempt, or the end of a replacement.
 
 A publish is identified by (id, `retries`, `replaced_task_nesting`). A publish equal to the row's is there already, and
-is ignored. A higher one is a successor. Each is one guarded statement on the caller's connection.
+is ignored. A higher one is a successor. A message that its task puts back (`Reject(requeue=True)`) follows itself. Each
+is one guarded statement on the caller's connection.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Final
 
 from sqlalchemy import Connection, text
@@ -17,10 +18,13 @@ from celery_capacity.routing.insert import columns
 from celery_capacity.routing.insert.single import insert_job, may_publish
 from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.job import Existing, NewJob, Publisher
-from celery_capacity.routing.model.states import FINAL, State, Step
+from celery_capacity.routing.model.states import FINAL, Outcome, State, Step
+from celery_capacity.routing.model.token import Token
 
 logger = logging.getLogger(__name__)
 
+#: Seconds of the longest pause before a message that was put back is delivered again.
+MAX_PAUSE: Final = 60
 _FINAL: Final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
 
 
@@ -94,23 +98,7 @@ def put_successor(connection: Connection, job: NewJob) -> str | None:
     return str(state) if state is not None else None
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Identity of a publish, which tells it from another publish under the same id."""
-
-    seq: int
-    state: str
-    attempt: int
-    retries: int
-    nesting: int
-
-
-def identity_of(connection: Connection, job: str) -> Identity | None:
-    """Return the identity of a row, None where there is no such job."""
-    row = connection.execute(
-        text("SELECT seq, state, attempt, retries, nesting FROM jobs WHERE id = :id"), {"id": job}
-    ).one_or_none()
-    return Identity(*row) if row is not None else None
+_IDENTITY: Final = text("SELECT state, attempt, retries, nesting FROM jobs WHERE id = :id")
 
 
 def publish_again(connection: Connection, job: NewJob, by: Publisher | None, *, tolerant: bool) -> Existing:
@@ -128,7 +116,7 @@ def publish_again(connection: Connection, job: NewJob, by: Publisher | None, *, 
         return Existing.ACCEPTED if job.due_at is None else Existing.IGNORED
     if prior_state is not None:
         return Existing.SUCCESSOR
-    row = identity_of(connection, job.id)
+    row = connection.execute(_IDENTITY, {"id": job.id}).one_or_none()
     if row is None:
         return Existing.IGNORED
     if job.publisher is not None and job.publisher < row.attempt:
@@ -164,3 +152,41 @@ def publish_left(connection: Connection, left: str) -> list[str]:
         elif inserted.same_as is None and put_successor(connection, job) == State.REPLACED and job.due_at is None:
             new.append(job.id)
     return new
+
+
+# The first time there is no pause, then 1 s, 2 s, 4 s. Attempts that ended in another way are not counted.
+# The row still has its attempt: the transition that ends it comes next, and keeps the time that is set here. A job that
+# starts by a rate goes on under that rate again, not before this time. The link of a retry follows its new `seq`. No
+# other table has the `seq` of a running job: its rows in `dependencies` went before it started, only ended jobs are
+# repeated, and only ended jobs go to the archive.
+_PUT_BEHIND: Final = text(f"""
+WITH x AS (
+  SELECT j.id, j.seq, now() + make_interval(secs =>
+    CASE WHEN before.times > 0 THEN least({MAX_PAUSE}, 2 ^ least(before.times - 1, 30)) ELSE 0 END) AS at
+  FROM unnest(CAST(:job AS text[]), CAST(:epoch AS bigint[]), CAST(:attempt AS int[])) AS x (job, epoch, attempt)
+  JOIN jobs j ON j.id = x.job
+  CROSS JOIN LATERAL (SELECT count(*) AS times FROM attempts a WHERE a.job_id = j.id
+    AND a.outcome = '{Outcome.REQUEUED.value}' AND (a.epoch, a.attempt) < (x.epoch, x.attempt)) AS before
+  WHERE (j.epoch, j.attempt, j.step) < (x.epoch, x.attempt, {Step.BACK.value}) AND j.state NOT IN ({_FINAL})
+    AND j.successor IS NULL
+  ORDER BY j.id FOR NO KEY UPDATE OF j
+), put AS (
+  UPDATE jobs SET seq = DEFAULT, due_at = CASE WHEN NOT jobs.rated THEN x.at END,
+    not_before = CASE WHEN jobs.rated THEN x.at ELSE jobs.not_before END
+  FROM x WHERE jobs.id = x.id RETURNING x.seq AS prior, jobs.seq AS next
+)
+UPDATE retries SET seq = put.next FROM put WHERE retries.seq = put.prior
+""")
+
+
+def put_behind(connection: Connection, requeued: Sequence[tuple[str, Token]]) -> None:
+    """Give jobs that put themselves back, by these attempts, a place behind all others and the time of a next attempt.
+
+    The pause grows with the number of times that a message was put back. Call it before the attempts end.
+    """
+    values = {
+        "job": [job for job, _ in requeued],
+        "epoch": [token.epoch for _, token in requeued],
+        "attempt": [token.attempt for _, token in requeued],
+    }
+    connection.execute(_PUT_BEHIND, values)

@@ -1,8 +1,8 @@
 """Read both stores once for the invariants, and collect suspicions in Redis, in Postgres, and between them.
 
-A reading is no judgement. Work goes on meanwhile, and the two stores are read one after the other, so a suspicion may
-be a job on its way. `routing.inspect.verify` reads again and keeps only the suspicions that stay. For that every
-suspicion names its evidence (tokens, amounts), so that two readings of different jobs never look alike.
+A reading is no judgement. Work goes on meanwhile, and the stores are read one after the other, so a suspicion may be a
+job on its way. `routing.inspect.verify` reads again and keeps only the suspicions that stay. So every suspicion names
+its evidence, such as tokens and amounts, and two readings of different jobs never look alike.
 
 A worker's book and the jobs that it holds are read in one transaction, so sums over them are exact at any time.
 """
@@ -41,7 +41,7 @@ class Suspicion(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class PostgresReading:
     """A reading of Postgres. `active`: the jobs that are neither ended nor put off, by id."""
 
     active: Mapping[str, Row[Any]]
@@ -57,7 +57,7 @@ class Rows:
 
 
 @dataclass(slots=True)
-class Shelf:
+class LedgerReading:
     """A reading of Redis. Times in ms. `held` by worker: job -> text of a token. `waits` by shape: jobs in order."""
 
     head: snapshot.Head
@@ -66,12 +66,19 @@ class Shelf:
     index_entries: indexes.Indexes = field(default_factory=indexes.Indexes)
     waits: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     shapes: dict[str, int] = field(default_factory=dict)
+    borders: dict[str, int] = field(default_factory=dict)
     unclaimed: list[str] = field(default_factory=list)
     cards: dict[str, JobCard] = field(default_factory=dict)
     in_stream: frozenset[str] = frozenset()
     allocated: tuple[int | None, str | None, int] = (None, None, 0)
     unknown_keys: list[str] = field(default_factory=list)
     wrong_expiry: list[str] = field(default_factory=list)
+
+    def first_of(self, shape: str) -> int | None:
+        """Return the order of the first job of a shape that may start: before its border, where it has one."""
+        order = self.waits[shape][0][1] if self.waits[shape] else None
+        border = self.borders.get(shape)
+        return order if order is None or border is None or order < border else None
 
     def behind(self, job: str) -> bool:
         """Return whether Postgres may still lack the newest transition of a job, which is on its way there."""
@@ -83,7 +90,7 @@ class Shelf:
 # ----------------------------------------------------------------------------------------------------
 
 _ACTIVE: Final = text("""
-SELECT id, state, epoch, attempt, step, worker, shape FROM jobs
+SELECT id, state, epoch, attempt, step, worker, shape, behind FROM jobs
 WHERE state IN ('accepted', 'waiting', 'admitted', 'running', 'replaced') OR (state = 'scheduled' AND due_at
 <= now()) OR step = 3 """)
 
@@ -126,7 +133,7 @@ _FORBIDDEN: Final = (
 )
 
 
-def read_postgres(connection: Connection) -> Rows:
+def read_postgres(connection: Connection) -> PostgresReading:
     """Read the rows, as of one moment if the caller's transaction is REPEATABLE READ."""
     active = {row.id: row for row in connection.execute(_ACTIVE)}
     suspicions = tuple(
@@ -134,18 +141,18 @@ def read_postgres(connection: Connection) -> Rows:
         for invariant, wording, query in _FORBIDDEN
         for row in connection.execute(text(f"{query} LIMIT {MAX_VIOLATIONS}"))
     )
-    return Rows(active, suspicions)
+    return PostgresReading(active, suspicions)
 
 
 # -- Redis
 # -------------------------------------------------------------------------------------------------------
 
 
-def read_ledger(client: redispy.Redis) -> Shelf:
+def read_ledger(client: redispy.Redis) -> LedgerReading:
     """Read everything that the ledger holds. Raises RedisError."""
-    shelf = Shelf(snapshot.read_head(client))
-    families = _scan(client, shelf)
-    workers = sorted(shelf.head.leases.keys() | families["book"] | families["held"])
+    ledger = LedgerReading(snapshot.read_head(client))
+    families = _scan(client, ledger)
+    workers = sorted(ledger.head.leases.keys() | families["book"] | families["held"])
     for chunk in _chunks(workers):
         names = indexes.read_index_names(client, chunk)
         pipe = client.pipeline(transaction=True)
@@ -157,22 +164,22 @@ def read_ledger(client: redispy.Redis) -> Shelf:
         for worker in chunk:
             book = snapshot.parse_book(worker, next(replies))
             if book is not None:
-                shelf.books[worker] = book
-            shelf.held[worker] = {snapshot.text(job): snapshot.text(token) for job, token in next(replies).items()}
-            indexes.note(shelf.index_entries, worker, names[worker], replies)
-    indexes.read_rest(client, shelf.index_entries, families["free_of"], families["shapes_of"])
-    shelf.allocated = _totals(client, workers)
-    _read_queues(client, shelf, families["wait"])
-    job_ids = families["job"].union(shelf.unclaimed, *shelf.held.values())
-    job_ids.update(job for queue in shelf.waits.values() for job, _ in queue)
+                ledger.books[worker] = book
+            ledger.held[worker] = {snapshot.text(job): snapshot.text(token) for job, token in next(replies).items()}
+            indexes.note(ledger.index_entries, worker, names[worker], replies)
+    indexes.read_rest(client, ledger.index_entries, families["free_of"], families["shapes_of"])
+    ledger.allocated = _totals(client, workers)
+    _read_queues(client, ledger, families["wait"])
+    job_ids = families["job"].union(ledger.unclaimed, *ledger.held.values())
+    job_ids.update(job for queue in ledger.waits.values() for job, _ in queue)
     for chunk in _chunks(sorted(job_ids)):
-        shelf.cards.update(snapshot.read_cards(client, chunk))
-    _read_expiries(client, shelf)
-    return shelf
+        ledger.cards.update(snapshot.read_cards(client, chunk))
+    _read_expiries(client, ledger)
+    return ledger
 
 
-def _scan(client: redispy.Redis, shelf: Shelf) -> dict[str, set[str]]:
-    """Return the names behind each prefix. Keys of no known family go to `shelf.unknown_keys`."""
+def _scan(client: redispy.Redis, ledger: LedgerReading) -> dict[str, set[str]]:
+    """Return the names behind each prefix. Keys of no known family go to `ledger.unknown_keys`."""
     prefixes = {name: key for name, key in keys.KEYS.items() if key.endswith(":")}
     fixed = set(keys.KEYS.values()) - set(prefixes.values())
     names: dict[str, set[str]] = {name: set() for name in prefixes}
@@ -182,7 +189,7 @@ def _scan(client: redispy.Redis, shelf: Shelf) -> dict[str, set[str]]:
         if family is not None:
             names[family].add(key.removeprefix(prefixes[family]))
         elif key not in fixed:
-            shelf.unknown_keys.append(key)
+            ledger.unknown_keys.append(key)
     return names
 
 
@@ -200,29 +207,31 @@ def _totals(client: redispy.Redis, workers: Sequence[str]) -> tuple[int | None, 
     )
 
 
-def _read_queues(client: redispy.Redis, shelf: Shelf, waiting: set[str]) -> None:
+def _read_queues(client: redispy.Redis, ledger: LedgerReading, waiting: set[str]) -> None:
     pipe = client.pipeline(transaction=True)
     pipe.zrange(keys.SHAPES, 0, -1, withscores=True)
+    pipe.zrange(keys.BORDER, 0, -1, withscores=True)
     pipe.zrange(keys.UNCLAIMED, 0, -1)
     pipe.xrange(keys.STREAM)
-    shapes, unclaimed, entries = pipe.execute()
-    shelf.shapes = {snapshot.text(shape): int(order) for shape, order in shapes}
-    shelf.unclaimed = [snapshot.text(job) for job in unclaimed]
-    shelf.in_stream = snapshot.unapplied_jobs(entries)
-    for shape in sorted(waiting | shelf.shapes.keys()):
+    shapes, borders, unclaimed, entries = pipe.execute()
+    ledger.borders = {snapshot.text(shape): int(order) for shape, order in borders}
+    ledger.shapes = {snapshot.text(shape): int(order) for shape, order in shapes}
+    ledger.unclaimed = [snapshot.text(job) for job in unclaimed]
+    ledger.in_stream = snapshot.unapplied_jobs(entries)
+    for shape in sorted(waiting | ledger.shapes.keys()):
         members: Any = client.zrange(keys.wait(shape), 0, -1, withscores=True)
-        shelf.waits[shape] = [(snapshot.text(job), int(order)) for job, order in members]
+        ledger.waits[shape] = [(snapshot.text(job), int(order)) for job, order in members]
 
 
-def _read_expiries(client: redispy.Redis, shelf: Shelf) -> None:
-    """Collect the keys with a wrong expiry in `shelf.wrong_expiry`.
+def _read_expiries(client: redispy.Redis, ledger: LedgerReading) -> None:
+    """Collect the keys with a wrong expiry in `ledger.wrong_expiry`.
 
     A tombstone expires once Postgres has the end. Books never expire, since a missing book may be read as free
     capacity. Waiting jobs never expire either.
     """
-    never = [keys.book(worker) for worker in shelf.books] + [keys.held(worker) for worker in shelf.held]
-    never += [keys.job(job) for job, card in shelf.cards.items() if not card.is_tombstone]
-    some = [keys.job(job) for job, card in shelf.cards.items() if card.is_tombstone and not card.unapplied]
+    never = [keys.book(worker) for worker in ledger.books] + [keys.held(worker) for worker in ledger.held]
+    never += [keys.job(job) for job, card in ledger.cards.items() if not card.is_tombstone]
+    some = [keys.job(job) for job, card in ledger.cards.items() if card.is_tombstone and not card.unapplied]
     some += [snapshot.text(key) for key in client.scan_iter(match=keys.VIEWS, count=1000)]
     for names, expires in ((never, False), (some, True)):
         for chunk in _chunks(names):
@@ -232,7 +241,7 @@ def _read_expiries(client: redispy.Redis, shelf: Shelf) -> None:
             for name, left in zip(chunk, pipe.execute(), strict=True):
                 # -2: the key is gone meanwhile. -1: it has no expiry.
                 if left != -2 and (left >= 0) != expires:
-                    shelf.wrong_expiry.append(f"{name} {'has no' if expires else 'has an'} expiry")
+                    ledger.wrong_expiry.append(f"{name} {'has no' if expires else 'has an'} expiry")
 
 
 def _chunks(items: Iterable[_T]) -> Iterator[list[_T]]:
@@ -245,31 +254,31 @@ def _chunks(items: Iterable[_T]) -> Iterator[list[_T]]:
 # --------------------------------------------------------------------------------------------
 
 
-def inspect(shelf: Shelf, rows: Rows, at_rest: bool, write_within: float) -> set[Suspicion]:
+def inspect(ledger: LedgerReading, postgres: PostgresReading, at_rest: bool, write_within: float) -> set[Suspicion]:
     """Return every suspicion of this reading; I2 and I3 only `at_rest`.
 
     `write_within`: seconds after which Postgres has every transition that the ledger noted.
     """
-    if shelf.head.epoch is None:
-        suspicions = set(rows.suspicions)
-        running = sorted(rows.active)
+    if ledger.head.epoch is None:
+        suspicions = set(postgres.suspicions)
+        running = sorted(postgres.active)
         if running:
             suspicions.add(Suspicion("I6", f"the ledger is cold, and {len(running)} jobs are not ended"))
     else:
-        suspicions = {*rows.suspicions, *_books(shelf), *_queues(shelf), *_agreement(shelf, rows)}
-        suspicions |= {*_late(shelf, write_within)}
+        suspicions = {*postgres.suspicions, *_books(ledger), *_queues(ledger), *_agreement(ledger, postgres)}
+        suspicions |= {*_late(ledger, write_within)}
     if at_rest:
-        suspicions |= {*_rest(shelf, rows)}
+        suspicions |= {*_rest(ledger, postgres)}
     return suspicions
 
 
-def _books(shelf: Shelf) -> Iterator[Suspicion]:
+def _books(ledger: LedgerReading) -> Iterator[Suspicion]:
     """Check I1, no book is above its capacity and each is the sum of its jobs, and I4, no job is held twice."""
     holders: dict[str, list[str]] = {}
-    for worker, held in shelf.held.items():
+    for worker, held in ledger.held.items():
         for job in held:
             holders.setdefault(job, []).append(worker)
-        book = shelf.books.get(worker)
+        book = ledger.books.get(worker)
         if book is None:
             if held:
                 yield Suspicion("I1", f"worker {worker} has no book and holds {', '.join(sorted(held.items())[0])}")
@@ -278,7 +287,7 @@ def _books(shelf: Shelf) -> Iterator[Suspicion]:
             used, there = book.allocated[name], book.capacity.get(name, 0)
             if not book.shrunk:
                 yield Suspicion("I1", f"worker {worker} has {used} of {there} {name} allocated")
-        cards = {job: shelf.cards.get(job) for job in held}
+        cards = {job: ledger.cards.get(job) for job in held}
         unlike = [job for job, card in cards.items() if card is None or str(card.token) != held[job] or not card.shape]
         for job in unlike:
             yield Suspicion("I1", f"worker {worker} holds {job} {held[job]}, which the job's own key does not say")
@@ -294,83 +303,88 @@ def _books(shelf: Shelf) -> Iterator[Suspicion]:
             yield Suspicion("I4", f"job {job} is held by {', '.join(workers)}")
 
 
-def _queues(shelf: Shelf) -> Iterator[Suspicion]:
+def _queues(ledger: LedgerReading) -> Iterator[Suspicion]:
     """Check I6: the ledger agrees with itself."""
-    first = {shape: queue[0][1] if queue else None for shape, queue in shelf.waits.items()}
+    first = {shape: ledger.first_of(shape) for shape in ledger.waits}
     for wrong in (
-        *indexes.wrong_workers(shelf.index_entries, shelf.books),
-        *indexes.wrong_shapes(shelf.index_entries, first),
+        *indexes.wrong_workers(ledger.index_entries, ledger.books),
+        *indexes.wrong_shapes(ledger.index_entries, first),
     ):
         yield Suspicion("I6", wrong)
-    total, shown, summed = shelf.allocated
+    total, shown, summed = ledger.allocated
     if total != summed:
         yield Suspicion("I6", f"ledger:allocated is {total}, the books have {summed}")
     if total is not None and shown != amounts.format_cpus(total):
         yield Suspicion("I6", f"resource:allocated_cpus is {shown}, ledger:allocated {total}")
-    for shape, queue in shelf.waits.items():
-        if shelf.shapes.get(shape) != first[shape]:
+    for shape, queue in ledger.waits.items():
+        if ledger.shapes.get(shape) != first[shape]:
             yield Suspicion(
-                "I6", f"shape {shape} begins at {first[shape]}, and at {shelf.shapes.get(shape)} in the index"
+                "I6", f"shape {shape} begins at {first[shape]}, and at {ledger.shapes.get(shape)} in the index"
             )
         for job, _ in queue:
-            card = shelf.cards.get(job)
+            card = ledger.cards.get(job)
             if card is None or card.state != State.WAITING or card.shape != shape:
                 yield Suspicion("I6", f"job {job} waits under {shape}, and its own key says {card}")
-    for job in shelf.unclaimed:
-        card = shelf.cards.get(job)
+    for job in ledger.unclaimed:
+        card = ledger.cards.get(job)
         if card is None or card.state != State.ADMITTED:
             yield Suspicion("I6", f"job {job} is to be delivered again, and its own key says {card}")
-    for key in shelf.unknown_keys:
+    for key in ledger.unknown_keys:
         yield Suspicion("I6", f"key {key} is of no known family")
-    for key in shelf.wrong_expiry:
+    for key in ledger.wrong_expiry:
         yield Suspicion("I6", f"key {key}")
 
 
-def _agreement(shelf: Shelf, rows: Rows) -> Iterator[Suspicion]:
+def _agreement(ledger: LedgerReading, postgres: PostgresReading) -> Iterator[Suspicion]:
     """Check I6: Redis equals Postgres, except for transitions that are on their way there."""
-    redis_held = {job: f"{worker} {token}" for worker, held in shelf.held.items() for job, token in held.items()}
+    redis_held = {job: f"{worker} {token}" for worker, held in ledger.held.items() for job, token in held.items()}
     rows_held = {
         job: f"{row.worker} {Token(row.epoch, row.attempt)}"
-        for job, row in rows.active.items()
+        for job, row in postgres.active.items()
         if row.state in HOLDING or row.step == Step.COMMITTED
     }
-    redis_waits = {job: asked_shape(shape) for shape, queue in shelf.waits.items() for job, _ in queue}
-    rows_wait = {job: row.shape for job, row in rows.active.items() if row.state == State.WAITING}
+    redis_waits = {job: asked_shape(shape) for shape, queue in ledger.waits.items() for job, _ in queue}
+    rows_wait = {job: row.shape for job, row in postgres.active.items() if _is_filed(row)}
     pairs = (("is held by", redis_held, rows_held), ("waits as", redis_waits, rows_wait))
     for verb, ours, theirs in pairs:
         for job in ours.keys() | theirs.keys():
-            if ours.get(job) != theirs.get(job) and not shelf.behind(job):
+            if ours.get(job) != theirs.get(job) and not ledger.behind(job):
                 in_redis, in_postgres = ours.get(job, "nothing"), theirs.get(job, "nothing")
                 yield Suspicion("I6", f"job {job} {verb} {in_redis} in Redis, {in_postgres} in Postgres")
 
 
-def _late(shelf: Shelf, write_within: float) -> Iterator[Suspicion]:
+def _is_filed(row: Any) -> bool:
+    """Return whether the ledger has a row as a waiting job. Others stay in Postgres."""
+    return row.state == State.WAITING and row.behind is None
+
+
+def _late(ledger: LedgerReading, write_within: float) -> Iterator[Suspicion]:
     """Check I6: transitions on their way to Postgres arrive.
 
     Where no worker lives, nobody writes them, and nothing is reported.
     """
-    if shelf.head.unapplied_since is None or not any(shelf.head.is_live(book) for book in shelf.books.values()):
+    if ledger.head.unapplied_since is None or not any(ledger.head.is_live(book) for book in ledger.books.values()):
         return
-    if shelf.head.now - shelf.head.unapplied_since > write_within * 1000:
+    if ledger.head.now - ledger.head.unapplied_since > write_within * 1000:
         # The evidence names no job: the oldest entry may change while Postgres stays late.
         yield Suspicion("I6", f"Postgres lacks what the ledger noted more than {write_within:g} s ago")
 
 
-def _rest(shelf: Shelf, rows: Rows) -> Iterator[Suspicion]:
+def _rest(ledger: LedgerReading, postgres: PostgresReading) -> Iterator[Suspicion]:
     """Check I2 and I3: all jobs have ended, and nothing is allocated."""
-    for job, row in rows.active.items():
+    for job, row in postgres.active.items():
         yield Suspicion("I2", f"job {job} is {row.state} at {row.epoch}.{row.attempt}")
         if row.state in HOLDING:
             yield Suspicion("I3", f"job {job} holds {row.shape} on {row.worker} in Postgres")
-    for worker, book in shelf.books.items():
+    for worker, book in ledger.books.items():
         for name, used in sorted(book.allocated.items()):
             if used:
                 yield Suspicion("I3", f"worker {worker} has {used} {name} allocated")
-    for worker, held in shelf.held.items():
+    for worker, held in ledger.held.items():
         for job, token in held.items():
             yield Suspicion("I3", f"worker {worker} holds {job} {token}")
-    if shelf.allocated[0]:
-        yield Suspicion("I3", f"ledger:allocated is {shelf.allocated[0]}")
-    for shape, queue in shelf.waits.items():
+    if ledger.allocated[0]:
+        yield Suspicion("I3", f"ledger:allocated is {ledger.allocated[0]}")
+    for shape, queue in ledger.waits.items():
         if queue:
             yield Suspicion("I3", f"{len(queue)} jobs wait under {shape} in Redis, the first is {queue[0][0]}")

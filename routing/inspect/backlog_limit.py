@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-import redis
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -14,7 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import BacklogFull
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.model.reasons import Refusal
+from celery_capacity.routing.ledger.client import Ledger
 
 #: Seconds for which a process trusts a count of the backlog.
 COUNT_FOR: Final = 1.0
@@ -27,12 +26,12 @@ class BacklogLimit:
 
     A count is trusted for `COUNT_FOR` seconds. So together all processes may exceed the limit by the jobs that they
     submit within that time. `ledger` counts the waiting jobs in Redis, None where it cannot; only then `engine` is
-    called. `ledger` gets the number of refusals that Redis has not counted yet.
+    called.
     """
 
     def __init__(
         self,
-        ledger: Callable[[int], int | None],
+        ledger: Callable[[], int | None],
         engine: Callable[[], Engine],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -40,7 +39,7 @@ class BacklogLimit:
         self._engine = engine
         self._clock = clock
         self._waiting = 0
-        self._since = self._refused = 0
+        self._since = 0
         self._until = float("-inf")
 
     def check(self, limit: int) -> None:
@@ -53,17 +52,12 @@ class BacklogLimit:
             self._waiting, self._since = self._count(limit), 0
             self._until = self._clock() + COUNT_FOR
         if self._waiting >= limit:
-            self._refused += 1
             raise BacklogFull(f"{limit} jobs or more wait already", value=limit)
         self._since += 1
 
     def _count(self, limit: int) -> int:
-        refused, self._refused = self._refused, 0
-        waiting = self._ledger(refused)
-        if waiting is not None:
-            return waiting
-        self._refused += refused
-        return self._count_in_postgres(limit)
+        waiting = self._ledger()
+        return self._count_in_postgres(limit) if waiting is None else waiting
 
     def _count_in_postgres(self, limit: int) -> int:
         try:
@@ -76,22 +70,22 @@ class BacklogLimit:
             raise translate(error) from error
 
 
-def waiting_in_ledger(client: redis.Redis, refused: int = 0) -> int | None:
-    """Count the waiting jobs, in two round trips; return None for a ledger that is cold or being rebuilt.
+def waiting_in_ledger(ledger: Ledger) -> int | None:
+    """Count the waiting jobs, also those that stay in Postgres, in two round trips.
 
-    `refused`: refusals to add to the counter. A ledger for which None is returned has not counted them.
+    Return None for a ledger that is cold or being rebuilt.
     """
-    pipe = client.pipeline(transaction=False)
+    pipe = ledger.client.pipeline(transaction=False)
     pipe.hmget(keys.EPOCH, "epoch", "rebuilding")
     pipe.zrange(keys.SHAPES, 0, MAX_SHAPES - 1)
-    (epoch, rebuilding), shapes = pipe.execute()
+    pipe.hgetall(keys.STAYING)
+    (epoch, rebuilding), shapes, staying = ledger.execute(pipe)
     if epoch is None or rebuilding is not None:
         return None
-    for shape in shapes:
+    for shape in {*shapes, *staying}:
         pipe.zcard(keys.wait(shape.decode() if isinstance(shape, bytes) else shape))
-    if refused:
-        pipe.hincrby(keys.COUNTERS, Refusal.BACKLOG, refused)
-    return sum(pipe.execute()[: len(shapes)]) if shapes or refused else 0
+    filed = sum(pipe.execute()) if shapes or staying else 0
+    return filed + sum(max(0, int(number)) for number in staying.values())
 
 
 _WAITING: Final = text(

@@ -6,7 +6,7 @@ The explanation is a value. Its words are made where it is shown. Nothing is wri
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request, filed_shape, split_shape
 from celery_capacity.routing.model.states import FINAL, HOLDING, State, Store
 from celery_capacity.routing.policy.placement import Admission, Book, Refusal, order, survey
-from celery_capacity.routing.store import dependencies
+from celery_capacity.routing.store import backlog, dependencies
 
 #: Most needed jobs that an explanation names.
 SHOWN_NEEDS: Final = 10
@@ -64,22 +64,12 @@ class Explanation:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "job": self.job,
-            "state": self.state.value,
+            **asdict(self),
             "why": self.why.value,
             "request": self.request.to_people(),
-            "declared": self.declared,
-            "resource": self.resource,
             "asked": self._number(self.asked),
             "free": self._number(self.free),
-            "worker": self.worker,
-            "place": self.place,
-            "before": self.before,
             "due_at": None if self.due_at is None else self.due_at.astimezone(UTC).isoformat(),
-            "large_enough": self.large_enough,
-            "live_workers": self.live_workers,
-            "needs": list(self.needs),
-            "rate": self.rate,
         }
 
     def _number(self, amount: int | None) -> int | float | None:
@@ -117,6 +107,9 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
         ahead, before, knowing = _ahead(client, head.shapes, filed, order(row.priority, row.seq), catalogues, task)
     except RedisError:
         return Explanation(job, state, Reason.LEDGER_UNREACHABLE, request, row.declared)
+    if head.staying:
+        ahead_there, before_there = backlog.staying_before(connection, filed, row.priority, row.seq)
+        ahead, before = ahead + ahead_there, before + before_there
     live = [book.to_policy(head.now, knowing) for book in books.values() if head.is_live(book)]
     refusal = refuse(held, live, ahead, task)
     why = Reason.ABOUT_TO_START if refusal is None else refusal.reason

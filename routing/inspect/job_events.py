@@ -1,16 +1,16 @@
 """Events of a job for its watchers: messages on the channel that has the name of the job's key.
 
 Each script that changes a job publishes a message there. It costs a microsecond, with or without listeners. A channel
-keeps nothing: so a watcher that begins to listen, or listens again after a gap, looks at the job first. A watcher also
-looks at the job after a change that no script made: Postgres decided, or ended a job that the ledger does not know.
-Then the message is empty, or a new epoch is published on `EPOCH_CHANNEL`.
+keeps nothing. So a watcher that begins to listen, or listens again after a gap, looks at the job first. A watcher also
+looks at the job after an empty message, or a new epoch on `EPOCH_CHANNEL`: no script made that change, because Postgres
+decided, or ended a job that the ledger does not know.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
 import redis
 from sqlalchemy import Connection, text
@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from celery_capacity.routing.database.postgres_errors import NOT_ALLOWED
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.ledger.snapshot import TOMBSTONE
+from celery_capacity.routing.ledger.snapshot import TOMBSTONE, read_jobs
 from celery_capacity.routing.model.states import FINAL, State, Step
 
 #: Channel on which a new epoch is published.
@@ -59,11 +59,11 @@ def channel(job: str) -> str:
     return keys.job(job)
 
 
-def parse(job: str, said: bytes) -> JobEvent | None:
+def parse(job: str, message: bytes) -> JobEvent | None:
     """Parse a message of a job's channel; return None where the caller has to look at the job."""
-    if not said:
+    if not message:
         return None
-    epoch, attempt, step, state, at, worker = said.decode("utf-8", "replace").split(" ", 5)
+    epoch, attempt, step, state, at, worker = message.decode("utf-8", "replace").split(" ", 5)
     rank = (int(epoch), int(attempt), int(step))
     when = datetime.fromtimestamp(int(at) / 1000, UTC)
     return JobEvent(job, State(state), int(attempt), worker or None, when, rank)
@@ -79,10 +79,11 @@ _STEPS: Final[dict[str | None, Step]] = {
 
 def in_ledger(client: redis.Redis, job: str) -> JobEvent | None:
     """Return the state of a job in the ledger; None where the ledger does not know it."""
-    reply: Any = client.hmget(keys.job(job), "state", "epoch", "attempt", "worker", "became")
-    state, epoch, attempt, worker, became = (None if value is None else value.decode() for value in reply)
+    fields = read_jobs(client, [job]).get(job, {})
+    state, epoch, attempt, worker = map(fields.get, ("state", "epoch", "attempt", "worker"))
     if state == TOMBSTONE:
-        state, step = became, Step.DROPPED if became in FINAL else Step.BACK
+        state = fields.get("became")
+        step = Step.DROPPED if state in FINAL else Step.BACK
     else:
         step = _STEPS.get(state, Step.NONE)
     if not state or epoch is None or attempt is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -23,19 +23,24 @@ from celery_capacity.routing.database import schema
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import NotMigrated, mask_url
-from celery_capacity.routing.inspect.waiting import BacklogLine, ask_queues, read_backlog
+from celery_capacity.routing.inspect.waiting import BacklogLine, blocked_first, queue_reads, read_backlog
+from celery_capacity.routing.inspect.worker_page import WHOLE, Page
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model import amounts
-from celery_capacity.routing.model.amounts import ALONE, CPUS, MEMORY, SLOTS, is_named
+from celery_capacity.routing.model.amounts import CPUS, MEMORY, SLOTS, is_named
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.model.states import State, Store
+from celery_capacity.routing.model.states import State, Store, WorkerStatus
+from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.store import quarantine
 from celery_capacity.routing.store.quarantine import Quarantined
 
 #: Seconds without a heartbeat after which Postgres no longer counts a worker, where the caller does not say.
 WORKER_TTL: Final = 60.0
-#: Resources with fields of their own. All others stand under `named`.
-_OWN: Final = (CPUS, MEMORY, SLOTS)
+#: Reason of an overview from Postgres where the ledger has no epoch.
+COLD: Final = "the ledger is cold"
+#: Fields of a worker's view that only its heartbeat knows.
+_SEEN: Final = ("heartbeat_at", "hostname", "pid", "started_at", "version")
+_UNSEEN: Final = (None,) * len(_SEEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,11 @@ class WorkerLine:
     version: str | None
     #: catalogue of its registered tasks; "" where it takes any, or where Postgres tells of it
     catalogue: str = ""
+
+    def to_policy(self) -> Book:
+        """Return the worker as the policy sees it; its tasks are judged elsewhere."""
+        admitting = self.status == WorkerStatus.READY
+        return Book(self.name, self.capacity, self.allocated, admitting=admitting)
 
     def to_json(self) -> dict[str, Any]:
         age = self.heartbeat_age
@@ -94,6 +104,19 @@ class Overview:
     quarantine: Quarantined | None = None
     #: why Postgres was asked and not the ledger; empty where the ledger answered
     why: str = ""
+    #: millicores that workers without a lease still have allocated: their jobs have not been taken back yet
+    lapsed_cpus: int = 0
+    #: True if the memory of Redis is short, so that jobs which find no room stay in Postgres
+    memory_short: bool = False
+    #: The workers to show. The sums are over all workers.
+    page: Page = WHOLE
+
+    @property
+    def shown(self) -> tuple[tuple[WorkerLine, ...], str | None]:
+        """Return the lines on the page, and the name behind which the next page begins; None where there is none."""
+        by_name = {worker.name: worker for worker in self.workers}
+        names, last = self.page.of(by_name)
+        return tuple(by_name[name] for name in names), last
 
     @property
     def resources(self) -> list[str]:
@@ -112,6 +135,11 @@ class Overview:
         return max(0, self.total(name) - self.allocated(name))
 
     @property
+    def is_new(self) -> bool:
+        """Return whether nothing has run yet: there is no ledger, no worker and no job that waits."""
+        return self.why == COLD and not self.workers and not self.backlog
+
+    @property
     def waiting(self) -> int:
         return sum(line.waiting for line in self.backlog)
 
@@ -122,8 +150,9 @@ class Overview:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `cluster --json` prints and `/api/v1/dashboard` answers with."""
-        totals = {name: self.total(name) for worker in self.workers for name in worker.capacity}
-        used = {name: self.allocated(name) for worker in self.workers for name in worker.allocated}
+        totals = {name: self.total(name) for name in {name for worker in self.workers for name in worker.capacity}}
+        used = {name: self.allocated(name) for name in {name for worker in self.workers for name in worker.allocated}}
+        shown, last = self.shown
         return {
             "resources": {
                 "total_cpus": amounts.cpus_number(self.total(CPUS)),
@@ -140,19 +169,22 @@ class Overview:
                 "named": _named(totals, used),
                 "waiting_jobs": self.waiting,
             },
-            "workers": [worker.to_json() for worker in self.workers],
+            "workers": [worker.to_json() for worker in shown],
+            "next_after": last,
             "backlog": [line.to_json() for line in self.backlog],
             "counters": dict(self.counters),
             "source": self.source.value,
             "unapplied": self.unapplied,
             "unapplied_seconds": None if self.unapplied_age is None else round(self.unapplied_age, 3),
+            "memory_short": self.memory_short,
             "quarantine": None if self.quarantine is None else self.quarantine.to_json(),
             "at": self.at.isoformat(timespec="milliseconds"),
         }
 
 
 def _named(capacity: Mapping[str, int], allocated: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    names = sorted(name for name in {*capacity, *allocated} - {*_OWN, ALONE} if not amounts.is_label(name))
+    """Return the amounts of the resources that have no fields of their own."""
+    names = sorted(name for name in {**capacity, **allocated} if is_named(name))
     return {name: {"total": capacity.get(name, 0), "allocated": allocated.get(name, 0)} for name in names}
 
 
@@ -160,7 +192,7 @@ class Cold(Exception):
     """The ledger is cold and has no current values of the cluster."""
 
 
-def read(client: redispy.Redis, engine: Engine, ttl: float = WORKER_TTL) -> Overview:
+def read(client: redispy.Redis, engine: Engine, ttl: float = WORKER_TTL, page: Page = WHOLE) -> Overview:
     """Read the overview from the ledger, else from Postgres. `client`: a `quick_client`; `ttl`: see `from_postgres`.
 
     Only Postgres has the quarantine. Raises StoreUnavailable where neither store answers, NotMigrated where Postgres
@@ -169,12 +201,12 @@ def read(client: redispy.Redis, engine: Engine, ttl: float = WORKER_TTL) -> Over
     try:
         if _postgres_decides(engine):
             raise Cold("Postgres decides, and the books are old")
-        return replace(from_ledger(client), quarantine=_quarantined(engine))
+        return replace(from_ledger(client, page), quarantine=quarantined(engine))
     except (RedisError, Cold) as error:
         try:
             with engine.connect() as connection:
                 seen = from_postgres(connection, ttl)
-                return replace(seen, quarantine=quarantine.read(connection), why=mask_url(str(error)))
+                return replace(seen, quarantine=quarantine.read(connection), why=mask_url(str(error)), page=page)
         except (DBAPIError, PoolTimeout) as second:
             raise translate(second, f"the ledger does not answer ({error}), and ") from second
 
@@ -191,7 +223,7 @@ def _postgres_decides(engine: Engine) -> bool:
         return False
 
 
-def _quarantined(engine: Engine) -> Quarantined | None:
+def quarantined(engine: Engine) -> Quarantined | None:
     """Return the quarantine; None where Postgres does not answer, since the values of the ledger need not wait."""
     try:
         with engine.connect() as connection:
@@ -200,49 +232,57 @@ def _quarantined(engine: Engine) -> Quarantined | None:
         return None
 
 
-def from_ledger(client: redispy.Redis) -> Overview:
-    """Read the index, the books and queues, and the ages, in three round trips. Raises Cold, or RedisError."""
-    head = snapshot.read_head(client)
-    if head.epoch is None:
-        raise Cold("the ledger is cold")
-    pipe = client.pipeline(transaction=False)
-    for worker in head.leases:
-        pipe.hgetall(keys.book(worker))
-        pipe.hgetall(keys.view(worker))
-    ask_queues(pipe, head.shapes)
-    replies = iter(pipe.execute())
-    lines = [line for worker in head.leases if (line := _ledger_line(head, worker, next(replies), next(replies)))]
-    backlog = read_backlog(client, head, replies, {line.catalogue for line in lines})
-    return Overview(
-        source=Store.LEDGER,
-        at=datetime.fromtimestamp(head.now / 1000, UTC),
-        workers=tuple(sorted(lines, key=lambda line: line.name)),
-        backlog=backlog,
-        counters=head.counters,
-        unapplied=head.unapplied,
-        unapplied_age=max(0, head.now - (head.unapplied_since or head.now)) / 1000,
-    )
+def from_ledger(client: redispy.Redis, page: Page = WHOLE) -> Overview:
+    """Read the index, the books and queues, and the ages, in three round trips. Raises Cold, or RedisError.
+
+    Only the workers of the page have the fields that a heartbeat tells.
+    """
+    with snapshot.without_collection():
+        head = snapshot.read_head(client)
+        if head.epoch is None:
+            raise Cold(COLD)
+        live = [worker for worker, lease in head.leases.items() if lease > head.now]
+        on_page, _ = page.of(live)
+        views = (("HMGET", keys.view(worker), *_SEEN) for worker in on_page)
+        books = (("HGETALL", keys.book(worker)) for worker in head.leases)
+        replies = iter(snapshot.read_many(client, (*views, *books, *queue_reads(head.shapes))))
+        seen = {worker: next(replies) for worker in on_page}
+        lines, lapsed = [], 0
+        for worker in head.leases:
+            book = snapshot.parse_book(worker, snapshot.pairs(next(replies)))
+            if book is not None and head.is_live(book):
+                lines.append(_ledger_line(head.now, book, seen.get(worker, _UNSEEN)))
+            elif book is not None:
+                lapsed += book.allocated.get(CPUS, 0)
+        backlog = read_backlog(client, head, replies, {line.catalogue for line in lines})
+        return Overview(
+            source=Store.LEDGER,
+            at=datetime.fromtimestamp(head.now / 1000, UTC),
+            workers=tuple(sorted(lines, key=lambda line: line.name)),
+            backlog=blocked_first(backlog, (line.to_policy() for line in lines)),
+            lapsed_cpus=lapsed,
+            counters=head.counters,
+            memory_short=head.tight,
+            unapplied=head.unapplied,
+            unapplied_age=max(0, head.now - (head.unapplied_since or head.now)) / 1000,
+            page=page,
+        )
 
 
-def _ledger_line(head: snapshot.Head, worker: str, fields: Any, view: Any) -> WorkerLine | None:
-    """Return the line of a worker; None for a worker that is not live."""
-    book = snapshot.parse_book(worker, fields)
-    if book is None or not head.is_live(book):
-        return None
-    seen = {snapshot.text(name): snapshot.text(value) for name, value in view.items()}
-    beat = seen.get("heartbeat_at")
-    beaten = datetime.fromisoformat(beat).timestamp() if beat else None
+def _ledger_line(now: int, book: snapshot.WorkerBook, view: Sequence[Any]) -> WorkerLine:
+    """Return the line of a live worker at `now` (ms). `view`: the values of `_SEEN`."""
+    beat, hostname, pid, started_at, version = (None if value is None else snapshot.text(value) for value in view)
     return WorkerLine(
-        name=worker,
+        name=book.worker,
         status=book.status,
         capacity=book.capacity,
         allocated=book.allocated,
-        heartbeat_age=None if beaten is None else max(0.0, head.now / 1000 - beaten),
-        hostname=seen.get("hostname"),
-        pid=int(seen["pid"]) if seen.get("pid") else None,
+        heartbeat_age=max(0.0, now / 1000 - datetime.fromisoformat(beat).timestamp()) if beat else None,
+        hostname=hostname,
+        pid=int(pid) if pid else None,
         incarnation=book.incarnation,
-        started_at=seen.get("started_at"),
-        version=seen.get("version"),
+        started_at=started_at,
+        version=version,
         catalogue=book.catalogue,
     )
 
@@ -288,7 +328,8 @@ def from_postgres(connection: Connection, ttl: float = WORKER_TTL) -> Overview:
         BacklogLine(Request.from_shape(row.shape), row.waiting, max(0.0, (now - row.oldest).total_seconds()))
         for row in queues
     )
-    return Overview(source=Store.POSTGRES, at=now.astimezone(UTC), workers=tuple(lines), backlog=tuple(backlog))
+    judged = blocked_first(backlog, [line.to_policy() for line in lines])
+    return Overview(source=Store.POSTGRES, at=now.astimezone(UTC), workers=tuple(lines), backlog=judged)
 
 
 def _allocated(connection: Connection) -> dict[str, dict[str, int]]:

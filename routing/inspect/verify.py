@@ -15,7 +15,7 @@ read again, and it is a violation only if it is still there after `PATIENCE`, wi
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import redis as redispy
@@ -60,16 +60,6 @@ class Verdict:
     violations: int
     detail: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "says": self.says,
-            "holds": self.holds,
-            "only_at_rest": self.only_at_rest,
-            "violations": self.violations,
-            "detail": list(self.detail),
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -84,16 +74,8 @@ class Report:
         return all(verdict.holds is not False for verdict in self.verdicts)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "at_rest": self.at_rest,
-            "holds": self.holds,
-            "verdicts": [verdict.to_json() for verdict in self.verdicts],
-        }
-
-    @property
-    def ok(self) -> bool:
-        """Return `holds`, under the name that tests use."""
-        return self.holds
+        verdicts = [{**asdict(verdict), "detail": list(verdict.detail)} for verdict in self.verdicts]
+        return {"at_rest": self.at_rest, "holds": self.holds, "verdicts": verdicts}
 
     def lines(self) -> list[str]:
         """Return the violations that are shown, a line for each."""
@@ -129,17 +111,17 @@ def _read(
     try:
         with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
             rows = audit.read_postgres(connection)
-        shelf = audit.read_ledger(client)
+        ledger = audit.read_ledger(client)
     except (DBAPIError, PoolTimeout) as error:
         raise translate(error) from error
     except RedisError as error:
         raise StoreUnavailable(f"Redis does not answer: {error}") from error
     resting = rows.at_rest if at_rest is None else at_rest
-    return audit.inspect(shelf, rows, resting, write_within), resting
+    return audit.inspect(ledger, rows, resting, write_within), resting
 
 
-def _verdict(name: str, found: set[Suspicion], resting: bool) -> Verdict:
+def _verdict(name: str, suspicions: set[Suspicion], resting: bool) -> Verdict:
     says, only_at_rest = INVARIANTS[name]
-    violations = sorted(suspicion.evidence for suspicion in found if suspicion.invariant == name)
+    violations = sorted(suspicion.evidence for suspicion in suspicions if suspicion.invariant == name)
     holds = None if only_at_rest and not resting else not violations
     return Verdict(name, says, holds, only_at_rest, len(violations), tuple(violations[:SHOWN]))

@@ -1,32 +1,40 @@
-"""The backlog as the ledger has it: a line for the waiting jobs of each request, tasks that no worker knows first."""
+"""The backlog as the ledger has it: a line for the waiting jobs of each request, blocked ones first."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import unquote
 
 import redis as redispy
 
 from celery_capacity.routing.ledger import keys, snapshot
+from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request, split_shape
-from celery_capacity.routing.policy.placement import SUBMISSIONS, TOP_PRIORITY, order
+from celery_capacity.routing.policy.placement import SUBMISSIONS, TOP_PRIORITY, Book, Refusal, order, survey
 
-_PRIORITIES: Final = range(TOP_PRIORITY + 1)
+#: Reasons that time does not change: somebody must start another worker, or cancel the jobs.
+BLOCKING: Final = frozenset({Reason.NO_TASK, Reason.NO_QUEUE, Reason.UNKNOWN_RESOURCE, Reason.TOO_LARGE})
+#: The first and the last order of each priority, as text. The first job between them is the oldest of the priority.
+_ORDERS: Final = tuple(
+    (str(order(priority, 0)), str(order(priority, 0) + SUBMISSIONS - 1)) for priority in range(TOP_PRIORITY + 1)
+)
 
 
 @dataclass(frozen=True, slots=True)
 class BacklogLine:
     """The waiting jobs of one request. `oldest`: seconds since the first of them was submitted.
 
-    `unknown_task`: their task, where no live worker has registered it; else "".
+    `unknown_task`: their task, where no live worker has registered it; else "". `blocked`: the reason for which no live
+    worker takes them, not even an empty one; None where one does.
     """
 
     request: Request
     waiting: int
     oldest: float | None
     unknown_task: str = ""
+    blocked: Reason | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -35,17 +43,17 @@ class BacklogLine:
             "waiting": self.waiting,
             "oldest_seconds": None if self.oldest is None else round(self.oldest, 3),
             "unknown_task": self.unknown_task or None,
+            "blocked": None if self.blocked is None else self.blocked.value,
         }
 
 
-def ask_queues(pipe: Any, shapes: Sequence[str]) -> None:
-    """Add to a pipeline the reads of the queues of these shapes. `read_backlog` takes the replies."""
+def queue_reads(shapes: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Yield the commands that read the queues of these shapes. `read_backlog` takes the replies."""
     for shape in shapes:
-        pipe.zcard(keys.wait(shape))
-        for priority in _PRIORITIES:
-            # The first of each priority is the oldest of that priority.
-            first = order(priority, 0)
-            pipe.zrangebyscore(keys.wait(shape), first, first + SUBMISSIONS - 1, start=0, num=1)
+        key = keys.wait(shape)
+        yield "ZCARD", key
+        for begin, end in _ORDERS:
+            yield "ZRANGEBYSCORE", key, begin, end, "LIMIT", "0", "1"
 
 
 def read_backlog(
@@ -56,17 +64,15 @@ def read_backlog(
     jobs = [job for _, _, firsts in queues for job in firsts]
     # A worker without a catalogue takes any task. Without a worker there is another reason to wait.
     names = {split_shape(shape)[1] for shape in head.shapes} - {""} if catalogues and "" not in catalogues else set()
-    pipe = client.pipeline(transaction=False)
-    for job in jobs:
-        pipe.hget(keys.job(job), "submitted")
-    for name in names:
-        for catalogue in catalogues:
-            pipe.sismember(keys.tasks(catalogue), name)
-    answers = iter(pipe.execute())
-    submitted = {job: int(time) for job, time in ((job, next(answers)) for job in jobs) if time and int(time) > 0}
+    heads_of_jobs = (("GETRANGE", keys.job(job), "0", str(snapshot.HEAD_BYTES - 1)) for job in jobs)
+    tasks = (("SISMEMBER", keys.tasks(catalogue), name) for name in names for catalogue in catalogues)
+    answers = iter(snapshot.read_many(client, (*heads_of_jobs, *tasks)))
+    heads = snapshot.parse_jobs(client, {job: next(answers) for job in jobs})
+    submitted = {job: time for job, fields in heads.items() if (time := int(fields.get("submitted", 0))) > 0}
     unknown = {name for name in names if sum(int(next(answers)) for _ in catalogues) == 0}
     lines: dict[tuple[str, str], BacklogLine] = {}
-    for shape, waiting, firsts in queues:
+    for shape, filed, firsts in queues:
+        waiting = filed + head.staying.get(shape, 0)
         asked, name = split_shape(shape)
         task = name if name in unknown else ""
         times = [submitted[job] for job in firsts if job in submitted]
@@ -75,7 +81,25 @@ def read_backlog(
         if waiting:
             line = BacklogLine(Request.from_shape(asked), waiting, oldest, unquote(task))
             lines[key] = _together(lines[key], line) if key in lines else line
-    return tuple(sorted(lines.values(), key=lambda line: not line.unknown_task))
+    return tuple(lines.values())
+
+
+def blocked_first(lines: Iterable[BacklogLine], books: Iterable[Book]) -> tuple[BacklogLine, ...]:
+    """Return the lines with the reasons that block them, these first. `books`: those of the live workers.
+
+    Empty workers are judged. So one worker of each capacity is enough, however many there are.
+    """
+    kinds = {(tuple(book.capacity.items()), book.admitting): book for book in books}
+    empty = [replace(book, allocated={}) for book in kinds.values()]
+    judged = [replace(line, blocked=_blocked(line, empty)) for line in lines]
+    return tuple(sorted(judged, key=lambda line: (line.blocked is None, not line.unknown_task)))
+
+
+def _blocked(line: BacklogLine, books: Sequence[Book]) -> Reason | None:
+    if line.unknown_task:
+        return Reason.NO_TASK
+    decision = survey(line.request, books, 0)
+    return decision.reason if isinstance(decision, Refusal) and decision.reason in BLOCKING else None
 
 
 def _together(first: BacklogLine, second: BacklogLine) -> BacklogLine:
@@ -85,4 +109,4 @@ def _together(first: BacklogLine, second: BacklogLine) -> BacklogLine:
 
 
 def _firsts(replies: Iterator[Any]) -> list[str]:
-    return [snapshot.text(members[0]) for members in (next(replies) for _ in _PRIORITIES) if members]
+    return [snapshot.text(members[0]) for members in (next(replies) for _ in _ORDERS) if members]

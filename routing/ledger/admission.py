@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
+from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.repair import Repairs
-from celery_capacity.routing.ledger.replies import NEVER_AGAIN, Placed, Submitted, SubmitVerdict
+from celery_capacity.routing.ledger.replies import NEVER_AGAIN, Brought, Placed, Submitted, SubmitVerdict
 from celery_capacity.routing.ledger.signatures import Reply
 from celery_capacity.routing.model.envelope import digest_of
 from celery_capacity.routing.model.request import Request, split_shape
 from celery_capacity.routing.policy.placement import held_by, is_last_chance
+
+#: Beginning of the value of a job that the ledger holds no more.
+ENDED: Final = b"ended"
 
 
 class Admission(Repairs):
@@ -33,7 +37,7 @@ class Admission(Repairs):
         deadline = (self.now_ms() if read_ms is None else self.server_ms(read_ms)) + self.submit_limit_ms
         return {
             "deadline": deadline,
-            "job": job,
+            "id": job,
             "shape": self.shape_held(shape, losses),
             "order": order,
             "message": message,
@@ -77,29 +81,107 @@ class Admission(Repairs):
     def submit_one(self, row: tuple[Any, ...]) -> Submitted:
         """Submit one job, given as a row of `submit_many`."""
         values = self._submit_values(*row)
-        return self._submitted(values["job"], values["shape"], self._call("submit", **values))
+        return self._submitted(values["id"], values["shape"], self._call("submit", **values))
 
     def submit_many(self, rows: Sequence[tuple[Any, ...]]) -> int:
-        """Submit many jobs in one step, and return how many the ledger took.
+        """Submit many jobs in one step as `bring` does, and return how many the ledger took."""
+        return self.bring(rows).taken
 
-        Each row has the arguments of `submit`, in their order. The other jobs were in the ledger already. 0 may also
-        mean that the whole call came too late.
+    def bring(self, rows: Sequence[tuple[Any, ...]]) -> Brought:
+        """Submit many jobs in one step.
+
+        Each row has the arguments of `submit`, in their order. The jobs that were neither taken nor left were in the
+        ledger already. A call that came too late takes and leaves none.
         """
         if not rows:
-            return 0
+            return Brought(0)
         jobs = [self._submit_values(*row) for row in rows]
         # The deadline is that of the row that was read first.
         deadline = min(job.pop("deadline") for job in jobs)
         reply = self._call("submit_many", jobs, deadline=deadline)
         if reply.head == SubmitVerdict.LATE:
             self.hear(reply.number("now"))
-            return 0
+            return Brought(0)
         for start in range(0, len(reply.rest), 3):
             # The worker that took the first job may have room for the next one, and stands before the cursor now.
             shape, *cursor = reply.rest[start : start + 3]
             while self.place_shape(shape, *cursor):
                 cursor = []
-        return reply.number("taken")
+        return Brought(reply.number("taken"), tuple(map(int, filter(None, reply["left"].split(",")))))
+
+    def begin_refill(self) -> dict[str, tuple[int, int | None]]:
+        """Begin to fetch jobs that stay in Postgres: return the shapes whose heads run low, with the jobs they want.
+
+        Each has the number of jobs, and the order before which they are, None for any.
+        Call it before the rows are read: jobs that are left in Postgres later keep their place.
+        """
+        reply = self._call("begin_refill")
+        rows = zip(reply.rest[::3], reply.rest[1::3], reply.rest[2::3], strict=True)
+        return {shape: (int(jobs), int(before) if before else None) for shape, jobs, before in rows}
+
+    def find_low(self) -> None:
+        """Find shapes whose heads run low, and of which the runner was not told or the note is lost."""
+        seen, looked = 0, 1
+        while looked:
+            looked = self._call("find_low", seen=seen).number("looked")
+            seen += looked
+
+    def refill(self, shape: str, next_order: int | None, rows: Sequence[tuple[Any, ...]]) -> int | None:
+        """Bring in jobs of a shape that stayed in Postgres; return how many the shape wants after these.
+
+        `rows`: as in `bring`. `next_order`: that of the first job which still stays there, None for none. Returns None
+        where the rows were read too long ago.
+        """
+        jobs = [self._submit_values(*row) for row in rows]
+        deadline = min((job.pop("deadline") for job in jobs), default=self.now_ms() + self.submit_limit_ms)
+        for job in jobs:
+            del job["shape"]
+        border = "" if next_order is None else next_order
+        reply = self._call("refill", jobs, deadline=deadline, shape=shape, next_order=border)
+        if reply.head == SubmitVerdict.LATE:
+            self.hear(reply.number("now"))
+            return None
+        self.place_shape(shape)
+        return reply.number("wanted")
+
+    def borders(self) -> dict[str, int]:
+        """Return the shapes of which jobs stay in Postgres, with an order before which none does."""
+        rows: Any = self._guard(lambda: self.client.zrange(keys.BORDER, 0, -1, withscores=True))
+        return {shape.decode(): int(order) for shape, order in rows}
+
+    def count_staying(self, changes: Mapping[str, int], *, absolute: bool = False) -> None:
+        """Count jobs of these shapes that stay in Postgres, for people: by changes, or by absolute numbers."""
+        pipe = self.client.pipeline(transaction=absolute)
+        if absolute:
+            pipe.delete(keys.STAYING)
+        for shape, number in changes.items():
+            pipe.hincrby(keys.STAYING, shape, number)
+        if changes or absolute:
+            self._guard(pipe.execute)
+
+    def unknown(self, jobs: Sequence[str]) -> list[str]:
+        """Return those of these jobs that the ledger does not hold."""
+        pipe = self.client.pipeline(transaction=False)
+        for job in jobs:
+            pipe.getrange(keys.job(job), 0, len(ENDED) - 1)
+        states = self._guard(pipe.execute) if jobs else []
+        return [job for job, state in zip(jobs, states, strict=True) if state in (b"", ENDED)]
+
+    def memory(self) -> tuple[int, int, bool]:
+        """Return the bytes that the server has used, its limit, and whether the ledger knows that memory is short.
+
+        The limit is 0 where there is none, or where the server evicts keys instead of refusing writes.
+        """
+        pipe = self.client.pipeline(transaction=False)
+        pipe.info("memory")
+        pipe.hexists(keys.EPOCH, "tight")
+        about, tight = self._guard(pipe.execute)
+        limit = int(about.get("maxmemory", 0)) if about.get("maxmemory_policy") == "noeviction" else 0
+        return int(about.get("used_memory", 0)), limit, bool(tight)
+
+    def set_tight(self, tight: bool) -> None:
+        """Note whether the memory of the server is short. Then only a few jobs of each shape wait in the ledger."""
+        self._call("set_tight", tight="1" if tight else "0")
 
     def _submitted(self, job: str, shape: str, reply: Reply) -> Submitted:
         verdict = SubmitVerdict(reply.head)
@@ -114,6 +196,8 @@ class Admission(Repairs):
                 if placed.job == job:
                     return Submitted(SubmitVerdict.ADMITTED, placed.worker, placed.attempt)
             return Submitted(verdict)
+        if verdict is SubmitVerdict.LEFT:
+            return Submitted(verdict)
         return Submitted(verdict, was=reply["state"])
 
     def place_shape(self, shape: str, cursor_score: str = "", cursor_worker: str = "") -> list[Placed]:
@@ -121,6 +205,7 @@ class Admission(Repairs):
         placed: list[Placed] = []
         while True:
             reply = self._call("place_shape", shape=shape, cursor_score=cursor_score, cursor_worker=cursor_worker)
+            self.fill_freed(reply["freed"])
             if reply.head == "none":
                 return placed
             if reply.head == "admitted":
@@ -132,6 +217,26 @@ class Admission(Repairs):
         """Admit the waiting jobs of several shapes, after jobs of these shapes came back into the backlog."""
         for shape in dict.fromkeys(shapes):
             self.place_shape(shape)
+
+    def fill(self, worker: str, cursor: str = "-inf", pages: int | None = None) -> int:
+        """Admit the waiting jobs that fit on a worker, and return how many were admitted.
+
+        `cursor`: the place among the shapes to go on from; '' means that no shape is left. `pages`: the most pages of
+        shapes to look at; None means no limit.
+        """
+        admitted = 0
+        while cursor and pages != 0:
+            pages = None if pages is None else pages - 1
+            reply = self._call("fill", worker=worker, after=cursor)
+            admitted += reply.number("admitted")
+            self.fill_freed(reply["freed"])
+            cursor = reply["cursor"]
+        return admitted
+
+    def fill_freed(self, worker: str) -> None:
+        """Fill a worker that was kept until now for a job that runs alone; '' means none."""
+        if worker:
+            self.fill(worker)
 
 
 def flag(rerun: bool) -> str:

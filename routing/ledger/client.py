@@ -8,8 +8,12 @@ retries nothing: the scripts are idempotent, so the caller decides.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import socket
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
+
+from redis.exceptions import ConnectionError as Disconnected
+from redis.exceptions import RedisError
 
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.election import Elections
@@ -24,11 +28,14 @@ from celery_capacity.routing.ledger.replies import (
     ReleaseVerdict,
     Renewed,
     Settled,
+    Settling,
     Taken,
     claims,
     hand_overs,
 )
+from celery_capacity.routing.ledger.scripts import MAX_BATCH
 from celery_capacity.routing.ledger.signatures import Group, Reply
+from celery_capacity.routing.line import RESP, Line
 from celery_capacity.routing.model.envelope import digest_of
 from celery_capacity.routing.model.request import task_text
 from celery_capacity.routing.model.states import State, WorkerStatus
@@ -69,6 +76,26 @@ class Ledger(Held, Elections):
         With a `nonce` of its own, the worker takes the jobs that the release admits to it from the reply, claimed
         already. Without `follow`, the caller calls `follow` itself, once it holds the jobs that were handed over.
         """
+        settling = self.prepare_settle(
+            worker, incarnation, ended=ended, arrived=arrived, most_losses=most_losses, admit=admit, nonce=nonce
+        )
+        settled = self._settled(settling, self._calls(settling.calls) if settling.calls else [])
+        if follow:
+            self.follow(worker, settled)
+        return settled
+
+    def prepare_settle(
+        self,
+        worker: str,
+        incarnation: str,
+        *,
+        ended: Sequence[Ended] = (),
+        arrived: Sequence[Arrived] = (),
+        most_losses: int,
+        admit: bool = True,
+        nonce: str = "",
+    ) -> Settling:
+        """Return the calls of a `settle`, for `send_settle`."""
         calls: list[tuple[str, list[Any]]] = []
         caller = {"worker": worker, "incarnation": incarnation}
         if ended:
@@ -76,15 +103,51 @@ class Ledger(Held, Elections):
             calls.append(self._prepared("release", map(_end_values, ended), **caller, **may))
         if arrived:
             calls.append(self._prepared("claim", map(_claim_values, arrived), **caller))
-        replies = self._calls(calls) if calls else []
+        return Settling(ended, arrived, admit, calls)
+
+    def open_line(self) -> Line | None:
+        """Return a connection of its own for `send_settle`, None where the server is reached by TLS or in RESP 3."""
+        pool: Any = self.client.connection_pool
+        # Not by `make_connection`: the pool counts what it makes for ever, and makes no more than 100 connections.
+        connection: Any = pool.connection_class(**pool.connection_kwargs)
+        self._guard(connection.connect)
+        if type(connection._sock) is socket.socket and int(connection.get_protocol()) == RESP:
+            return Line(connection)
+        connection.disconnect()
+        return None
+
+    def send_settle(self, line: Line, settling: Settling) -> None:
+        """Send a `settle`, and do not wait for its reply."""
+        settling.meant, self._meant.run_id = getattr(self._meant, "run_id", ""), ""
+        commands = [("EVALSHA", self._scripts[name].sha, 0, *args) for name, args in settling.calls]
+        self._on_line(lambda: line.send(commands))
+
+    def receive_settled(self, line: Line, settling: Settling) -> Settled | None:
+        """Read the reply to a `send_settle`; return None if more of it is to come. Raises the errors of `settle`.
+
+        A server that does not know a script says so in an error, and one that was full too. Then `settle` is the way.
+        """
+        replies = self._on_line(line.receive)
+        if replies is None:
+            return None
+        for reply in replies:
+            if isinstance(reply, RedisError):
+                raise self._translated(reply)
+        return self._settled(settling, self._checked(settling.meant, replies))
+
+    def _on_line(self, action: Callable[[], Any]) -> Any:
+        try:
+            return self._guard(action)
+        except OSError as error:
+            raise self._translated(Disconnected(str(error))) from error
+
+    def _settled(self, settling: Settling, replies: Sequence[list[str]]) -> Settled:
         settled = Settled([], [], [])
-        for (name, _), values in zip(calls, replies, strict=True):
+        for (name, _), values in zip(settling.calls, replies, strict=True):
             if name == "release":
-                self._released(ended, self._reply(name, values), settled, admit)
+                self._released(settling.ended, self._reply(name, values), settled, settling.admit)
             else:
-                settled.claimed.extend(claims(arrived, self._reply(name, values).rest))
-        if follow:
-            self.follow(worker, settled)
+                settled.claimed.extend(claims(settling.arrived, self._reply(name, values).rest))
         return settled
 
     def _released(self, ended: Sequence[Ended], reply: Reply, settled: Settled, admit: bool) -> None:
@@ -96,51 +159,58 @@ class Ledger(Held, Elections):
                 settled.shapes.append(shape)
         settled.handed_over.extend(hand_overs(reply.rest[4 * len(ended) :]))
         settled.cursors.append(reply["cursor"])
+        settled.freed.append(reply["freed"])
 
     def follow(self, worker: str, settled: Settled) -> None:
         """Go on after a release: place the shapes of the jobs it put back, and fill this worker from its cursors."""
         self.place_shapes(settled.shapes)
         for cursor in settled.cursors:
             self.fill(worker, cursor, RELEASE_PAGES)
+        for freed in settled.freed:
+            self.fill_freed(freed)
 
-    def fill(self, worker: str, cursor: str = "-inf", pages: int | None = None) -> int:
-        """Admit the waiting jobs that fit on a worker, and return how many were admitted.
+    def find_room(self) -> Iterator[tuple[str, str]]:
+        """Yield each waiting shape that may have room, with a worker that has room for its first job.
 
-        `cursor`: the place among the shapes to go on from; '' means that no shape is left. `pages`: the most pages of
-        shapes to look at; None means no limit.
+        The worker is "" where not all of them were looked at, or where one is to be kept for a job that runs alone.
         """
-        admitted = 0
-        while cursor and pages != 0:
-            pages = None if pages is None else pages - 1
-            reply = self._call("fill", worker=worker, cursor=cursor)
-            admitted += reply.number("admitted")
+        cursor, done = "", False
+        while not done:
+            reply = self._call("find_room", after=cursor)
+            yield from zip(reply.rest[::2], reply.rest[1::2], strict=True)
             cursor = reply["cursor"]
-        return admitted
+            done = not cursor
 
     def cancel(self, job: str, state: State, error: str = "") -> Cancelled:
         """End a waiting job as `cancelled` or `expired`."""
-        reply = self._call("cancel", job=job, state=state, error=error)
+        reply = self._call("cancel", id=job, state=state, error_text=error)
         verdict = CancelVerdict(reply.head)
         if verdict is CancelVerdict.HELD:
             return Cancelled(verdict, worker=reply["worker"])
-        return Cancelled(verdict, entry=reply["entry"] if verdict is CancelVerdict.ENDED else None)
+        if verdict is not CancelVerdict.ENDED:
+            return Cancelled(verdict)
+        self.fill_freed(reply["freed"])
+        return Cancelled(verdict, entry=reply["entry"])
 
     def revoke(self, job: str) -> bool:
         """Note that a job held by a worker was revoked; return False where no worker holds it."""
-        return self._call("revoke", job=job).head == "held"
+        return self._call("revoke", id=job).head == "held"
 
     def note_successor(self, job: str, message: bytes) -> bool:
         """Note that a successor of the running attempt, with this message, is in Postgres."""
-        return self._call("note_successor", job=job, digest=digest_of(message)).head == "ok"
+        return self._call("note_successor", id=job, digest=digest_of(message)).head == "ok"
 
-    def count(self, what: str, by: int = 1) -> None:
-        """Add to a counter, for events that no script sees."""
-        self._guard(lambda: self.client.hincrby(keys.COUNTERS, what, by))
+    def count(self, what: str) -> None:
+        """Add one to a counter now, for a process that may call nothing more."""
+        self._guard(lambda: self.client.hincrby(keys.COUNTERS, what, 1))
 
     def ack_transitions(self, entries: Sequence[tuple[str, str]]) -> int:
         """Drop stream entries (entry, job) that Postgres has, and return how many were dropped."""
-        rows = [{"entry": entry, "job": job} for entry, job in entries]
-        return self._call("ack_transitions", rows).number("dropped") if rows else 0
+        dropped = 0
+        for start in range(0, len(entries), MAX_BATCH):
+            rows = [{"entry": entry, "job": job} for entry, job in entries[start : start + MAX_BATCH]]
+            dropped += self._call("ack_transitions", rows).number("dropped")
+        return dropped
 
     def redeliver(self) -> int:
         """Deliver again the messages of jobs that were not claimed in time, and return how many messages went out."""
@@ -153,10 +223,11 @@ class Ledger(Held, Elections):
 
     def remove_job(self, job: str, token: Token, *, final: bool) -> bool:
         """Take out a job, unless it changed since it was read; `final`: the job may not come back."""
-        reply = self._call("remove_job", job=job, token=str(token), final="1" if final else "0")
-        if reply.head == "ok" and reply["worker"]:
-            self.fill(reply["worker"])
-        return reply.head == "ok"
+        reply = self._call("remove_job", id=job, token=str(token), final="1" if final else "0")
+        if reply.head != "ok":
+            return False
+        self.fill_freed(reply["freed"])
+        return True
 
     # -- workers -------------------------------------------------------------------------------------------------
 
@@ -191,11 +262,10 @@ class Ledger(Held, Elections):
             tasks=catalogue,
             names=names,
             status=status,
-            admit="1" if admit else "0",
         )
         if reply.head == "taken":
             return Taken(reply["incarnation"], reply.number("lease_left"), reply.number("held"))
-        return Filled(reply.number("admitted") + self.fill(worker, reply["cursor"]))
+        return Filled(self.fill(worker) if admit else 0)
 
     def renew(
         self,
@@ -214,11 +284,11 @@ class Ledger(Held, Elections):
         caller may not. `missing_ms`: a running job that no list has named for so many milliseconds of the ledger's
         clock is taken back. None means a renew interval, 0 means at once, a negative value means never.
         """
-        values = {"incarnation": incarnation, "ttl": self.ttl_ms, "admit": "1" if admit else "0"}
-        reply = self._call("renew", _view_values(view), worker=worker, **values)
+        reply = self._call("renew", _view_values(view), worker=worker, incarnation=incarnation, ttl=self.ttl_ms)
         if reply.head == "unknown":
             return Renewed(known=False, taken_back=0)
-        self.fill(worker, reply["cursor"])
+        if admit and reply["undone"] == "1":
+            self.fill(worker)
         missing = round(self.settings.renew_interval * 1000) if missing_ms is None else missing_ms
         if missing < 0 or (reply["held"], reply["lacked"]) == ("0", "0"):
             return Renewed(known=True, taken_back=0)

@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import redis
@@ -13,7 +14,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
 
-from celery_capacity.routing import os_threads
+from celery_capacity.routing import os_threads, redis_commands
 from celery_capacity.routing.config import redis_urls, timeouts
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import NotMigrated, PlatformError, StoreUnavailable, Unsupported, mask_url
@@ -22,6 +23,7 @@ from celery_capacity.routing.ledger.replies import LedgerClosed, LedgerFull
 from celery_capacity.routing.ledger.scripts import Script, load
 from celery_capacity.routing.ledger.signatures import Group, Reply
 from celery_capacity.routing.model import format_versions
+from celery_capacity.routing.model.reasons import Tally
 from celery_capacity.routing.model.token import Token
 
 #: Seconds that a reader waits for the ledger before it asks Postgres.
@@ -48,6 +50,7 @@ def connect(url: str, timeout: float = timeouts.STORE_TIMEOUT, **options: Any) -
         "socket_keepalive": True,
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
+        "command_packer": redis_commands.CommandPacker(),
         **options,
     }
     address = redis_urls.read(url)
@@ -88,6 +91,8 @@ class LedgerServer:
         #: The id of the Postgres database to which the books must belong, "" before it was found; and its finder.
         self.database = ""
         self.find_database: Callable[[], str] | None = None
+        #: Counts that go with the next call.
+        self.tally = Tally()
         #: For each thread: the run of the server that its arguments name, until they are sent.
         self._meant = threading.local()
         self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -125,7 +130,8 @@ class LedgerServer:
         self._clock_offset_ms = (int(seconds) + int(micros) / 1e6 - (before + after) / 2) * 1000
 
     def _load(self, *, flags: bool) -> dict[str, Script]:
-        return load(round(self.settings.start_timeout * 1000), self._tombstone_ms, flags)
+        start_ms = round(self.settings.start_timeout * 1000)
+        return load(start_ms, self._tombstone_ms, self.settings.max_ledger_backlog, flags)
 
     @property
     def ttl_ms(self) -> int:
@@ -218,10 +224,20 @@ class LedgerServer:
         """Send the calls in one round trip; each is atomic by itself. Raise the first refusal or error."""
         self.run_id  # noqa: B018 - the first use connects
         meant, self._meant.run_id = getattr(self._meant, "run_id", ""), ""
+        replies: list[Any] | None = None
         try:
-            replies = self._send(calls)
+            if len(calls) == 1 and not self.tally:
+                name, args = calls[0]
+                with suppress(NoScriptError):
+                    replies = [self.client.evalsha(self._scripts[name].sha, 0, *args)]
+            if replies is None:
+                replies = self._send(calls)
         except RedisError as error:
             raise self._translated(error) from error
+        return self._checked(meant, replies)
+
+    def _checked(self, meant: str, replies: Sequence[Any]) -> list[list[str]]:
+        """Return the values of replies to a call that named the run `meant`. Raise the first refusal."""
         if meant and meant != self._run_id:
             # Another thread's connection met the new run of the server first. If the server came back with old books,
             # the scripts accepted these arguments. The opener of the next epoch discards the changes they made.
@@ -239,16 +255,11 @@ class LedgerServer:
         return results
 
     def _send(self, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[Any]:
-        if len(calls) == 1:
-            name, args = calls[0]
-            try:
-                return [self.client.evalsha(self._scripts[name].sha, 0, *args)]
-            except NoScriptError:
-                return [self.client.eval(self._scripts[name].text, 0, *args)]
+        """Send the calls and the counts of the tally; the server may not know the scripts yet."""
         pipe = self.client.pipeline(transaction=False)
         for name, args in calls:
             pipe.evalsha(self._scripts[name].sha, 0, *args)
-        replies = pipe.execute(raise_on_error=False)
+        replies = self.execute(pipe, raise_on_error=False)
         for index, reply in enumerate(replies):
             if isinstance(reply, NoScriptError):
                 name, args = calls[index]
@@ -256,6 +267,25 @@ class LedgerServer:
             elif isinstance(reply, ResponseError):
                 raise reply
         return replies
+
+    def execute(self, pipe: Any, *, raise_on_error: bool = True) -> list[Any]:
+        """Execute a pipeline that is no transaction, and tell the counts of the tally in the same round trip.
+
+        Counts that the server did not take go with a later call.
+        """
+        commands, counts = len(pipe), self.tally.take()
+        for name, times in counts.items():
+            pipe.hincrby(keys.COUNTERS, name, times)
+        replies: list[Any] = []
+        try:
+            replies = pipe.execute(raise_on_error=False)
+        finally:
+            if not replies or isinstance(replies[-1], RedisError):
+                self.tally.add_all(counts)
+        for reply in replies[:commands] if raise_on_error else ():
+            if isinstance(reply, RedisError):
+                raise reply
+        return replies[:commands]
 
     def _gate(self) -> tuple[str, str]:
         self._meant.run_id = self.run_id
@@ -286,35 +316,31 @@ class LedgerServer:
 
     def announce(self, jobs: Sequence[str]) -> None:
         """Tell watchers of these jobs to look at the rows, because no script has published the changes."""
-
-        def publish() -> None:
-            pipe = self.client.pipeline(transaction=False)
-            for job in jobs:
-                pipe.publish(keys.job(job), "")
-            pipe.execute()
-
-        self._guard(publish)
+        pipe = self.client.pipeline(transaction=False)
+        for job in jobs:
+            pipe.publish(keys.job(job), "")
+        self._guard(pipe.execute)
 
     # -- epochs --------------------------------------------------------------------------------------------------
 
     def opened(self) -> tuple[int, str] | None:
-        """Return the epoch and the server run in which the ledger was opened, or None where it is cold.
+        """Return the epoch and the server run in which the ledger was opened, or None where it is cold or older.
 
         Raises `NotMigrated` where a newer release opened it, in a format that this release does not know. Raises
         `Unsupported` where it was opened for another database.
         """
         fields = self._guard(lambda: self.client.hmget(keys.EPOCH, "epoch", "run_id", "format", "database"))
-        if int(fields[2] or format_versions.FIRST) > format_versions.LEDGER:
+        written = int(fields[2] or format_versions.FIRST)
+        if written > format_versions.LEDGER:
             raise NotMigrated(
-                f"the ledger is of format {int(fields[2])}, and this version of the platform knows"
-                f" {format_versions.LEDGER}",
-                value=int(fields[2]),
+                f"the ledger is of format {written}, and this version of the platform knows {format_versions.LEDGER}",
+                value=written,
                 advice="Install the version of the platform that opened it.",
             )
         owner = (fields[3] or b"").decode()
         if owner and self.database and owner != self.database:
             raise self._foreign(owner)
-        if fields[0] is None or fields[1] is None:
+        if fields[0] is None or fields[1] is None or written < format_versions.LEDGER:
             return None
         return int(fields[0]), fields[1].decode()
 
@@ -345,12 +371,12 @@ class LedgerServer:
         """
         self._meant.run_id = run_id
         rows = [{"name": name} for name in names]
-        self._call("close_epoch", rows, epoch=epoch, run_id=self._caller(run_id), step=step)
+        self._call("close_epoch", rows, opening=epoch, run_id=self._caller(run_id), step=step)
 
     def open_epoch(self, epoch: int, run_id: str | None = None) -> None:
         """Open an epoch on empty books; `run_id` as in `close_epoch`, None for the current one."""
         self._meant.run_id = run_id or self.run_id
-        reply = self._call("open_epoch", epoch=epoch, run_id=self._caller(run_id or self.run_id))
+        reply = self._call("open_epoch", opening=epoch, run_id=self._caller(run_id or self.run_id))
         # From now on the rows that this process reads are newer than the epoch, also by its own estimate of the clock.
         self.hear(reply.number("now"))
         self.epoch = epoch

@@ -1,23 +1,20 @@
 """The election of the one worker that runs the duties: a lease with a fencing number.
 
-The lease is kept where admissions are decided: in the ledger, by one script, or in the one row of the table `runner`
-while Postgres decides, by one guarded statement. The holder renews the lease while it works. Once the lease ran out,
-another worker can take it, under a larger fencing number; from then on the old holder is refused. Duties are guarded by
-themselves (`workers.duties`), so two runners for a moment cost work and nothing else.
+The lease is kept where admissions are decided. In the ledger one script grants it. While Postgres decides, one guarded
+statement does, in the one row of the table `runner`. The holder renews the lease while it works. Once the lease ran
+out, another worker can take it, under a larger fencing number; from then on the old holder is refused. Duties guard
+themselves (`workers.duties`), so two runners for a moment only cost work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Final
 
 from sqlalchemy import Connection, text
 
 from celery_capacity.routing.ledger.connection import LedgerServer
-
-NOTHING: Final[Mapping[str, int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +44,15 @@ class Elections(LedgerServer):
         term: float,
         asks: Iterable[str] = (),
         worker: str = "",
-        counted: Mapping[str, int] = NOTHING,
     ) -> Elected:
         """Take, renew or watch the lease for `term` seconds (0: give it back), and ask for duties.
 
-        `asks`: the duties that this caller asks the runner for. `counted`: numbers to add to counters, which save a
-        call of their own. The reply also has the epoch of the ledger, and says if the caller's worker has a book there.
+        `asks`: the duties that this caller asks the runner for. The reply also has the epoch of the ledger, and says if
+        the caller's worker has a book there.
         """
         rows = [{"duty": duty} for duty in asks]
         values = {"caller": caller, "worker": worker, "fence": fence, "term": round(term * 1000)}
-        counts = " ".join(f"{name} {number}" for name, number in counted.items())
-        reply = self._call("elect", rows, **values, database=self.database, counts=counts)
+        reply = self._call("elect", rows, **values, database=self.database)
         epoch, has_book = reply.number("epoch"), reply["book"] == "1"
         if reply.head != "elected":
             return Elected(0, (), epoch, has_book)

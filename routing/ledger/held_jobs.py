@@ -168,7 +168,7 @@ class Held(Admission):
         for page in self.held_pages(worker, HELD):
             asked = [job for job in page if job not in named]
             for start in range(0, len(asked), PAGE):
-                values = {"incarnation": incarnation, "most_losses": most_losses, "missing": missing_ms}
+                values = {"incarnation": incarnation, "most_losses": most_losses, "missing_for": missing_ms}
                 shapes += self._call(
                     "take_back_missing", _jobs(asked[start : start + PAGE]), worker=worker, **values
                 ).rest
@@ -224,6 +224,7 @@ class Held(Admission):
             page = held[start : start + PAGE]
             jobs = [self._adopted_values(job) for job in page]
             reply = self._call("adopt", jobs, worker=worker, incarnation=incarnation)
+            self.fill_freed(reply["freed"] if reply.head == "ok" else "")
             verdicts = [AdoptVerdict.STALE.value] * len(page) if reply.head == "unknown" else reply.rest
             answered = zip(page, verdicts, strict=True)
             refused += [(job.job, job.token) for job, verdict in answered if verdict != AdoptVerdict.ADOPTED]

@@ -14,12 +14,14 @@ import redis
 
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.snapshot import WorkerBook, text
-from celery_capacity.routing.model.amounts import CPUS, ONLY_LABELLED
+from celery_capacity.routing.model.amounts import CPUS, MEMORY, ONLY_LABELLED
 from celery_capacity.routing.model.states import WorkerStatus
-from celery_capacity.routing.policy.placement import waits_beside
+from celery_capacity.routing.policy.placement import asked_score, waits_beside
 
 #: The name of the whole index beside those of resources.
 WHOLE = ""
+#: Resources with an index of the amounts that waiting shapes ask for.
+ASKED = (CPUS, MEMORY)
 
 
 @dataclass(slots=True)
@@ -31,6 +33,8 @@ class Indexes:
 
     free: dict[str, dict[str, int]] = field(default_factory=dict)
     shapes: dict[str, dict[str, int]] = field(default_factory=dict)
+    #: Of CPUs and memory: shape -> amount that it asks for, as `asked_score` says.
+    asked: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def read_index_names(client: redis.Redis, workers: Iterable[str]) -> dict[str, list[str]]:
@@ -69,6 +73,9 @@ def read_rest(client: redis.Redis, indexes: Indexes, resources: Iterable[str], b
     for resource in sorted(beside):
         waiting: Any = client.zrange(keys.shapes_of(resource), 0, -1, withscores=True)
         indexes.shapes[resource] = {text(shape): int(order) for shape, order in waiting}
+    for resource in ASKED:
+        asking: Any = client.zrange(keys.asks(resource), 0, -1, withscores=True)
+        indexes.asked[resource] = {text(shape): int(amount) for shape, amount in asking}
 
 
 def wrong_workers(indexes: Indexes, books: Mapping[str, WorkerBook]) -> Iterator[str]:
@@ -77,13 +84,14 @@ def wrong_workers(indexes: Indexes, books: Mapping[str, WorkerBook]) -> Iterator
         row = books.get(worker)
         book = None if row is None else replace(row.to_policy(0), admitting=row.status == WorkerStatus.READY)
         room = 0 if book is None else book.free(CPUS)
-        expected = {} if book is None or not book.open else dict.fromkeys((WHOLE, *book.index_names), room)
+        expected = {}
+        if book is not None and book.open:
+            expected = {WHOLE: room, **{name: book.index_score(name) for name in book.index_names}}
         if WHOLE in expected and book is not None and book.capacity.get(ONLY_LABELLED) and book.index_names:
             expected[WHOLE] = -1
-        for resource in sorted(actual.keys() | expected.keys()):
-            if actual.get(resource) != expected.get(resource):
-                index = "the index" if resource == WHOLE else f"the index of {resource}"
-                yield f"worker {worker} has {room} free and stands as {actual.get(resource)} in {index}"
+        for resource, _, score in _differing(expected, actual):
+            index = "the index" if resource == WHOLE else f"the index of {resource}"
+            yield f"worker {worker} has {room} free and stands as {score} in {index}"
 
 
 def wrong_shapes(indexes: Indexes, first: Mapping[str, int | None]) -> Iterator[str]:
@@ -96,8 +104,15 @@ def wrong_shapes(indexes: Indexes, first: Mapping[str, int | None]) -> Iterator[
         if order is not None:
             expected.setdefault(waits_beside(shape), {})[shape] = order
     for resource in sorted(expected.keys() | indexes.shapes.keys()):
-        wanted, actual = expected.get(resource, {}), indexes.shapes.get(resource, {})
-        for shape in sorted(wanted.keys() | actual.keys()):
-            if wanted.get(shape) != actual.get(shape):
-                at, there = wanted.get(shape), actual.get(shape)
-                yield f"shape {shape} begins at {at}, and at {there} in the index of {resource}"
+        for shape, at, there in _differing(expected.get(resource, {}), indexes.shapes.get(resource, {})):
+            yield f"shape {shape} begins at {at}, and at {there} in the index of {resource}"
+    for resource in ASKED:
+        wanted = {shape: asked_score(shape, resource) for shape, order in first.items() if order is not None}
+        for shape, asked, there in _differing(wanted, indexes.asked.get(resource, {})):
+            yield f"shape {shape} asks for {asked} of {resource}, and for {there} in its index"
+
+
+def _differing(wanted: Mapping[str, int], actual: Mapping[str, int]) -> Iterator[tuple[str, int | None, int | None]]:
+    for name in sorted(wanted.keys() | actual.keys()):
+        if wanted.get(name) != actual.get(name):
+            yield name, wanted.get(name), actual.get(name)

@@ -2,18 +2,23 @@
 
 | key | type | holds |
 | --- | --- | --- |
-| `ledger:epoch` | hash | `epoch`, `run_id` of the server, `opened` (ms), `database`. Missing: the ledger is COLD |
+| `ledger:epoch` | hash | `epoch`, `run_id` of the server, `opened` (ms), `database`, ... Missing: the ledger is COLD |
 | `ledger:book:<worker>` | hash | `epoch`, `incarnation`, `status`, `queue`, `lease` (ms), the resources |
 | `ledger:free` | sorted set | worker, free millicores; only workers that may be admitted to |
-| `ledger:free:<resource>` | sorted set | as `ledger:free`, of workers with a resource that some lack |
+| `ledger:free:<resource>` | sorted set | worker with the resource, class of its free amount and free millicores |
 | `ledger:leases` | sorted set | worker, end of its lease (ms) |
 | `ledger:held:<worker>` | hash | job, token of the attempt that holds an allocation there |
 | `ledger:missing:<worker>` | hash | held attempt (`<job> <token>`) that its last list lacked, since when (ms) |
-| `ledger:job:<id>` | hash | one job; a tombstone where the job ended |
+| `ledger:job:<id>` | string | head and message of one job; a tombstone where the job ended |
 | `ledger:wait:<shape>` | sorted set | waiting job, order |
 | `ledger:shapes` | sorted set | shape that waits, order of its first job |
 | `ledger:shapes:<resource>` | sorted set | as `ledger:shapes`; each shape stands in one of these |
+| `ledger:asks:<resource>` | sorted set | shape that waits, the CPUs or memory it asks for; -1 where it runs alone |
 | `ledger:kept` | hash | shape that must run alone, the worker that is kept for it |
+| `ledger:border` | sorted set | shape of which jobs stay in Postgres, the least order of these, or less |
+| `ledger:left` | sorted set | such a shape, the least order of the jobs left since the runner last read |
+| `ledger:low` | set | such shapes, of which the runner is to fetch jobs; a channel of the same name says so |
+| `ledger:staying` | hash | such a shape, how many of its jobs stay in Postgres, for people |
 | `ledger:unclaimed` | sorted set | admitted job, time at which its message is delivered again (ms) |
 | `ledger:stream` | stream | transitions that Postgres does not have yet |
 | `ledger:carried` | set | jobs with an entry of an older epoch in the stream: nobody brings them in |
@@ -29,16 +34,22 @@
 
 In a book `status` is ready, draining or closed. `tasks` is the worker's catalogue, a set of task names whose key has
 their digest: workers with the same code share one. A worker without a catalogue takes any task. `c.<resource>` is the
-capacity and `a.<resource>` the allocated amount of a resource. `kept` is the shape for which the worker takes nothing
+capacity and `a.<resource>` the allocated amount of a resource. `unfilled` says that jobs
+which fit there may wait unseen. `kept` is the shape for which the worker takes nothing
 else (`routing.policy.placement`); the key `ledger:kept` only leads there. `places` are the resources in whose indexes
-of free CPUs the worker stands while jobs may be admitted to it. Such a resource is any but `cpus`, `memory`, `slots`
-and `alone`; queues are among them, by their labels (`routing.model.amounts`).
+of free CPUs the worker stands while jobs may be admitted to it. Such a resource is any but `cpus`, `slots` and
+`alone`; queues are among them, by their labels (`routing.model.amounts`). A score in such an index is the class of the
+free amount (`routing.policy.placement.amount_class`) times 2^32, and the free millicores. Queues have no classes.
 
-A job has `state` (waiting, admitted, running, ended), the token `epoch` and `attempt`, `worker`, `incarnation`,
-`shape`, `order`, `message` and its `digest`, the times `submitted`, `admitted` and `started`, the `nonce` of its
-claim, `losses`, `successor` (Postgres holds one), `revoked`, `entry` (of the stream, not yet applied) and `noted` (the
-attempt that the entry is about). A tombstone has the `outcome` of the job's last attempt (none: the job was cancelled
-in the backlog), the state that the job `became`, and `final` unless the job goes on.
+A job's value is its head, a line for each of `HEAD_LINES`, and its message behind that. The message of a waiting job is
+packed (`packed` in lua/lib/job.lua). A line is empty where the job lacks the field. The fields are `state` (waiting,
+admitted, running, ended), `entry` (of the stream, not yet applied) and `noted` (the attempt that the entry is about),
+the token `epoch` and `attempt`, `worker`, `incarnation`, `shape`, `order`, the times `admitted`, `started` and
+`submitted`, the `nonce` of its claim, `losses`, and the `digest` of its message. The last line has marks, as
+`name=value,`: `rerun` (0: it may not run again), `redelivered` (times), `successor` (Postgres holds one) and `revoked`.
+A tombstone has the marks `outcome` of the job's last attempt (none: the job was cancelled in the backlog), the state
+that the job `became`, and `final` unless the job goes on. Blanks behind the last line leave room, so that the head can
+be written again before its message.
 
 Books are keys without expiry: an expired key would read as a free worker. A tombstone expires only once it names no
 `entry` any more: until Postgres has the end of a job, the ledger remembers it. Amounts are integers (millicores,
@@ -64,7 +75,12 @@ KEYS: Final = {
     "wait": "ledger:wait:",
     "shapes": "ledger:shapes",
     "shapes_of": "ledger:shapes:",
+    "asks": "ledger:asks:",
     "kept": "ledger:kept",
+    "border": "ledger:border",
+    "left": "ledger:left",
+    "low": "ledger:low",
+    "staying": "ledger:staying",
     "unclaimed": "ledger:unclaimed",
     "stream": "ledger:stream",
     "carried": "ledger:carried",
@@ -79,10 +95,19 @@ KEYS: Final = {
     "allocated_cpus": "resource:allocated_cpus",
 }
 
+#: Lines of the head of a job's value (`read_job` in lua/lib/job.lua).
+HEAD_LINES: Final = (
+    "state", "entry", "noted", "epoch", "attempt", "worker", "incarnation", "shape", "order", "admitted", "started",
+    "nonce", "losses", "submitted", "digest", "marks",
+)  # fmt: skip
+
 EPOCH: Final = KEYS["epoch"]
 FREE: Final = KEYS["free"]
 LEASES: Final = KEYS["leases"]
 SHAPES: Final = KEYS["shapes"]
+BORDER: Final = KEYS["border"]
+LOW: Final = KEYS["low"]
+STAYING: Final = KEYS["staying"]
 UNCLAIMED: Final = KEYS["unclaimed"]
 STREAM: Final = KEYS["stream"]
 CARRIED: Final = KEYS["carried"]
@@ -95,10 +120,6 @@ PROBE: Final = KEYS["probe"]
 ALLOCATED_CPUS: Final = KEYS["allocated_cpus"]
 #: Patterns for SCAN.
 LEDGER: Final = "ledger:*"
-JOBS: Final = KEYS["job"] + "*"
-BOOKS: Final = KEYS["book"] + "*"
-WAITS: Final = KEYS["wait"] + "*"
-HELDS: Final = KEYS["held"] + "*"
 VIEWS: Final = KEYS["view"] + "*"
 PRIVATE_QUEUES: Final = "worker.*.*"
 
@@ -133,6 +154,10 @@ def tasks(catalogue: str) -> str:
 
 def free_of(resource: str) -> str:
     return KEYS["free_of"] + resource
+
+
+def asks(resource: str) -> str:
+    return KEYS["asks"] + resource
 
 
 def shapes_of(resource: str) -> str:

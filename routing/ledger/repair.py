@@ -33,7 +33,7 @@ class Repairs(LedgerServer):
         `seen_in`: the resource in whose index the shape was seen; that index is repaired too. Returns True where
         something differed.
         """
-        return self._call("repair_queue", shape=shape, job=job, seen=seen_in)["differed"] == "1"
+        return self._call("repair_queue", shape=shape, id=job, seen=seen_in)["differed"] == "1"
 
     def prune_index(self, resource: str, seen: int, most: int) -> tuple[int, int]:
         """Take workers that do not belong there out of the index of a resource.
@@ -46,8 +46,12 @@ class Repairs(LedgerServer):
 
     def repair_job(self, job: str) -> int | None:
         """Repair the places of one job, and return how many differed, or None where its worker has no book."""
-        reply = self._call("repair_job", job=job)
+        reply = self._call("repair_job", id=job)
         return reply.number("differed") if reply.head == "ok" else None
+
+    def set_waiting(self, expected: int, waiting: int) -> bool:
+        """Set the number of jobs that wait in the ledger, unless it changed since it was read as `expected`."""
+        return self._call("set_waiting", expected=expected, sum=waiting).head == "ok"
 
     def set_total(self, expected: int | None, total: int) -> bool:
         """Set the sum of allocated millicores, unless it changed since it was read as `expected` (None: missing)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.model.states import Outcome, State
@@ -22,6 +22,8 @@ class SubmitVerdict(StrEnum):
     WAITING = "waiting"
     #: the ledger knows the job already, or has its transition of an older epoch
     EXISTS = "exists"
+    #: the head of the backlog is full, and the job waits in Postgres
+    LEFT = "left"
     #: past the deadline of its row
     LATE = "late"
 
@@ -99,6 +101,14 @@ class LedgerClosed(Exception):
 
 class LedgerFull(StoreUnavailable):
     """Redis has reached its `maxmemory`, and takes no more jobs. Operations that free memory go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """Reply to many jobs. `taken`: how many the ledger took. `left`: the places of those that stay in Postgres."""
+
+    taken: int
+    left: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +216,7 @@ class HandedOver:
 class Settled:
     """Replies to the attempts that ended and to those that arrived, and the jobs handed over.
 
-    `shapes`, `cursors`: the places from which `Ledger.follow` goes on.
+    `shapes`, `cursors`, `freed` (workers): the places from which `Ledger.follow` goes on.
     """
 
     released: list[Released]
@@ -214,6 +224,18 @@ class Settled:
     handed_over: list[HandedOver]
     shapes: list[str] = field(default_factory=list)
     cursors: list[str] = field(default_factory=list)
+    freed: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Settling:
+    """A `settle` that is made of `calls`. `meant`: the run of the server that they name, once they are sent."""
+
+    ended: Sequence[Ended]
+    arrived: Sequence[Arrived]
+    admit: bool
+    calls: list[tuple[str, list[Any]]]
+    meant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,17 @@ KEYS, ARGV, replies, cost, repeat). The loader puts the functions of `lua/lib` t
 Unused functions and comments are left out, because the server spends time on them at every call.
 
 The loader replaces KEY (`routing.ledger.keys`), STEP (`routing.model.states`) and LIMIT (`routing.policy.placement` and
-the settings) by their values, so that every name and number has one place. It replaces ARG, EACH and INNER by the
-places of the arguments (`routing.ledger.signatures`).
+the settings) by their values, so that every name and number has one place. It makes a local of each argument that the
+header names, and replaces EACH and INNER by the places of the repeated ones (`routing.ledger.signatures`). A script
+whose arguments begin with an epoch gets the check that the caller is of this epoch.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.resources import files
@@ -21,12 +23,12 @@ from importlib.resources.abc import Traversable
 from typing import Any, Final
 
 from celery_capacity.routing.ledger import signatures
-from celery_capacity.routing.ledger.keys import KEYS
+from celery_capacity.routing.ledger.keys import HEAD_LINES, KEYS
 from celery_capacity.routing.ledger.signatures import Signature
 from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, LABEL
 from celery_capacity.routing.model.states import Step
-from celery_capacity.routing.policy.placement import CANDIDATES, FREED_PASSES, MAX_ADMITTED, SHAPES
+from celery_capacity.routing.policy.placement import CANDIDATES, CLASS_SPAN, MAX_ADMITTED, SHAPES
 from celery_capacity.routing.policy.unknown_starts import FEWEST_LOSSES
 
 #: Candidates that a submit fetches first. It fetches the others only where none of these has room.
@@ -38,8 +40,12 @@ MAX_BATCH: Final = 1000
 
 #: Workers that one script looks at for many jobs together, in some 2 ms. Later jobs are placed by separate scripts.
 SEARCHED: Final = 8 * CANDIDATES
-#: Passes of one script over all workers that are no longer kept because of it.
-MAX_FREED_PASSES: Final = 2 * FREED_PASSES
+
+#: Waiting jobs of each shape that the ledger may hold, however many wait in all. Below, a shape would often run out of
+#: them before others are fetched.
+LEAST_WAITING: Final = 20
+#: Waiting jobs of all shapes that are fetched where the backlog of the ledger has no limit.
+UNLIMITED_SHARE: Final = 10_000
 
 #: Jobs of a worker whose amounts one script adds up, in some 2 ms. More jobs are counted in pages.
 HELD: Final = 500
@@ -50,12 +56,44 @@ CATALOGUE_MS: Final = 86_400_000
 #: The most bytes of a message that a release may hand over to the worker that asks. Larger ones go by the broker.
 HAND_OVER_BYTES: Final = 65_536
 
+#: Bytes of a job's value that are read for its head: more than nearly any head has, and little of its message.
+HEAD_BYTES: Final = 512
+#: Bytes for which the head of an admitted job has room: the entry, time and nonce of its claim.
+HEAD_ROOM: Final = 80
+
+
+def _shared_bodies() -> Iterator[str]:
+    """Yield the body of a call without arguments, and the ends of other bodies, in base64 as messages have them."""
+    end = b'"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
+    yield base64.b64encode(b"[[], {}, {" + end).decode()
+    for skipped in range(3):
+        # Three bytes are four characters, so a text looks different where one or two bytes are before it.
+        yield base64.b64encode(end[skipped:]).decode()
+
+
+#: Bytes of the largest message of a waiting job that is packed: of a larger one little is the same in other messages.
+PACKED_BYTES: Final = 4096
+#: Texts that nearly all messages share, in their order there: the body of a call without arguments, or the end of any
+#: body in the three places where it may begin in base64, and what lies between the values in headers and properties.
+#: The value of a waiting job has one byte for each of them, so a change is a change of the books' format.
+SHARED_TEXTS: Final = (
+    *_shared_bodies(),
+    '","content-encoding":"utf-8","content-type":"application/json","headers":{"lang":"py","task":"',
+    ',"shadow":null,"eta":null,"expires":null,"group":null,"group_index":null,"retries":0,"timelimit":[null,null],'
+    '"root_id":',
+    ',"parent_id":null,"argsrepr":"',
+    ',"ignore_result":false,"replaced_task_nesting":0,"stamped_headers":null,"stamps":{},"capacity_request":{"shape":"',
+    ',"declared":true,"format":1}},"properties":{"correlation_id":',
+    ',"delivery_mode":2,"delivery_info":{"exchange":"","routing_key":"',
+    ',"priority":0,"body_encoding":"base64"}}',
+)
+
 #: The folders of the operations.
 FOLDERS: Final = ("jobs", "workers", "backlog", "repair", "epoch")
 #: The files of `lua/lib`, with the functions that the operations share. A function stands behind those that it uses.
 LIBRARY: Final = (
-    "values", "book", "indexes", "search", "transitions", "queues", "admit", "requeue", "batches", "admit_or_file",
-    "held", "exclusive", "shapes_to_try", "fill_pass", "fill",
+    "values", "book", "classes", "indexes", "candidates", "search", "job", "transitions", "border", "queues", "admit",
+    "requeue", "batches", "admit_or_file", "held", "exclusive", "shapes_to_try", "fill_pass",
 )  # fmt: skip
 _LUA: Final = files("celery_capacity.routing").joinpath("lua")
 
@@ -124,8 +162,26 @@ def signature(name: str) -> Signature:
 
 #: A function of the library: its comment, its head, and everything up to the `end` at the start of a line.
 _FUNCTION: Final = re.compile(r"(?:^--[^\n]*\n)*^local function (\w+)\(.*?^end\n", re.MULTILINE | re.DOTALL)
-_VALUE: Final = re.compile(r"\b(KEY|STEP|LIMIT|ARG|EACH|INNER)\.(\w+)\b")
+_VALUE: Final = re.compile(r"\b(KEY|STEP|LIMIT|EACH|INNER)\.(\w+)\b")
 _COMMENT: Final = re.compile(r"^\s*--[^\n]*\n", re.MULTILINE)
+
+
+#: Check in front of a script that acts in an epoch only.
+_GATE: Final = """local no, facts = refused(epoch, run_id)
+if no then
+  return no
+end
+"""
+
+
+def body(name: str) -> str:
+    """Return the code of an operation, which begins with its arguments and with the check of the caller's epoch."""
+    code, arguments = FLAGS.sub("", source(name)), signature(name)
+    if arguments.once:
+        values = ", ".join(f"ARGV[{number}]" for number in range(1, len(arguments.once) + 1))
+        gate = _GATE if arguments.has_gate else ""
+        code = f"local {', '.join(arguments.once)} = {values}\n{gate}{code}"
+    return code
 
 
 def _functions() -> dict[str, str]:
@@ -133,10 +189,10 @@ def _functions() -> dict[str, str]:
     return {match.group(1): match.group(0) for match in _FUNCTION.finditer(library())}
 
 
-def _used(body: str, functions: dict[str, str]) -> list[str]:
-    """Return the names of the functions that a body uses, directly or not, in the order of the library."""
+def _used(code: str, functions: dict[str, str]) -> list[str]:
+    """Return the names of the functions that the code uses, directly or not, in the order of the library."""
     used: set[str] = set()
-    texts = [body]
+    texts = [code]
     while texts:
         words = set(re.findall(r"\b(\w+)\(", texts.pop()))
         new = {name for name in functions if name in words} - used
@@ -146,12 +202,13 @@ def _used(body: str, functions: dict[str, str]) -> list[str]:
 
 
 @lru_cache(maxsize=8)
-def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
+def load(start_ms: int, tombstone_ms: int, max_ledger_backlog: int, flags: bool) -> dict[str, Script]:
     """Return all scripts, by name.
 
     `start_ms`: milliseconds after which an unclaimed message is delivered again. `tombstone_ms`: milliseconds for which
-    an ended job is remembered after Postgres has its end. `flags`: True if the server reads the line
-    `#!lua flags=...`. Redis 7 and Valkey do. Redis 6.2 takes it for an error, and gets `BEFORE_FLAGS` instead.
+    an ended job is remembered after Postgres has its end. `max_ledger_backlog`: waiting jobs that the ledger holds, 0
+    for no limit. `flags`: True if the server reads the line `#!lua flags=...`. Redis 7 and Valkey do. Redis 6.2 takes
+    it for an error, and gets `BEFORE_FLAGS` instead.
     """
     values: dict[str, dict[str, Any]] = {
         "KEY": {name: repr(key) for name, key in KEYS.items()},
@@ -162,27 +219,33 @@ def load(start_ms: int, tombstone_ms: int, flags: bool) -> dict[str, Script]:
             "batch": MAX_BATCH,
             "shapes": SHAPES,
             "most": MAX_ADMITTED,
-            "passes": FREED_PASSES,
-            "freed": MAX_FREED_PASSES,
             "searched": SEARCHED,
+            "span": CLASS_SPAN,
             "held": HELD,
             "catalogue": CATALOGUE_MS,
             "tombstone": tombstone_ms,
             "submit_limit": tombstone_ms // 2,
             "start": start_ms,
             "hand_over": HAND_OVER_BYTES,
+            "head": HEAD_BYTES,
+            "room": repr(" " * HEAD_ROOM),
+            "packed": PACKED_BYTES,
+            "texts": "{" + ", ".join(map(repr, SHARED_TEXTS)) + "}",
+            "job": repr("^" + "([^\n]*)\n" * len(HEAD_LINES) + " *\n()"),
             "format": format_versions.LEDGER,
             "doubt": FEWEST_LOSSES,
+            "backlog": max_ledger_backlog,
+            "share": max_ledger_backlog or UNLIMITED_SHARE,
+            "least": LEAST_WAITING,
             "unlabelled": repr(LABEL + DEFAULT_QUEUE),
         },
     }
     functions = _functions()
     scripts = {}
     for name in names():
-        content = source(name)
-        first = FLAGS.match(content)
-        body = FLAGS.sub("", content)
-        text = "".join(functions[used] for used in _used(body, functions)) + body
+        first = FLAGS.match(source(name))
+        code = body(name)
+        text = "".join(functions[used] for used in _used(code, functions)) + code
         values_by_kind = values | signature(name).positions()
         text = _VALUE.sub(partial(_value, values_by_kind), _COMMENT.sub("", text))
         if first:

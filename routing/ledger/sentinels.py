@@ -35,7 +35,7 @@ def asking(timeout: float = timeouts.STORE_TIMEOUT) -> dict[str, Any]:
 ports: Final[set[int]] = set()
 
 
-class Watched(SentinelManagedConnection):
+class PrimaryConnection(SentinelManagedConnection):
     """A connection to the server that the Sentinels name. A replica is refused, because Sentinels may be late."""
 
     def connect_to(self, address: tuple[str, int]) -> None:
@@ -77,7 +77,7 @@ def client(address: Address, options: dict[str, Any], timeout: float) -> redis.R
     sentinel = Sentinels(list(address.hosts), sentinel_kwargs={**ask, **shorter})  # type: ignore[no-untyped-call]
     primary: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
         address.master,
-        connection_class=Watched,
+        connection_class=PrimaryConnection,
         username=address.user,
         password=address.password,
         db=address.number,

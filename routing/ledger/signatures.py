@@ -1,14 +1,14 @@
 """The arguments and replies of a script, by the names in its header.
 
-The header is the contract of both sides. The loader puts the place of each argument into the script, and the binding
+The header is the contract of both sides. The loader makes a local of each argument in the script, and the binding
 sends and reads values by the same names. So a name that is changed in the header alone fails on both sides.
 
     -- ARGV: epoch, run_id, worker (its name), then for each job: job, token, results (number of them), and for each of
     --   these: key, result
     -- Replies: {ok, admitted, then for each job: verdict} | {unknown}
 
-A remark in brackets is for readers. In the script `ARG.worker` is the argument of that name, `EACH.first` the place of
-the first repeated one, `EACH.step` the size of a group, `EACH.token` the place of a token in its group; `INNER` has the
+A remark in brackets is for readers. In the script `worker` is the argument of that name, `EACH.first` the place of the
+first repeated one, `EACH.step` the size of a group, `EACH.token` the place of a token in its group; `INNER` has the
 same for the groups within a group.
 """
 
@@ -46,9 +46,8 @@ class Signature:
         return self.once[:2] == ("epoch", "run_id")
 
     def positions(self) -> dict[str, dict[str, str]]:
-        """Return the values that replace `ARG`, `EACH` and `INNER` in the script."""
+        """Return the values that replace `EACH` and `INNER` in the script."""
         return {
-            "ARG": {name: f"ARGV[{index}]" for index, name in enumerate(self.once, 1)},
             "EACH": {"first": str(len(self.once) + 1), **_group(self.each)},
             "INNER": _group(self.inner),
         }

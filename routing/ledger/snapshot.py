@@ -7,8 +7,11 @@ store to ask.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import gc
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 import redis
@@ -20,8 +23,59 @@ from celery_capacity.routing.policy.placement import Book
 
 #: Statuses of a running worker.
 LIVE: Final = frozenset({WorkerStatus.READY, WorkerStatus.DRAINING})
+#: Bytes of a job's value that are read for its head: more than any head has, and little of its message.
+HEAD_BYTES: Final = 1024
 #: State of a job's key that holds nothing any more: the job has ended, or went back to Postgres.
 TOMBSTONE: Final = "ended"
+
+
+def read_many(client: redis.Redis, commands: Iterable[Sequence[str]]) -> list[Any]:
+    """Send all commands at once, and return their replies in order, as the server gives them.
+
+    This takes a third of the CPU time of a pipeline of redis-py, which keeps an object for each command.
+    Only for commands that read: an interrupted call may have been carried out. Raises `RedisError`, also where the
+    server refuses a single command.
+    """
+    packed = [_pack(command) for command in commands]
+    if not packed:
+        return []
+    pool = client.connection_pool
+    connection: Any = pool.get_connection()
+    try:
+        connection.send_packed_command([b"".join(packed)])
+        return [connection.read_response() for _ in packed]
+    except BaseException:
+        # Unread replies would answer the next caller's commands.
+        connection.disconnect()
+        raise
+    finally:
+        pool.release(connection)
+
+
+def pairs(reply: Any) -> dict[Any, Any]:
+    """Return the fields of a hash from the reply to HGETALL, which is a flat list in the older protocol."""
+    return reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+def _pack(command: Sequence[str]) -> bytes:
+    words = [word.encode() for word in command]
+    return b"*%d\r\n" % len(words) + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Put the cyclic garbage collection off while many objects are made that all stay.
+
+    It would run again and again over all of them, and find nothing: a third of the time for 10,000 workers.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +127,10 @@ class Head:
     #: Number of stream entries that Postgres does not have, and the time of the oldest (ms), None where there is none.
     unapplied: int
     unapplied_since: int | None = None
+    #: Number of waiting jobs that stay in Postgres, by shape. `shapes` has these shapes too.
+    staying: Mapping[str, int] = field(default_factory=dict)
+    #: True if the memory of the server is short, so that jobs which find no room stay in Postgres.
+    tight: bool = False
 
     def is_live(self, worker: WorkerBook) -> bool:
         """Return True if a worker counts as live in this epoch."""
@@ -94,50 +152,68 @@ def read_head(client: redis.Redis) -> Head:
     pipe.hgetall(keys.COUNTERS)
     pipe.xlen(keys.STREAM)
     pipe.xrange(keys.STREAM, count=1)
-    server, time, opened, leases, shapes, allocated, counters, unapplied, oldest = pipe.execute()
-    opening = _texts(opened)
+    pipe.hgetall(keys.STAYING)
+    server, time, opened, leases, shapes, allocated, counters, unapplied, oldest, stays = pipe.execute()
+    opening, staying = _texts(opened), {shape: int(number) for shape, number in _texts(stays).items()}
     warm = "epoch" in opening and opening.get("run_id") == server.get("run_id")
     return Head(
         now=int(time[0]) * 1000 + int(time[1]) // 1000,
         epoch=int(opening["epoch"]) if warm else None,
         leases={text(worker): int(lease) for worker, lease in leases},
-        shapes=tuple(text(shape) for shape in shapes),
+        shapes=tuple(dict.fromkeys([*map(text, shapes), *staying])),
         allocated=None if allocated[0] is None else int(allocated[0]),
         allocated_cpus=None if allocated[1] is None else text(allocated[1]),
         counters={name: int(value) for name, value in sorted(_texts(counters).items())},
         unapplied=int(unapplied),
         unapplied_since=int(text(oldest[0][0]).partition("-")[0]) if oldest else None,
+        staying={shape: number for shape, number in staying.items() if number > 0},
+        tight="tight" in opening,
     )
 
 
 def read_books(client: redis.Redis, workers: Iterable[str]) -> dict[str, WorkerBook]:
     """Read the books of these workers, by name, in one round trip; a worker without a book is left out."""
     names = list(workers)
-    pipe = client.pipeline(transaction=False)
-    for worker in names:
-        pipe.hgetall(keys.book(worker))
-    books = (parse_book(worker, fields) for worker, fields in zip(names, pipe.execute(), strict=True))
+    replies = read_many(client, (("HGETALL", keys.book(worker)) for worker in names))
+    books = (parse_book(worker, pairs(reply)) for worker, reply in zip(names, replies, strict=True))
     return {book.worker: book for book in books if book is not None}
 
 
 def parse_book(worker: str, fields: Mapping[Any, Any]) -> WorkerBook | None:
     """Read a book from its hash; return None where it is missing or torn (COLD for that worker, never 0)."""
-    values = _texts(fields)
-    if "epoch" not in values or "lease" not in values:
+    capacity: dict[str, int] = {}
+    allocated: dict[str, int] = {}
+    rest: dict[str, Any] = {}
+    for key, value in fields.items():
+        kind, name = _book_field(key)
+        if kind == "c.":
+            capacity[name] = int(value)
+        elif kind == "a.":
+            allocated[name] = int(value)
+        else:
+            rest[name] = value
+    if "epoch" not in rest or "lease" not in rest:
         return None
     return WorkerBook(
         worker=worker,
-        epoch=int(values["epoch"]),
-        incarnation=values.get("incarnation", ""),
-        status=values.get("status", WorkerStatus.CLOSED.value),
-        queue=values.get("queue", ""),
-        lease=int(values["lease"]),
-        capacity={name[2:]: int(value) for name, value in values.items() if name.startswith("c.")},
-        allocated={name[2:]: int(value) for name, value in values.items() if name.startswith("a.")},
-        shrunk=values.get("shrunk") == "1",
-        kept=values.get("kept", ""),
-        catalogue=values.get("tasks", ""),
+        epoch=int(rest["epoch"]),
+        incarnation=text(rest.get("incarnation", "")),
+        status=text(rest.get("status", WorkerStatus.CLOSED.value)),
+        queue=text(rest.get("queue", "")),
+        lease=int(rest["lease"]),
+        capacity=capacity,
+        allocated=allocated,
+        shrunk=text(rest.get("shrunk", "")) == "1",
+        kept=text(rest.get("kept", "")),
+        catalogue=text(rest.get("tasks", "")),
     )
+
+
+@lru_cache(maxsize=1024)
+def _book_field(field: bytes | str) -> tuple[str, str]:
+    """Return the kind of a book's field and its name: a resource without the kind, or the whole of another field."""
+    name = text(field)
+    return (name[:2], name[2:]) if name.startswith(("c.", "a.")) else ("", name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,23 +245,57 @@ class JobCard:
         return self.entry is not None
 
 
-_CARD: Final = ("state", "epoch", "attempt", "worker", "shape", "order", "entry", "outcome", "final", "incarnation")
+def parse_job(value: bytes) -> dict[str, str]:
+    """Read the fields of a job from its value or the beginning of it; a field that the job lacks is left out.
+
+    The result is empty for an unknown job.
+    """
+    lines = value.split(b"\n", len(keys.HEAD_LINES))[: len(keys.HEAD_LINES)]
+    fields = {name: text(line) for name, line in zip(keys.HEAD_LINES, lines, strict=False) if line}
+    marks = (mark.partition("=") for mark in fields.pop("marks", "").split(",") if mark)
+    return fields | {name: mark for name, _, mark in marks}
+
+
+def read_jobs(client: redis.Redis, jobs: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Read the fields of these jobs, by id, in one round trip; unknown jobs are left out."""
+    ids = list(jobs)
+    pipe = client.pipeline(transaction=False)
+    for job in ids:
+        pipe.getrange(keys.job(job), 0, HEAD_BYTES - 1)
+    return parse_jobs(client, dict(zip(ids, pipe.execute(), strict=True)))
+
+
+def parse_jobs(client: redis.Redis, values: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Read the fields of jobs from the first `HEAD_BYTES` of their values; unknown jobs are left out.
+
+    A job whose head is uncommonly long is read once more, as a whole.
+    """
+    fields: dict[str, dict[str, str]] = {}
+    for job, value in values.items():
+        if len(value) == HEAD_BYTES and value.count(b"\n") < len(keys.HEAD_LINES):
+            value = client.get(keys.job(job)) or b""
+        if value:
+            fields[job] = parse_job(value)
+    return fields
 
 
 def read_cards(client: redis.Redis, jobs: Iterable[str]) -> dict[str, JobCard]:
     """Read the cards of these jobs, by id, in one round trip; unknown jobs are left out."""
-    ids = list(jobs)
-    pipe = client.pipeline(transaction=False)
-    for job in ids:
-        pipe.hmget(keys.job(job), *_CARD)
-    cards = {}
-    for job, values in zip(ids, pipe.execute(), strict=True):
-        state, epoch, attempt, *rest = (None if v is None else text(v) for v in values)
-        worker, shape, order, entry, outcome, final, incarnation = rest
-        if state is not None:
-            position, token = None if order is None else int(order), _token(epoch, attempt)
-            cards[job] = JobCard(state, token, worker, shape, position, entry, outcome, final == "1", incarnation)
-    return cards
+    return {job: _card(fields) for job, fields in read_jobs(client, jobs).items()}
+
+
+def _card(fields: Mapping[str, str]) -> JobCard:
+    return JobCard(
+        state=fields.get("state", ""),
+        token=_token(fields.get("epoch"), fields.get("attempt")),
+        worker=fields.get("worker"),
+        shape=fields.get("shape"),
+        order=int(fields["order"]) if "order" in fields else None,
+        entry=fields.get("entry"),
+        outcome=fields.get("outcome"),
+        final=fields.get("final") == "1",
+        incarnation=fields.get("incarnation"),
+    )
 
 
 def _token(epoch: str | None, attempt: str | None) -> Token:

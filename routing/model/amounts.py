@@ -27,6 +27,9 @@ MAX_AMOUNT = 2**52
 #: names in one vector; bounds the comparisons of a script for one candidate
 MAX_NAMES = 16
 
+#: Bytes in whose multiples memory is asked for and published: a MiB, or a MB where somebody means powers of 1000.
+MEMORY_STEPS = (2**20, 10**6)
+
 CPUS, MEMORY, GPUS, SLOTS = "cpus", "memory", "gpus", "slots"
 #: The ledger's own resource: every worker has one, and an attempt that runs alone on its worker holds it. Only the
 #: ledger names it.
@@ -40,7 +43,7 @@ LABEL = "queue:"
 ONLY_LABELLED = LABEL
 #: Amount of each label that a worker publishes: more than can be allocated.
 ENDLESS = 10**9
-#: labels of one worker; bounds what a script has to read of its book
+#: labels of one worker; bounds the fields that a script reads of its book
 MAX_QUEUES = 100
 #: Key in the JSON of a capacity: the queues of a worker that serves others than the default one.
 QUEUES = "queues"
@@ -50,7 +53,7 @@ STANDARD = (CPUS, MEMORY, GPUS, SLOTS)
 #: a vector of amounts
 Amounts = tuple[tuple[str, int], ...]
 
-# Millicores. Errors of binary sums (0.1 + 0.2) stay far below it, and amounts that somebody means (0.0001 CPUs) far
+# Millicores. Errors of binary sums, as of 0.1 + 0.2, stay far below this, and an amount such as 0.0001 CPUs is far
 # above.
 _FLOAT_NOISE_MILLICORES = 1e-6
 
@@ -162,6 +165,26 @@ def parse_memory(value: object, what: str = MEMORY) -> int:
     if size > MAX_AMOUNT:
         _refuse(what, value, f"is above {format_memory(MAX_AMOUNT)}", _right_memory(what))
     return size
+
+
+def memory_to_ask(size: int) -> int:
+    """Return the memory that a job asks for: whole MiB or MB as they are, all else rounded up to the next MiB.
+
+    Each different request has a place of its own in the ledger. Computed amounts would make places without end.
+    """
+    return size if _is_whole(size) else -(-size // MEMORY_STEPS[0]) * MEMORY_STEPS[0]
+
+
+def memory_to_publish(size: int) -> int:
+    """Return the memory that a worker publishes of its machine: whole MiB or MB as they are, all else rounded down.
+
+    So a job can ask for just as much. Less than a MiB stays as it is.
+    """
+    return size if _is_whole(size) or size < MEMORY_STEPS[0] else size // MEMORY_STEPS[0] * MEMORY_STEPS[0]
+
+
+def _is_whole(size: int) -> bool:
+    return any(size % step == 0 for step in MEMORY_STEPS)
 
 
 def parse_count(value: object, what: str) -> int:

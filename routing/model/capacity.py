@@ -17,9 +17,9 @@ class Capacity:
     amounts: Amounts
 
     @classmethod
-    def of(cls, given: Mapping[str, int]) -> Capacity:
+    def of(cls, amounts: Mapping[str, int]) -> Capacity:
         """Make a capacity from amounts in internal units."""
-        return cls(_amounts.canonical(given))
+        return cls(_amounts.canonical(amounts))
 
     @classmethod
     def from_people(cls, mapping: Mapping[str, Any]) -> Capacity:

@@ -11,6 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from celery_capacity.routing.model.reasons import Refusal
+
 #: Levels of lists and objects in an envelope. The body is text here, whatever is in it.
 MAX_LEVELS: Final = 100
 #: Characters of a delivery tag, an exchange and a routing key.
@@ -25,7 +27,18 @@ _END: Final = b"}}"
 
 
 class Unreadable(ValueError):
-    """The bytes are no task message; the error's text says why."""
+    """The bytes are no task message; the error's text says why. `reason`: by which such messages are counted."""
+
+    def __init__(self, text: str, reason: Refusal = Refusal.NO_MESSAGE) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+    @classmethod
+    def of(cls, error: Exception) -> Unreadable:
+        """Return an error of kombu or of this module as an `Unreadable`."""
+        if isinstance(error, Unreadable):
+            return error
+        return cls(f"no message can be made of it: {error!r}", Refusal.UNDECODABLE)
 
 
 class Envelope(dict[str, Any]):
@@ -44,24 +57,24 @@ def read(raw: bytes) -> Envelope:
     try:
         decoded = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise Unreadable(f"not UTF-8 (at byte {error.start})") from error
+        raise Unreadable(f"not UTF-8 (at byte {error.start})", Refusal.NOT_JSON) from error
     except RecursionError as error:
-        raise Unreadable("nested too deep") from error
+        raise Unreadable("nested too deep", Refusal.NESTED) from error
     except ValueError as error:
-        raise Unreadable(f"not JSON: {error}") from error
+        raise Unreadable(f"not JSON: {error}", Refusal.NOT_JSON) from error
     envelope = checked(decoded)
     # Count first: most messages have fewer brackets in all than levels are allowed.
     if raw.count(b"[") + raw.count(b"{") > MAX_LEVELS and not _is_shallow(decoded):
-        raise Unreadable("nested too deep")
+        raise Unreadable("nested too deep", Refusal.NESTED)
     envelope.raw = raw
     return envelope
 
 
-def checked(found: object) -> Envelope:
+def checked(decoded: object) -> Envelope:
     """Return a decoded envelope if a message can be made of it. Raises `Unreadable`."""
-    if not isinstance(found, dict):
-        raise Unreadable(f"JSON, but no message: {_kind(found)}")
-    properties = found.get("properties")
+    if not isinstance(decoded, dict):
+        raise Unreadable(f"JSON, but no message: {_kind(decoded)}")
+    properties = decoded.get("properties")
     if not isinstance(properties, dict):
         raise Unreadable("no properties")
     tag = properties.get("delivery_tag")
@@ -70,16 +83,16 @@ def checked(found: object) -> Envelope:
     delivery = properties.get("delivery_info")
     if not isinstance(delivery, dict) or not all(_is_name(delivery.get(name)) for name in ("exchange", "routing_key")):
         raise Unreadable("no delivery information")
-    if not isinstance(found.get("headers"), dict | None):
+    if not isinstance(decoded.get("headers"), dict | None):
         raise Unreadable("headers that are no object")
     for name in ("content-type", "content-encoding"):
-        if not isinstance(found.get(name), str | None):
+        if not isinstance(decoded.get(name), str | None):
             raise Unreadable(f"a {name} that is no text")
-    if not isinstance(found.get("body"), str):
-        raise Unreadable(f"a body that is no text: {_kind(found.get('body'))}")
+    if not isinstance(decoded.get("body"), str):
+        raise Unreadable(f"a body that is no text: {_kind(decoded.get('body'))}")
     if properties.get("body_encoding") not in ENCODINGS:
         raise Unreadable("a body in an unknown encoding")
-    return Envelope(found)
+    return Envelope(decoded)
 
 
 def _is_name(value: object) -> bool:
@@ -124,9 +137,13 @@ def digest(envelope: Envelope) -> str:
 
     A forged message gives a digest that the ledger does not know.
     """
-    raw = envelope.raw
-    at, tag = _tag_at_end(raw)
-    return digest_of(raw[:at] + _END if tag == envelope.tag else b"")
+    raw, tag = envelope.raw, envelope.tag
+    # Most tags are written as they are, so that nothing need be decoded.
+    end = b'%s"%s"%s' % (_TAG, tag.encode(), _END)
+    if '"' not in tag and "\\" not in tag and raw.endswith(end):
+        return digest_of(raw[: -len(end)] + _END)
+    at, tag_there = _tag_at_end(raw)
+    return digest_of(raw[:at] + _END if tag_there == tag else b"")
 
 
 def tag_at_end(raw: bytes) -> str:

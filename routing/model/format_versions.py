@@ -11,6 +11,9 @@ tables           the thousands of the newest revision  does not start (`NotMigra
 ledger           `ledger:epoch`, the field `format`    is told `cold` by each script, and does not join
 message          header `capacity_request`, `format`   hands the job back
 ===============  ====================================  ==========================================
+
+A process that knows a newer format of the ledger finds the books cold, and opens them anew from Postgres and from the
+stream. Entries of the stream have one format in all releases.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ from typing import Final
 
 from celery_capacity.routing.errors import InvalidRequest, show
 
-#: Format of the books in Redis.
-LEDGER: Final = 1
+#: Format of the books in Redis. 2: a job is one value, in 1 it was a hash; workers stand in the indexes by class.
+LEDGER: Final = 2
 #: Format of a job's message, as its row keeps it.
 MESSAGE: Final = 1
 #: Format where no number is written: by releases before there were numbers.

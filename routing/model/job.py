@@ -90,8 +90,8 @@ class Existing(Enum):
 class Inserted:
     """The result of a job's insert.
 
-    `seq`: the order of submission. It is None where nothing was inserted: the id exists, or `same_as` is the id of a
-    job that has the key. `epoch`, `authority`: as confirmed by this insert. `starts`: False where the job waits for its
+    `seq`: the order of submission. It is None where nothing was inserted: the id exists, or the job `same_as` has the
+    key. `epoch`, `authority`: as confirmed by this insert. `starts`: False where the job waits for its
     time, or behind a constraint. `existing`: what became of a publish under an existing id, where that was asked.
     """
 

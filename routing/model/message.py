@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 from celery_capacity.routing.errors import InvalidRequest, MessageTooDeep, MessageTooLarge
@@ -28,7 +28,7 @@ HEADER: Final = "capacity_request"
 ETA: Final = "eta"
 #: Prefix of the names of the platform's own messages (ticks), which make no job.
 PLATFORM_PREFIX: Final = "platform."
-#: Most characters of a token: two numbers of 64 bits. The platform writes no longer one.
+#: Most characters of a token: two numbers of 64 bits.
 TOKEN_LENGTH: Final = 40
 #: Fields that a template leaves open beside the id and the body, and the part of the message that has each.
 OPEN: Final = {
@@ -37,14 +37,13 @@ OPEN: Final = {
     "origin": "headers",
     "reply_to": "properties",
 }
-#: Encodes like `json.dumps` with these separators, which would make an encoder at each call.
+#: JSON encoder without blanks. `json.dumps` would make one at each call.
 _compact: Final = json.JSONEncoder(separators=(",", ":")).encode
-#: Encodes a text as that encoder does.
+#: Encoder of a text alone.
 _quoted: Final = json.encoder.encode_basestring_ascii
 
 
-@dataclass(frozen=True, slots=True)
-class Tag:
+class Tag(NamedTuple):
     """Delivery tag: a job, and the token of its attempt."""
 
     job: str
@@ -107,7 +106,7 @@ def _text_of(body: bytes) -> str:
 
 
 def _check_size(message: bytes, body: bytes, limit: int) -> None:
-    # Count the body's own bytes; base64 makes four characters of three bytes.
+    # Count the bytes of the body itself: in base64 three bytes are four characters.
     size = len(message) - (len(body) + 2) // 3 * 4 + len(body)
     if size > limit:
         raise MessageTooLarge(f"the message has {size} bytes, {limit} are allowed", value=size)
@@ -115,9 +114,9 @@ def _check_size(message: bytes, body: bytes, limit: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Messages that differ only in their body, in `OPEN` and in their id, which is that of their root too.
+    """Text of messages that differ only in their body, in their fields `OPEN` and in their id. Each is its own root.
 
-    `form`: the text, with a place in Python's form (`%(name)s`) for each of these.
+    `form`: the text, with a place such as `%(body)s` for each of these.
     """
 
     form: str

@@ -1,7 +1,7 @@
 """Limits on the nesting of a message: checked before anything is written.
 
-Depth is read off the encoded text, without recursion. A decoder of a deep text recurses, and may not come back. Most
-messages have fewer brackets in all than levels are allowed; two counts in C decide that.
+The depth is read from the encoded text, without recursion: a decoder recurses, and a deep text may end the process.
+Most messages have fewer brackets than the levels that are allowed, so two counts in C are enough.
 """
 
 from __future__ import annotations
@@ -92,8 +92,7 @@ def _levels(document: bytes) -> list[int]:
             if depth == 1:
                 levels.append(deepest - AROUND)
                 deepest = 0
-    # A text with an open bracket is no JSON, and is refused as such where it is read. Here it counts as deep all the
-    # same.
+    # A text with an open bracket is no JSON, and is refused where it is read. Here its depth counts all the same.
     return [*levels, deepest - AROUND] if depth > 0 else levels
 
 

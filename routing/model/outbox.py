@@ -25,7 +25,7 @@ _CONSTRAINTS: Final = "gates"
 UNTOLD: Final = '{"publishes": [], "results": [{"untold": true}]}'
 #: Like `UNTOLD`, for a job whose result Celery may have told with another job's end (`routing.insert.replacements`).
 UNLESS_TOLD: Final = '{"publishes": [], "results": [{"untold": true, "unless_told": true}]}'
-#: Outbox of such a job once a process that is no worker has told its result: events and signals come from a worker.
+#: Like `UNTOLD`, once a process that is no worker has told the result. A worker still sends the events and signals.
 UNANNOUNCED: Final = '{"publishes": [], "results": [{"unannounced": true}]}'
 
 
@@ -41,18 +41,15 @@ class Outbox:
     results: list[dict[str, Any]] = field(default_factory=list)
     #: The attempt has ended its job itself (`routing.store.fencing`). Only the body's process and the worker know this.
     committed: bool = False
-    #: The attempt has replaced its job (`Task.replace`), and ends by that. Only these two know this, too.
+    #: The attempt has replaced its job (`Task.replace`), and ends by that. Only these two know this as well.
     replaced: bool = False
-    #: Incarnation of the worker that delivers this outbox now: while that worker lives, nobody else does.
+    #: Incarnation of the worker that delivers this outbox now. While that worker lives, nobody else delivers it.
     by: str = ""
     #: Bytes of the messages in `publishes`, as far as they were counted.
     size: int = 0
 
     def __bool__(self) -> bool:
         return bool(self.publishes or self.results or self.committed or self.replaced)
-
-    def without_results(self) -> Outbox:
-        return Outbox(self.publishes)
 
     def to_text(self) -> str:
         """Return the outbox as JSON, '' where it is empty."""
@@ -94,7 +91,7 @@ def _job_in(values: Mapping[str, Any]) -> NewJob:
         fields[name] = datetime.fromisoformat(fields[name]) if fields[name] else None
     if constraints := fields.pop(_CONSTRAINTS, None):
         rate = constraints["rate"] and Rate(**constraints["rate"])
-        # A refusal would reach nobody any more, so be tolerant.
+        # Be tolerant: nobody is there any more to hear of a refusal.
         fields["constraints"] = Constraints(
             **{**constraints, "after": tuple(constraints["after"]), "rate": rate, "tolerant": True}
         )

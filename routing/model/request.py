@@ -63,15 +63,16 @@ class Request:
             )
 
     @classmethod
-    def of(cls, given: Mapping[str, int]) -> Request:
-        """Make a request from internal units (millicores, bytes, counts); one slot where none is given."""
-        return cls(_amounts.canonical({SLOTS: 1, **given}))
+    def of(cls, amounts: Mapping[str, int]) -> Request:
+        """Make a request from internal units (millicores, bytes, counts); one slot where none is named."""
+        return cls(_amounts.canonical({SLOTS: 1, **amounts}))
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], default_cpus: int) -> Request:
-        """Make a request from a person's options: `REQUEST_OPTIONS` count, others are ignored.
+        """Make a request from a person's options: `cpus`, `memory`, `gpus`, `resources`. Others are ignored.
 
-        None counts as not given. `default_cpus`: millicores where `cpus` is not given.
+        Memory is rounded up, as `memory_to_ask` says. None counts as not given. `default_cpus`: millicores where
+        `cpus` is not given.
         """
         return cls.of({CPUS: default_cpus, **_given(options)})
 
@@ -84,7 +85,7 @@ class Request:
     def from_shape(cls, shape: str) -> Request:
         """Make a request from the text that `shape` makes; other texts of an equal request are refused.
 
-        The task of a `filed_shape` is left out.
+        The task of a filed shape is left out.
         """
         return _from_shape(split_shape(shape)[0])
 
@@ -97,17 +98,17 @@ class Request:
 
     @property
     def shape(self) -> str:
-        """Return the canonical text: "cpus=4000,memory=2147483648,slots=1"."""
+        """Return the canonical text, such as `cpus=4000,memory=2147483648,slots=1`."""
         return ",".join(f"{name}={amount}" for name, amount in self.amounts)
 
     def merged(self, options: Mapping[str, Any]) -> Request:
-        """Return this request with a call's options over it; each changes amount replaces its own, by name."""
+        """Return this request with a call's options over it: each of them replaces the amount of its name."""
         changes = _given(options)
         return Request.of({**dict(self.amounts), **changes}) if changes else self
 
     @property
     def queue(self) -> str:
-        """Return the queue that a job with this request is in."""
+        """Return the queue that a job with this request is in: `celery` for a request without a label."""
         return next((name.removeprefix(LABEL) for name, _ in self.amounts if _amounts.is_label(name)), DEFAULT_QUEUE)
 
     def within(self, queue: str) -> Request:
@@ -118,7 +119,7 @@ class Request:
         return Request.of(resources if queue == DEFAULT_QUEUE else {**resources, LABEL + queue: 1})
 
     def to_people(self) -> dict[str, int | float]:
-        """Return {"cpus": 4, "memory": 2147483648, "slots": 1}: the form that Postgres, JSON and pages show."""
+        """Return `{"cpus": 4, "memory": 2147483648, "slots": 1}`: the form that Postgres, JSON and pages show."""
         return _amounts.to_people(self.amounts)
 
     def __str__(self) -> str:
@@ -156,7 +157,7 @@ def _given(options: Mapping[str, Any]) -> dict[str, int]:
     if options.get(CPUS) is not None:
         amounts[CPUS] = _amounts.parse_cpus(options[CPUS])
     if options.get(MEMORY) is not None:
-        amounts[MEMORY] = _amounts.parse_memory(options[MEMORY])
+        amounts[MEMORY] = _amounts.memory_to_ask(_amounts.parse_memory(options[MEMORY]))
     if options.get(GPUS) is not None:
         amounts[GPUS] = _amounts.parse_count(options[GPUS], GPUS)
     if options.get("resources") is not None:

@@ -1,14 +1,13 @@
 """The states of a job and the one table of its transitions.
 
-This module has states, events, the table, and functions that only read it: no clock, no store, no I/O. The Lua scripts,
-the guards of the SQL statements and the diagram in docs/reference/states.md have no edge beside this table.
+The Lua scripts, the guards of the SQL statements and the diagram in docs/reference/states.md have no edge beside this
+table. Tests hold all three to it.
 
 Three rules hold for every edge:
 
 - A final state has no exit. A later writer came too late, and is told so.
-- An edge out of `admitted` or `running` belongs to an attempt and needs the current token (`TokenRule.CURRENT`). An
-  older attempt is refused, whatever it reports. An edge into an attempt makes or brings a newer token
-  (`TokenRule.NEW`). All other edges compare the state alone (`TokenRule.NONE`).
+- An edge out of `admitted` or `running` belongs to an attempt and needs the current token. An older attempt is refused,
+  whatever it reports. An edge into an attempt makes or brings a newer token. All other edges compare the state alone.
 - Inside one attempt, `Step` only grows. Postgres is written later than the ledger, from more than one place and
   sometimes twice. A row takes an entry only if (epoch, attempt, step) is larger than its own, so a late or a doubled
   entry does no harm.
@@ -22,7 +21,6 @@ from __future__ import annotations
 
 from enum import Enum, IntEnum, StrEnum
 
-from celery_capacity.routing.errors import IllegalTransition
 from celery_capacity.routing.model.token import Token
 
 
@@ -72,6 +70,8 @@ class Outcome(StrEnum):
     REPLACED = "replaced"
     #: by `Task.retry`
     RETRIED = "retried"
+    #: by `Reject(requeue=True)`: the same message again, behind others
+    REQUEUED = "requeued"
     #: by its own worker, before it started or as the worker ends
     HANDED_BACK = "handed_back"
     #: from a worker that does not hold it; it had not started, or its job has a newer attempt
@@ -120,6 +120,8 @@ class Event(Enum):
     RETRY = "retry"
     #: `Task.retry` with a countdown or an eta
     RETRY_LATER = "retry later"
+    #: `Reject(requeue=True)`
+    REQUEUE = "requeue"
     REPLACE = "replace"
     #: the replacement's step that carries the replaced job's id is published
     CONTINUE = "continue"
@@ -155,6 +157,8 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.RUNNING, Event.RETRY): State.ACCEPTED,
     (State.ADMITTED, Event.RETRY_LATER): State.SCHEDULED,
     (State.RUNNING, Event.RETRY_LATER): State.SCHEDULED,
+    (State.ADMITTED, Event.REQUEUE): State.SCHEDULED,
+    (State.RUNNING, Event.REQUEUE): State.SCHEDULED,
     # replaced, and carried on
     (State.ADMITTED, Event.REPLACE): State.REPLACED,
     (State.RUNNING, Event.REPLACE): State.REPLACED,
@@ -207,73 +211,3 @@ class Step(IntEnum):
 
 #: Rank of a transition: the token of its attempt, then its step. The rank of a job only grows.
 Rank = tuple[Token, int]
-
-
-class TokenRule(Enum):
-    """TokenRule that an edge asks of its writer."""
-
-    #: no token: the state alone is compared
-    NONE = "none"
-    #: the writer holds the token that the row has
-    CURRENT = "current"
-    #: the writer makes, or brings, a token that is newer than the row's
-    NEW = "new"
-
-
-def after(state: State) -> Step:
-    """Return the step of an attempt by which its job came into this state.
-
-    A job without an attempt has `Step.NONE`; between two attempts a job takes `Step.FILED` or `Step.DROPPED`.
-    """
-    if state is State.ADMITTED:
-        return Step.ADMITTED
-    if state is State.RUNNING:
-        return Step.RUNNING
-    return Step.ENDED if state in FINAL or state is State.REPLACED else Step.BACK
-
-
-def follow(state: State, event: Event) -> State:
-    """Return the state that an event leads to. Raises `IllegalTransition` where the table has no such edge."""
-    try:
-        return TRANSITIONS[state, event]
-    except KeyError:
-        possible = ", ".join(allowed.value for allowed in events(state)) or "nothing: the state is final"
-        raise IllegalTransition(
-            f"a job that is {state.value} cannot {event.value}",
-            value=state.value,
-            advice=f"Possible: {possible}.",
-        ) from None
-
-
-def events(state: State) -> tuple[Event, ...]:
-    """Return the events that can happen to a job in this state, in the order of `Event`; none for a final state."""
-    return tuple(event for event in Event if (state, event) in TRANSITIONS)
-
-
-def sources(event: Event) -> tuple[State, ...]:
-    """Return the states in which an event can happen: the guard in the WHERE of its statement."""
-    return tuple(state for state in State if (state, event) in TRANSITIONS)
-
-
-def token_needed(state: State, event: Event) -> TokenRule:
-    """Return the token that an edge of the table needs. Raises `IllegalTransition` where there is no such edge."""
-    target = follow(state, event)
-    if event in (Event.ADMIT, Event.ADOPT):
-        return TokenRule.NEW
-    return TokenRule.CURRENT if state in HOLDING or target in HOLDING else TokenRule.NONE
-
-
-def diagram() -> str:
-    """Return the table as a Mermaid state diagram; edges between the same two states share one arrow."""
-    words: dict[tuple[State, State], list[str]] = {}
-    for (state, event), target in TRANSITIONS.items():
-        words.setdefault((state, target), []).append(event.value)
-    lines = ["stateDiagram-v2", f"    [*] --> {State.ACCEPTED.value}: submit"]
-    for state in State:
-        lines += [
-            f"    {state.value} --> {target.value}: {', '.join(words[state, target])}"
-            for target in State
-            if (state, target) in words
-        ]
-    lines += [f"    {state.value} --> [*]" for state in State if state in FINAL]
-    return "\n".join(lines)

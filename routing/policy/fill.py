@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-from celery_capacity.routing.model.amounts import ALONE, DEFAULT_QUEUE, LABEL
+from celery_capacity.routing.model.amounts import ALONE
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.policy.placement import Book, Waiting, fits, waits_beside
+from celery_capacity.routing.policy.placement import Book, Waiting, fits
 
 
 class Filling(NamedTuple):
@@ -19,20 +19,12 @@ class Filling(NamedTuple):
     kept: str
 
 
-def fill(book: Book, backlog: Iterable[Waiting], shapes: int, most: int) -> list[Waiting]:
-    """Return the jobs that a release or a registration on `book` admits, in order: one pass of a script."""
-    return fill_or_keep(book, backlog, shapes, most).admitted
-
-
-def fill_or_keep(
-    book: Book, backlog: Iterable[Waiting], shapes: int, most: int, elsewhere: Collection[str] = ()
-) -> Filling:
+def fill_or_keep(book: Book, backlog: Iterable[Waiting], most: int, elsewhere: Collection[str] = ()) -> Filling:
     """Fill a worker in one pass, or keep it for a shape; the shapes in `elsewhere` have a worker that is kept for them.
 
-    The pass looks at the first `shapes` shapes, in the order of their first jobs. Behind these it looks at the first
-    `shapes` shapes that wait beside a resource of the worker, or for its default queue. Again and again it admits the
-    first waiting job of these that fits, until none fits or `most` jobs are admitted. It also ends at the turn of a job
-    that must be alone here while others run: then the worker is kept for that job's shape.
+    The pass admits the first waiting job that fits, again and again, until none fits or `most` jobs are admitted. It
+    also ends where the first waiting job must be alone and others run here: then the worker is kept for that job's
+    shape.
 
     A kept worker takes only the shape that it is kept for, once it is empty. When that shape no longer waits, or would
     not fit, the worker is kept no more.
@@ -43,10 +35,7 @@ def fill_or_keep(
     # Ties go by the job's id, as Redis breaks them by the member's bytes.
     for waiting in sorted(backlog, key=lambda waiting: (waiting.order, waiting.job)):
         queues.setdefault(waiting.shape, []).append(waiting)
-    heads = [(queue[0].order, shape) for shape, queue in queues.items()]
-    in_order = [shape for _, shape in sorted(heads)]
-    behind = [shape for shape in in_order[shapes:] if _stands_by(book, queues[shape][0].request)]
-    looked_at = {shape: deque(queues[shape]) for shape in [*in_order[:shapes], *behind[:shapes]]}
+    looked_at = {shape: deque(queue) for shape, queue in queues.items()}
     if book.kept:
         first = queues.get(book.kept)
         if first and book.knows(first[0].task) and fits(first[0].request, replace(book, allocated={})) is None:
@@ -74,12 +63,6 @@ def fill_or_keep(
         admitted.append(waiting)
         book = book.holding(waiting.request)
     return Filling(admitted, "")
-
-
-def _stands_by(book: Book, request: Request) -> bool:
-    """Return True if a worker looks for waiting jobs in the index that has the request's shape."""
-    index_name = waits_beside(request.shape)
-    return index_name in book.index_names or (index_name == LABEL + DEFAULT_QUEUE and book.serves(request))
 
 
 def _keeps(shape: str, request: Request, book: Book, elsewhere: Collection[str]) -> bool:

@@ -34,6 +34,7 @@ from celery_capacity.routing.model.amounts import (
     CPUS,
     DEFAULT_QUEUE,
     LABEL,
+    MEMORY,
     ONLY_LABELLED,
     SLOTS,
     has_index,
@@ -48,15 +49,18 @@ TOP_PRIORITY = 9
 SUBMISSIONS = 2**49
 
 
+#: Free millicores that an index of workers can tell apart within one class of amounts. Of more free CPUs it tells that
+#: there are so many. A score stays below 2^53, whatever the class.
+CLASS_SPAN = 2**32
+#: Amount below which each amount is a class of its own, and classes in which an amount doubles from there.
+FIRST_CLASSES, CLASSES_IN_DOUBLE = 16, 4
+
 #: Workers that one script looks at. A book takes some 5 us to read, so Redis is held for well under a millisecond.
 CANDIDATES = 64
 #: Shapes that one script looks at, for the same reason; platforms have tens of shapes rather than thousands.
 SHAPES = 64
 #: Jobs that one script admits: a few calls fill an empty worker with 96 CPUs.
 MAX_ADMITTED = 32
-#: Passes in one call over a worker that is no longer kept for a shape: it is empty, or nearly, and nobody else goes on
-#: with it. They fill 128 slots; the sweep fills the rest. The case is as rare as a job's last attempt.
-FREED_PASSES = 4
 
 
 class Shortage(NamedTuple):
@@ -142,12 +146,18 @@ class Book:
     def index_names(self) -> frozenset[str]:
         """Return the resources in whose indexes the worker stands while it is open.
 
-        These are the resources that it has and not every worker has. A worker that takes only jobs with a label is
-        found by its queues alone.
+        These are the resources that it has beside CPUs and slots. A worker that takes only jobs with a label is found
+        by its queues alone.
         """
         only = self.capacity.get(ONLY_LABELLED, 0)
-        names = (name for name, amount in self.capacity.items() if amount and has_index(name))
+        names = (name for name, amount in self.capacity.items() if amount and (has_index(name) or name == MEMORY))
         return frozenset(name for name in names if is_label(name) or not only)
+
+    def index_score(self, name: str) -> int:
+        """Return the score in the index of a resource: the free CPUs, and above them the class of its free amount."""
+        if is_label(name):
+            return self.free(CPUS)
+        return amount_class(self.free(name)) * CLASS_SPAN + min(self.free(CPUS), CLASS_SPAN - 1)
 
     def serves(self, request: Request) -> bool:
         """Return True if the worker takes jobs of this request's queue."""
@@ -197,10 +207,12 @@ def order(priority: int, seq: int) -> int:
     return (TOP_PRIORITY - priority) * SUBMISSIONS + seq
 
 
-def split_order(number: int) -> tuple[int, int]:
-    """Return (priority, seq) of an order."""
-    above, seq = divmod(number, SUBMISSIONS)
-    return TOP_PRIORITY - above, seq
+def amount_class(amount: int) -> int:
+    """Return the class of a free amount in an index: a larger amount has the same class or a later one."""
+    if amount < FIRST_CLASSES:
+        return max(0, amount)
+    exponent = amount.bit_length()
+    return CLASSES_IN_DOUBLE * exponent + (amount >> (exponent - 3)) - 8
 
 
 def is_last_chance(losses: int, most_losses: int) -> bool:
@@ -255,15 +267,22 @@ def fits(request: Request, book: Book) -> Shortage | None:
 def found_by(request: Request, books: Iterable[Book]) -> str:
     """Return the index in which a request's candidates stand.
 
-    For a labelled queue that is the index of the queue. In the default queue it is the index of a requested resource:
-    of the resource that the fewest open workers have, and of equal ones the first by name. "" means all workers that
-    serve the default queue.
+    For a labelled queue that is the index of the queue. In the default queue it is the index of a requested resource
+    beside CPUs and slots: of the resource of which the fewest open workers may have enough, by the classes of their
+    free amounts, and of equal ones the first by name. "" means all workers that serve the default queue.
     """
     if request.queue != DEFAULT_QUEUE:
         return LABEL + request.queue
-    named = [name for name, _ in request.amounts if has_index(name)]
-    standing = [book.index_names for book in books if book.open] if named else []
-    return min(named, key=lambda name: sum(name in index_names for index_names in standing), default="")
+    named = sorted(name for name, _ in request.amounts if has_index(name) or name == MEMORY)
+    standing = [book for book in books if book.open] if named else []
+    return min(named, key=lambda name: sum(_may_have(name, request, book) for book in standing), default="")
+
+
+def _may_have(index_name: str, request: Request, book: Book) -> bool:
+    """Return True if a worker's place in an index says that it may have what a request asks for."""
+    if index_name not in book.index_names:
+        return False
+    return is_label(index_name) or amount_class(book.free(index_name)) >= amount_class(request.get(index_name))
 
 
 def waits_beside(shape: str) -> str:
@@ -275,6 +294,12 @@ def waits_beside(shape: str) -> str:
     parts = split_shape(shape)[0].split(",")
     names = [name for name in (part.partition("=")[0] for part in parts) if has_index(name)]
     return next((name for name in names if is_label(name)), next(iter(names), LABEL + DEFAULT_QUEUE))
+
+
+def asked_score(shape: str, name: str) -> int:
+    """Return the score of a waiting shape in the index of what shapes ask of a resource: -1 for one that runs alone."""
+    request = Request.from_shape(split_shape(shape)[0])
+    return -1 if request.get(ALONE) else request.get(name)
 
 
 def choose(
@@ -296,7 +321,7 @@ def choose(
         (
             (book.free(CPUS), book.worker, book)
             for book in admitting
-            if book.open and (index_name in book.index_names if index_name else book.serves(request))
+            if book.open and (_may_have(index_name, request, book) if index_name else book.serves(request))
         ),
         key=lambda row: row[:2],
     )

@@ -1,14 +1,14 @@
 """Attempts that may have started unseen: their worker died, and the ledger was lost before Postgres had their claim.
 
-Postgres hears of a claim within milliseconds, while the body runs already. The process that opens the next epoch learns
-of the claims in between from the stream, if it survived, and from each live worker. A silent worker tells nothing: each
-job that waited may have started there. Two rules keep the promises all the same:
+Postgres has a claim within milliseconds, while the body runs already. If the ledger is lost in between, the process
+that opens the next epoch learns of the claim from the stream, if it survived, or from the live worker. A silent worker
+says nothing, so each waiting job may have started there. Two rules keep the promises all the same:
 
 - **Known before the start.** An attempt whose loss would matter starts only when Postgres has its claim. Such an
   attempt is of a job that may start only once, or that has lost an attempt already, or that is in doubt.
-- **In doubt.** Every other job is brought in with the next attempt number left out, so that no number is used twice. It
-  counts as having lost an attempt. So a job is in doubt once at the most, and starts as often as its losses allow, no
-  more.
+- **In doubt.** Every other job is brought in with the next attempt number left out, so that no number is used twice.
+  That number counts as a lost attempt. So a job is in doubt once at the most, and starts no more often than its losses
+  allow.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from celery_capacity.routing.model.request import filed_shape
 from celery_capacity.routing.model.states import FINAL, HOLDING, Store, WorkerStatus
 from celery_capacity.routing.model.token import NO_ATTEMPT, Token
 from celery_capacity.routing.policy.placement import order
-from celery_capacity.routing.recovery import reconcile, resubmit, revocation, transition_log
+from celery_capacity.routing.recovery import reconcile, refill, resubmit, revocation, transition_log
 from celery_capacity.routing.store import backlog, claims
 from celery_capacity.routing.store.backlog import Pending, in_doubt
 
@@ -85,20 +85,20 @@ def open_if_cold(engine: Engine, ledger: Ledger) -> Rebuilt | None:
     return None if epoch is None else Opener(engine, ledger, epoch, term, began_ms, whole).run()
 
 
-def _is_wanting(known: Authority, ledger: Ledger) -> bool:
+def _is_wanting(current: Authority, ledger: Ledger) -> bool:
     """Return whether the ledger is to decide and has to be opened."""
-    if known.authority != Store.LEDGER or known.age < change_pause(ledger.settings.confirm_interval):
+    if current.authority != Store.LEDGER or current.age < change_pause(ledger.settings.confirm_interval):
         return False
-    return _is_old(known, ledger) or ledger.is_unfinished()
+    return _is_old(current, ledger) or ledger.is_unfinished()
 
 
-def _is_old(known: Authority, ledger: Ledger) -> bool:
+def _is_old(current: Authority, ledger: Ledger) -> bool:
     """Return whether there are no books, or they are of another run of the server or of another epoch than Postgres's.
 
     An older epoch: Postgres decided meanwhile. A newer epoch: Postgres was restored from a backup.
     """
     opened = ledger.opened()
-    return opened is None or opened != (known.epoch, ledger.run_id)
+    return opened is None or opened != (current.epoch, ledger.run_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +194,8 @@ class Opener:
             self._ledger.close_epoch(self._epoch, self._run_id, "remove", batch)
 
     def _rebuild(self, connection: Connection) -> Rebuilt:
+        # First of all: a job that is submitted meanwhile stays behind those that stay in Postgres.
+        refill.restore_borders(self._engine, self._ledger)
         workers, held = self._reserve(connection)
         self._await_reports([worker.name for worker in workers if worker.seen])
         self._go_on()
@@ -280,7 +282,7 @@ class Opener:
         if doubtful:
             most_losses = self._ledger.settings.most_losses
             rows = [in_doubt(row, most_losses) if row.submitted_ms < self._began_ms else row for row in rows]
-        return resubmit.submit_rows(self._ledger, rows)
+        return resubmit.submit_rows(self._ledger, rows, self._engine)
 
 
 def bring_in_carried(engine: Engine, ledger: Ledger) -> int:

@@ -33,7 +33,7 @@ from celery_capacity.routing.model.request import filed_shape
 from celery_capacity.routing.model.states import FINAL, HOLDING, Rank, State, Step, Store
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
-from celery_capacity.routing.recovery import reconcile_indexes, resubmit, transition_log
+from celery_capacity.routing.recovery import reconcile_indexes, refill, resubmit, transition_log
 from celery_capacity.routing.recovery.drift import Reconciled
 from celery_capacity.routing.store import backlog, claims, fencing, job_transitions
 from celery_capacity.routing.store.job_transitions import Transition
@@ -64,6 +64,8 @@ class Row:
     admitted_ms: int
     started_ms: int
     rerun: bool
+    #: the shape under which it waits in Postgres alone
+    behind: str | None
 
     @property
     def rank(self) -> Rank:
@@ -72,6 +74,8 @@ class Row:
     def agrees(self, card: JobCard | None) -> bool:
         """Return whether the ledger agrees with this row."""
         if card is None or card.is_tombstone:
+            if self.behind and self.state == State.WAITING:
+                return True
             if self.state in (State.WAITING, *HOLDING):
                 return False
             # An outcome that Postgres does not know. Without one the job is being cancelled on its way to the ledger.
@@ -91,15 +95,15 @@ class Row:
 _COLUMNS: Final = (
     "SELECT id, name, seq, state, epoch, attempt, step, worker, incarnation, shape, priority, losses, "
     "coalesce((extract(epoch FROM admitted_at) * 1000)::bigint, 0), "
-    "coalesce((extract(epoch FROM started_at) * 1000)::bigint, 0), rerun FROM jobs "
+    "coalesce((extract(epoch FROM started_at) * 1000)::bigint, 0), rerun, behind FROM jobs "
 )
 #: The states of jobs that the ledger has, in the order in which most jobs go through them.
 _OPEN: Final = (State.WAITING, State.ADMITTED, State.RUNNING)
 #: Reads one state at a time, because the index has the rows of a state in their order.
 _SAID: Final = text("""
 SELECT max(seq), string_agg(concat_ws(' ', id, state, epoch || '.' || attempt, coalesce(worker, '-')), chr(10))
-FROM (SELECT seq, id, state, epoch, attempt, worker FROM jobs WHERE state = :state AND seq > :after
-      ORDER BY seq LIMIT :most) AS j
+FROM (SELECT seq, id, state, epoch, attempt, worker FROM jobs
+      WHERE state = :state AND behind IS NULL AND seq > :after ORDER BY seq LIMIT :most) AS j
 """)
 #: Families of keys besides those of the jobs.
 _FAMILIES: Final = ("wait", "book", "held", "free_of", "shapes_of")
@@ -145,6 +149,8 @@ def reconcile(engine: Engine, ledger: Ledger) -> Reconciled:
             names = _ledger_against_rows(connection, ledger, compared, result)
             _close_committed(connection, ledger, result)
             reconcile_indexes.check_queues(ledger, names["wait"], names["shapes_of"], result)
+            reconcile_indexes.restore_waiting(ledger, names["wait"])
+            refill.restore_borders(engine, ledger)
             reconcile_indexes.check_books(ledger, names["book"] | names["held"], names["free_of"], result)
         if result.drift:
             ledger.client.hincrby(keys.COUNTERS, "drift", result.drift)
@@ -311,9 +317,7 @@ def _repair(
 
 def _bring_forward(connection: Connection, ledger: Ledger, row: Row, card: JobCard) -> bool:
     """Bring a row of Postgres forward to the ledger, which is ahead and whose entry was lost."""
-    names = ("incarnation", "admitted", "started", "losses", "became")
-    values = ledger.client.hmget(keys.job(row.id), names)
-    fields = {name: snapshot.text(value) for name, value in zip(names, values, strict=True) if value}
+    fields = snapshot.read_jobs(ledger.client, [row.id]).get(row.id, {})
     token, step = rank_of(card)
     same = token == row.token
     ended = card.is_tombstone
@@ -339,7 +343,7 @@ def _bring_forward(connection: Connection, ledger: Ledger, row: Row, card: JobCa
 
 def _submit(connection: Connection, ledger: Ledger, job: str) -> bool:
     pending = backlog.these(connection, [job])
-    return bool(pending) and resubmit.submit_rows(ledger, pending) == 1
+    return bool(pending) and resubmit.submit_rows(ledger, pending, connection.engine) == 1
 
 
 def _hold_again(connection: Connection, ledger: Ledger, row: Row, result: Reconciled) -> bool | None:
@@ -371,7 +375,7 @@ def _hold_again(connection: Connection, ledger: Ledger, row: Row, result: Reconc
 
 def _give_back(connection: Connection, ledger: Ledger, row: Row) -> bool:
     """End the attempt of a job and submit the job again; an attempt that had started is lost, perhaps the last."""
-    attempt = claims.Open(
+    attempt = claims.OpenAttempt(
         row.id,
         row.token,
         row.worker or "",

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, text
 
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.indexes import ASKED
 from celery_capacity.routing.ledger.snapshot import JobCard
 from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.capacity import Capacity
@@ -106,6 +107,21 @@ def restore_book(connection: Connection, ledger: Ledger, worker: str, result: Re
     return True
 
 
+def restore_waiting(ledger: Ledger, shapes: Iterable[str]) -> None:
+    """Set the number of waiting jobs in the ledger anew, by which it knows whether its head of the backlog is full.
+
+    This is no drift: jobs of a shape that comes meanwhile may be missing, and a little more or less does no harm.
+    """
+    queued = {*shapes, *map(snapshot.text, ledger.client.zrange(keys.SHAPES, 0, -1))}
+    pipe = ledger.client.pipeline(transaction=True)
+    pipe.hget(keys.EPOCH, "waiting")
+    for shape in queued:
+        pipe.zcard(keys.wait(shape))
+    noted, *numbers = pipe.execute()
+    if int(noted or 0) != sum(numbers):
+        ledger.set_waiting(int(noted or 0), sum(numbers))
+
+
 def check_queues(ledger: Ledger, shapes: set[str], resources: set[str], result: Reconciled) -> None:
     """Repair the queues of shapes, the indexes of shapes, and the deliveries to come.
 
@@ -117,7 +133,9 @@ def check_queues(ledger: Ledger, shapes: set[str], resources: set[str], result: 
             if waits_beside(shape) != resource and ledger.repair_queue(shape, seen_in=resource):
                 result.note("a shape out of its place")
             shapes.add(shape)
-    for shape in sorted(shapes | {snapshot.text(shape) for shape in ledger.client.zrange(keys.SHAPES, 0, -1)}):
+    for index in (keys.SHAPES, *map(keys.asks, ASKED)):
+        shapes |= {snapshot.text(shape) for shape in ledger.client.zrange(index, 0, -1)}
+    for shape in sorted(shapes):
         seen, looked = 0, CHUNK
         while looked == CHUNK:
             looked, strays = ledger.find_misplaced(shape, seen, CHUNK)
@@ -165,8 +183,27 @@ def check_books(ledger: Ledger, workers: set[str], resources: set[str], result: 
         if differs:
             result.note("a book that is not the sum")
             ledger.fill(worker)
+    _check_total(ledger, workers, result)
+
+
+def restore_lost_total(ledger: Ledger) -> int:
+    """Make the total the sum of the books where its key was lost, and return the number of differences.
+
+    Without its key the total counts from 0, so the jobs that were held end below 0. One key is read where all is well,
+    so the sweep may look each time. A total that is wrong without this sign waits for the reconcile.
+    """
+    total: Any = ledger.client.get(keys.ALLOCATED)
+    if total is not None and int(total) >= 0:
+        return 0
+    result = Reconciled()
+    _check_total(ledger, set(), result)
+    ledger.client.hincrby(keys.COUNTERS, "drift", result.drift)
+    return result.drift
+
+
+def _check_total(ledger: Ledger, workers: set[str], result: Reconciled) -> None:
     for _ in range(TRIES):
-        if _check_total(ledger, workers, result):
+        if _total_agrees(ledger, workers, result):
             return
     result.note("a sum of CPUs that is not the sum of the books", False)
 
@@ -176,7 +213,7 @@ def _indexed(ledger: Ledger) -> set[str]:
     return {snapshot.text(name) for key in (keys.FREE, keys.LEASES) for name in ledger.client.zrange(key, 0, -1)}
 
 
-def _check_total(ledger: Ledger, workers: set[str], result: Reconciled) -> bool:
+def _total_agrees(ledger: Ledger, workers: set[str], result: Reconciled) -> bool:
     """Compare the total with the books as of one moment; return False where it has to be read again."""
     names = sorted(workers | _indexed(ledger))
     pipe = ledger.client.pipeline(transaction=True)

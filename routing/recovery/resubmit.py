@@ -10,8 +10,9 @@ from sqlalchemy import Engine
 
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import LedgerFull
+from celery_capacity.routing.model.request import filed_shape
 from celery_capacity.routing.store import backlog, dependencies
-from celery_capacity.routing.store.backlog import Pending
+from celery_capacity.routing.store.backlog import Pending, Place
 from celery_capacity.routing.store.job_transitions import Applied
 
 logger = logging.getLogger(__name__)
@@ -20,19 +21,34 @@ logger = logging.getLogger(__name__)
 CHUNK: Final = 100
 
 
-def submit_rows(ledger: Ledger, rows: Sequence[Pending]) -> int:
+def submit_rows(ledger: Ledger, rows: Sequence[Pending], engine: Engine | None = None) -> int:
     """Submit rows in their order; return how many the ledger took.
 
-    It had the other jobs already, or it is full. The jobs left out are durable, and the next sweep brings them.
+    It had the other jobs already, left them in Postgres, or is full. The duty `refill` marks the rows of jobs that were
+    left. Where they wait already, as in a rebuild, an `engine` is needed, and they are marked here. Jobs for which a
+    full ledger has no room are durable, and the next sweep brings them.
     """
     taken = 0
     for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
         try:
-            taken += ledger.submit_many([row.submission() for row in rows[start : start + CHUNK]])
+            brought = ledger.bring([row.submission() for row in chunk])
         except LedgerFull as error:
             logger.warning("%d jobs wait until Redis has room: %s", len(rows) - start, error)
             return taken
+        taken += brought.taken
+        if engine is not None and brought.left:
+            mark(engine, ledger, [chunk[number] for number in brought.left], waiting=True)
     return taken
+
+
+def mark(engine: Engine, ledger: Ledger, rows: Sequence[Pending | Place], *, waiting: bool = False) -> int:
+    """Mark rows of jobs that stay in Postgres, and have the ledger count them; return how many."""
+    shapes = {row.id: ledger.shape_held(filed_shape(row.shape, row.name), row.losses) for row in rows}
+    with engine.connect() as connection:
+        marked = backlog.mark_behind(connection, shapes, waiting=waiting)
+    ledger.count_staying(marked)
+    return marked.total()
 
 
 def go_on(engine: Engine, ledger: Ledger, applied: Sequence[Applied]) -> int:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, select, text
 
+from celery_capacity.routing.database import job_conditions, schema
 from celery_capacity.routing.errors import storable
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Cancelled, CancelVerdict
@@ -43,6 +45,48 @@ _BACKLOG: Final = text(
     "SELECT id FROM jobs WHERE state IN ('accepted', 'waiting') AND queue = :queue AND id > :after "
     "ORDER BY id LIMIT :most"
 )
+_STANDING: Final = text("""
+SELECT id, state, worker FROM jobs WHERE id = ANY(CAST(:ids AS text[]))
+UNION ALL
+SELECT * FROM (
+  SELECT DISTINCT ON (id) id, state, worker FROM jobs_archive WHERE id = ANY(CAST(:ids AS text[])) ORDER BY id, seq DESC
+) AS archived WHERE NOT EXISTS (SELECT FROM jobs WHERE jobs.id = archived.id)
+""")
+_LIVE: Final = text("SELECT count(*) FROM workers WHERE status IN ('ready', 'draining')")
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """State of a job in Postgres, and the worker of its newest attempt."""
+
+    state: State
+    worker: str | None
+
+
+def standing(connection: Connection, jobs: Sequence[str]) -> dict[str, Standing]:
+    """Return the states of those of these jobs that are known, archived ones included."""
+    rows = connection.execute(_STANDING, {"ids": list(jobs)})
+    return {row[0]: Standing(State(row[1]), row[2]) for row in rows}
+
+
+def open_jobs(connection: Connection, task: str | None, group: str | None, state: State | None) -> list[str]:
+    """Return the jobs that have not ended and match all that is given, oldest first.
+
+    `task`: a pattern, in which `*` stands for any characters. `group`: as in `job_conditions.in_group`.
+    """
+    columns = schema.jobs.c
+    query = select(columns.id).where(columns.state.not_in(sorted(FINAL))).order_by(columns.seq)
+    if task is not None:
+        query = query.where(job_conditions.matches(columns.name, task))
+    if state is not None:
+        query = query.where(columns.state == state)
+    if group is not None:
+        query = query.where(job_conditions.in_group(columns, group))
+    return list(connection.execute(query).scalars())
+
+
+def live_workers(connection: Connection) -> int:
+    return int(connection.execute(_LIVE).scalar_one())
 
 
 def mark(connection: Connection, jobs: Sequence[str]) -> list[str]:

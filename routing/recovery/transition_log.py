@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.states import Step
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import refused_transitions
@@ -46,12 +47,6 @@ def parse(entry: bytes, fields: dict[bytes, bytes]) -> Transition:
         outbox=text("outbox"),
         told=text("told") == "1",
     )
-
-
-def read(ledger: Ledger, *, older_than_ms: int = 0, after: str = "-", most: int = CHUNK) -> list[Transition]:
-    """Return at most `most` of the oldest readable entries that are at least `older_than_ms` milliseconds old."""
-    newest = _newest(ledger, older_than_ms)
-    return _parsed(_page(ledger, after, newest, most))[0]
 
 
 def _newest(ledger: Ledger, older_than_ms: int) -> str:
@@ -125,7 +120,7 @@ def write(
     """
     if not transitions:
         return [], 0
-    applied, left = refused_transitions.write(engine, transitions, wait=wait)
+    applied, left = refused_transitions.write(engine, ledger.tally, transitions, wait=wait)
     kept = {transition.entry for transition in left}
     ledger.ack_transitions(written([transition for transition in transitions if transition.entry not in kept]))
     return applied, len(left)
@@ -135,7 +130,8 @@ def _set_aside(engine: Engine, ledger: Ledger, unreadable: Sequence[tuple[bytes,
     """Keep entries that no script wrote in the quarantine, and delete them from the stream."""
     for entry, fields in unreadable:
         texts = {name.decode("utf-8", "replace"): value.decode("utf-8", "replace") for name, value in fields.items()}
-        refused_transitions.set_aside(engine, texts, f"entry {entry.decode()} is no transition")
+        detail = f"entry {entry.decode()} is no transition"
+        refused_transitions.set_aside(engine, ledger.tally, texts, Refusal.NO_TRANSITION, detail)
         ledger.ack_transitions([(entry.decode(), texts.get("job", ""))])
 
 

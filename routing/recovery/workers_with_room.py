@@ -1,13 +1,15 @@
-"""Find the workers that have room for any waiting job, so that no other worker is asked to fill up.
+"""Fill free room that was left beside jobs which wait: the safety net behind submissions and releases.
 
-`fill` looks at each waiting shape for one worker. In a cluster without room that costs workers times shapes, and finds
-nothing. Most shapes add nothing: where a shape fits, each smaller one does. So only the smallest shapes are judged,
-against books that one pipeline reads.
+Each waiting shape is searched for, by the indexes, as a new job is. That costs the same in any cluster, and in a
+healthy one it finds nothing. Only where a search does not look at all workers, their books are read. It does not where
+many workers lack another part of a request than the scarcest resource, or its task. Nor does it tell which worker is to
+be kept for a job that must run alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -15,32 +17,70 @@ import redis
 
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.ledger import keys, snapshot
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.snapshot import WorkerBook
 from celery_capacity.routing.model.amounts import ALONE
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, split_shape
 from celery_capacity.routing.policy.placement import Book, fits
 
-#: Most shapes that are read, and most smallest ones that are judged. Where there are more, any worker may have room.
-MAX_SHAPES: Final = 2000
+#: Most smallest requests of a task that are judged. Where there are more, any worker that knows the task may have room.
 MAX_SMALLEST: Final = 50
 #: Books in one round trip.
 CHUNK: Final = 200
+#: Passes over all waiting shapes in one call. Each but the last admitted something.
+MAX_PASSES: Final = 100
 
 
-def with_room(client: redis.Redis) -> Iterator[str]:
-    """Yield the workers in the index that may have room for a waiting job. Raises `RedisError`."""
-    shapes = client.zrange(keys.SHAPES, 0, MAX_SHAPES)
+def fill_all(ledger: Ledger) -> int:
+    """Fill all workers that have room for a waiting job, in the policy's order, and return the number admitted."""
+    admitted = 0
+    for _ in range(MAX_PASSES):
+        unsure, unseen, before = [], [], admitted
+        for shape, worker in ledger.find_room():
+            if not worker:
+                unsure.append(shape)
+            elif filled := ledger.fill(worker):
+                admitted += filled
+            else:
+                unseen.append(shape)
+        if admitted == before:
+            # A pass over a worker does not see a shape whose place in an index was lost. The search for it does.
+            admitted += sum(len(ledger.place_shape(shape)) for shape in unseen)
+            return admitted + sum(map(ledger.fill, with_room(ledger.client, unsure)))
+    return admitted
+
+
+def with_room(client: redis.Redis, shapes: Collection[str]) -> Iterator[str]:
+    """Yield the workers in the index that may have room for a job of these shapes. Raises `RedisError`."""
     if not shapes:
         return
-    wanted = None if len(shapes) > MAX_SHAPES else smallest(map(snapshot.text, shapes))
+    by_task: dict[str, list[str]] = defaultdict(list)
+    for shape in shapes:
+        by_task[split_shape(shape)[1]].append(shape)
+    wanted = {task: smallest(of_task) for task, of_task in by_task.items()}
+    knowing: dict[tuple[str, str], bool] = {}
     names = [snapshot.text(name) for name in client.zrange(keys.FREE, 0, -1)]
     for start in range(0, len(names), CHUNK):
-        some = names[start : start + CHUNK]
-        if wanted is None:
-            yield from some
-            continue
-        for name, book in snapshot.read_books(client, some).items():
-            if may_take(book.to_policy(0), wanted):
+        books = snapshot.read_books(client, names[start : start + CHUNK])
+        _ask_who_knows(client, knowing, books.values(), wanted)
+        for name, book in books.items():
+            policy = book.to_policy(0)
+            asked = [requests for task, requests in wanted.items() if knowing[book.catalogue, task]]
+            if any(requests is None or may_take(policy, requests) for requests in asked):
                 yield name
+
+
+def _ask_who_knows(
+    client: redis.Redis, knowing: dict[tuple[str, str], bool], books: Iterable[WorkerBook], tasks: Iterable[str]
+) -> None:
+    """Enter into `knowing` which catalogues of these workers have which tasks, in one round trip."""
+    catalogues = {book.catalogue for book in books}
+    pairs = [(catalogue, task) for catalogue in catalogues for task in tasks if (catalogue, task) not in knowing]
+    pipe = client.pipeline(transaction=False)
+    for catalogue, task in pairs:
+        pipe.sismember(keys.tasks(catalogue), task)
+    for (catalogue, task), has in zip(pairs, pipe.execute(), strict=True):
+        knowing[catalogue, task] = bool(has) or not catalogue or not task
 
 
 def smallest(shapes: Iterable[str]) -> list[Request] | None:

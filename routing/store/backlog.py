@@ -7,14 +7,15 @@ The functions only read, each on the caller's connection.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
 from celery_capacity.routing.model.request import filed_shape
-from celery_capacity.routing.policy.placement import order
+from celery_capacity.routing.policy.placement import SUBMISSIONS, TOP_PRIORITY, order
 from celery_capacity.routing.policy.unknown_starts import losses_in_doubt
 
 
@@ -70,7 +71,8 @@ _STRANDED: Final = text(
     "AND seq > :after ORDER BY seq LIMIT :most"
 )
 _BACKLOG: Final = text(
-    _PENDING + "WHERE state IN ('accepted', 'waiting') AND revoked_at IS NULL AND (-priority, seq) > (:priority, :seq) "
+    _PENDING + "WHERE state IN ('accepted', 'waiting') AND behind IS NULL AND revoked_at IS NULL "
+    "AND (-priority, seq) > (:priority, :seq) "
     "ORDER BY -priority, seq LIMIT :most"
 )
 _THESE: Final = text(
@@ -99,7 +101,7 @@ def stranded(connection: Connection, age: float, most: int, after: int = 0) -> l
 
 
 def backlog(connection: Connection, most: int, after: tuple[int, int] = (-10, 0)) -> list[Pending]:
-    """Return waiting jobs in the order of the backlog, after a cursor (-priority, seq)."""
+    """Return waiting jobs in the order of the backlog, after a cursor (-priority, seq); none that stays in Postgres."""
     return _pending(connection, _BACKLOG, {"most": most, "priority": after[0], "seq": after[1]})
 
 
@@ -127,3 +129,108 @@ _OVERDUE: Final = text(
 def overdue(connection: Connection, most: int) -> list[str]:
     """Return the ids of jobs that have not started and have expired, the earliest expiry first."""
     return list(connection.execute(_OVERDUE, {"most": most}).scalars())
+
+
+# -- waiting jobs that stay in Postgres: a marked row is not in the ledger --------------------------------------------
+
+_MARK: Final = text("""
+WITH x AS (
+  SELECT jobs.id, x.shape FROM unnest(CAST(:ids AS text[]), CAST(:shapes AS text[])) AS x (id, shape)
+  JOIN jobs ON jobs.id = x.id
+  WHERE behind IS NULL AND revoked_at IS NULL
+    AND (state = 'accepted' OR (state = 'scheduled' AND due_at <= now()) OR (state = 'waiting' AND :waiting))
+  FOR NO KEY UPDATE OF jobs SKIP LOCKED
+)
+UPDATE jobs SET state = 'waiting', behind = x.shape FROM x WHERE jobs.id = x.id RETURNING x.shape
+""")
+#: Rows that the ledger may have left in Postgres unmarked.
+_WITHOUT_MESSAGE: Final = (
+    "SELECT id, name, shape, priority, seq, losses FROM jobs"
+    " WHERE revoked_at IS NULL AND (-priority, seq) > (:priority, :seq)"
+)
+_UNMARKED: Final = text(f"""
+SELECT * FROM (
+  ({_WITHOUT_MESSAGE} AND state = 'accepted' ORDER BY -priority, seq LIMIT :most)
+  UNION ALL ({_WITHOUT_MESSAGE} AND state = 'scheduled' AND due_at <= now() ORDER BY -priority, seq LIMIT :most)
+) AS x ORDER BY -priority, seq LIMIT :most
+""")
+_STAYS: Final = "behind IS NOT NULL AND state = 'waiting' AND revoked_at IS NULL"
+_FETCH: Final = text(f"""
+WITH x AS (
+  SELECT id FROM jobs WHERE behind = :shape AND {_STAYS} AND (-priority, seq) < (:priority, :seq)
+  ORDER BY -priority, seq LIMIT :most FOR NO KEY UPDATE SKIP LOCKED
+)
+UPDATE jobs SET state = 'accepted', behind = NULL FROM x WHERE jobs.id = x.id
+RETURNING jobs.id, name, shape, priority, seq, message, attempt, losses,
+  (extract(epoch FROM submitted_at) * 1000)::bigint, rerun
+""")
+_NEXT: Final = text(
+    f"SELECT priority, seq FROM jobs WHERE behind = :shape AND {_STAYS} ORDER BY -priority, seq LIMIT 1"
+)
+_STAYING: Final = text(f"""
+SELECT behind, count(*), min(({TOP_PRIORITY} - priority) * {SUBMISSIONS} + seq) FROM jobs WHERE {_STAYS} GROUP BY behind
+""")
+_BEFORE: Final = text(f"""
+SELECT count(*) FILTER (WHERE behind = :shape), count(*) FROM jobs
+WHERE {_STAYS} AND (-priority, seq) < (-CAST(:priority AS int), CAST(:seq AS bigint))
+""")
+
+
+def mark_behind(connection: Connection, shapes: Mapping[str, str], *, waiting: bool = False) -> Counter[str]:
+    """Note of jobs that they wait in Postgres alone, by id with the shape under which the ledger would file them.
+
+    Return how many of each shape were noted. Left out are jobs that went on meanwhile, or whose rows somebody keeps
+    locked. `waiting`: rows that wait already are noted too, which only a caller may ask for that keeps all others from
+    filing them.
+    """
+    values = {"ids": list(shapes), "shapes": list(shapes.values()), "waiting": waiting}
+    return Counter(connection.execute(_MARK, values).scalars()) if shapes else Counter()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A row without its message, as far as its place in the backlog goes."""
+
+    id: str
+    name: str
+    shape: str
+    priority: int
+    seq: int
+    losses: int
+
+
+def unmarked(connection: Connection, most: int, after: tuple[int, int] = (-10, 0)) -> list[Place]:
+    """Return jobs of which Postgres does not know yet whether the ledger took them, in the order of the backlog.
+
+    `after`: a cursor (-priority, seq).
+    """
+    values = {"most": most, "priority": after[0], "seq": after[1]}
+    return [Place(*row) for row in connection.execute(_UNMARKED, values)]
+
+
+def fetch(connection: Connection, shape: str, most: int, before: int | None = None) -> list[Pending]:
+    """Take the first jobs of a shape that stay in Postgres, to bring them to the ledger: they are `accepted` again.
+
+    `before`: an order. Only jobs with a lesser one are taken.
+    """
+    level, seq = (TOP_PRIORITY + 1, 0) if before is None else divmod(before, SUBMISSIONS)
+    values = {"shape": shape, "most": most, "priority": level - TOP_PRIORITY, "seq": seq}
+    rows = _pending(connection, _FETCH, values)
+    return sorted(rows, key=lambda row: (-row.priority, row.seq))
+
+
+def next_order(connection: Connection, shape: str) -> int | None:
+    """Return the order of the first job of a shape that stays in Postgres, None where none does."""
+    row = connection.execute(_NEXT, {"shape": shape}).one_or_none()
+    return None if row is None else order(row[0], row[1])
+
+
+def staying(connection: Connection) -> list[tuple[str, int, int]]:
+    """Return the shapes of jobs that stay in Postgres, with their number and the least order."""
+    return [(row[0], row[1], row[2]) for row in connection.execute(_STAYING)]
+
+
+def staying_before(connection: Connection, shape: str, priority: int, seq: int) -> tuple[int, int]:
+    """Count the jobs that stay in Postgres and come before a place: of a shape, and in all."""
+    row = connection.execute(_BEFORE, {"shape": shape, "priority": priority, "seq": seq}).one()
+    return row[0], row[1]

@@ -123,7 +123,7 @@ def choose(book: Book, page: Sequence[Candidate], most_losses: int) -> list[Cand
     by_id = {row.job: row for row in page}
     waiting = [Waiting(row.job, asked[row.job], order(row.priority, row.seq)) for row in page]
     elsewhere = {asked[row.job].shape for row in alone}
-    return [by_id[entry.job] for entry in fill_or_keep(book, waiting, len(page), MAX_ADMITTED, elsewhere).admitted]
+    return [by_id[entry.job] for entry in fill_or_keep(book, waiting, MAX_ADMITTED, elsewhere).admitted]
 
 
 def look(connection: Connection, book: Book, most_losses: int, passed: Collection[str] = ()) -> list[Candidate]:
@@ -223,7 +223,7 @@ class Became:
 
 def became(outcome: Outcome, losses: int, most_losses: int, rerun: bool) -> Became:
     """Return the effect of an end. `outcome` as in `replies.Ended`; `losses`: those of the attempts before."""
-    if outcome == Outcome.RETRIED:
+    if outcome in (Outcome.RETRIED, Outcome.REQUEUED):
         return Became(State.SCHEDULED, Step.BACK, losses)
     if outcome in (Outcome.HANDED_BACK, Outcome.TAKEN_BACK):
         return Became(State.ACCEPTED, Step.BACK, losses)
@@ -272,7 +272,7 @@ def lock_holders(connection: Connection, jobs: Sequence[str]) -> Mapping[str, Ho
 
 
 @dataclass(frozen=True, slots=True)
-class Open:
+class OpenAttempt:
     """An attempt that is on a worker, by its row. Times in milliseconds, 0 means none."""
 
     job: str
@@ -302,18 +302,18 @@ _COMMITTED_ON_NOBODY: Final = text(
 )
 
 
-def open_attempts(connection: Connection, incarnation: str) -> list[Open]:
+def open_attempts(connection: Connection, incarnation: str) -> list[OpenAttempt]:
     """Return the attempts that an incarnation of a worker holds, by Postgres."""
     return _opened(connection.execute(_OPEN_ON_INCARNATION, {"incarnation": incarnation}))
 
 
-def orphans(connection: Connection) -> list[Open]:
+def orphans(connection: Connection) -> list[OpenAttempt]:
     """Return the attempts that Postgres has on incarnations of workers that have ended."""
     return _opened(connection.execute(_OPEN_ON_NOBODY))
 
 
-def _opened(rows: Iterable[Any]) -> list[Open]:
-    return [Open(job, Token(epoch, attempt), *rest) for job, epoch, attempt, *rest in rows]
+def _opened(rows: Iterable[Any]) -> list[OpenAttempt]:
+    return [OpenAttempt(job, Token(epoch, attempt), *rest) for job, epoch, attempt, *rest in rows]
 
 
 def close_orphans(connection: Connection) -> int:
@@ -326,7 +326,7 @@ def close_orphans(connection: Connection) -> int:
 
 
 def give_back(
-    connection: Connection, attempts: Sequence[Open], outcome: Outcome | None, error: str, most_losses: int
+    connection: Connection, attempts: Sequence[OpenAttempt], outcome: Outcome | None, error: str, most_losses: int
 ) -> list[Applied]:
     """End open attempts that nobody holds any more; return the rows that changed.
 
@@ -363,7 +363,7 @@ def give_back(
 
 
 def give_back_free(
-    connection: Connection, attempts: Sequence[Open], outcome: Outcome | None, error: str, most_losses: int
+    connection: Connection, attempts: Sequence[OpenAttempt], outcome: Outcome | None, error: str, most_losses: int
 ) -> list[Applied]:
     """End open attempts as `give_back` does, in the caller's transaction, without the jobs whose rows are locked.
 

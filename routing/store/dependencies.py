@@ -101,7 +101,7 @@ def open_needs(engine: Engine) -> Opened:
     return opened
 
 
-def _open_all(transactions: Engine, lock: TextClause, found: Opened) -> None:
+def _open_all(transactions: Engine, lock: TextClause, opened: Opened) -> None:
     left: list[str] = []
     while True:
         with transactions.begin() as connection:
@@ -113,9 +113,9 @@ def _open_all(transactions: Engine, lock: TextClause, found: Opened) -> None:
             left += set(ripe).difference(ids)
             for job, state, due in connection.execute(_OPEN, {"ids": ids}):
                 if state == State.CANCELLED:
-                    found.cancelled.append(job)
+                    opened.cancelled.append(job)
                 elif due is not None:
-                    (found.due if due else found.scheduled).append(job)
+                    (opened.due if due else opened.scheduled).append(job)
 
 
 _NEEDS: Final = text("SELECT needs FROM dependencies WHERE job_seq = :seq ORDER BY needs LIMIT :most")

@@ -28,7 +28,7 @@ _KNOWS: Final = text("SELECT to_regclass(:jobs) IS NOT NULL AND to_regclass(:wor
 _IS_REGISTERED: Final = text("SELECT EXISTS (SELECT 1 FROM workers WHERE incarnation = :incarnation)")
 
 
-def is_home(connection: Connection, incarnation: str) -> bool:
+def is_registered(connection: Connection, incarnation: str) -> bool:
     """Return whether this incarnation of a worker is registered in this database.
 
     The name or URL of a database would not tell, but an incarnation stands in no other database.

@@ -20,7 +20,7 @@ from celery_capacity.routing.errors import storable
 from celery_capacity.routing.insert import replacements, successors
 from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, LABEL
-from celery_capacity.routing.model.states import FINAL, Rank, State, Step
+from celery_capacity.routing.model.states import FINAL, Outcome, Rank, State, Step
 from celery_capacity.routing.model.token import Token
 
 #: Characters of an error that a row keeps.
@@ -127,7 +127,7 @@ WITH e AS (
 UPDATE jobs SET
   state = CASE WHEN committed THEN jobs.state WHEN stopped THEN '{State.CANCELLED.value}'
                WHEN goes_on THEN '{State.SCHEDULED.value}' ELSE e.state END,
-  epoch = e.epoch, attempt = e.attempt,
+  epoch = e.epoch, attempt = e.attempt, behind = NULL,
   step = CASE WHEN committed THEN {Step.ENDED.value} WHEN stopped THEN {Step.DROPPED.value}
               WHEN goes_on THEN {Step.BACK.value} ELSE e.step END,
   losses = CASE WHEN committed THEN jobs.losses ELSE greatest(jobs.losses, e.losses) END,
@@ -140,8 +140,8 @@ UPDATE jobs SET
   outbox = CASE WHEN stopped THEN '{outbox.UNTOLD}'
                  WHEN committed AND e.state NOT IN ({_FINAL}) THEN '{outbox.UNTOLD}'
                 WHEN NOT goes_on AND e.state IN ({_FINAL}) THEN nullif(e.outbox, '') END,
-  due_at = CASE WHEN goes_on AND jobs.rated THEN NULL WHEN goes_on THEN coalesce(jobs.successor_due_at, now())
-                WHEN e.state = '{State.SCHEDULED.value}' THEN coalesce(jobs.due_at, now()) ELSE jobs.due_at END,
+  due_at = CASE WHEN NOT goes_on AND e.state <> '{State.SCHEDULED.value}' THEN jobs.due_at WHEN NOT jobs.rated
+                THEN coalesce(CASE WHEN goes_on THEN jobs.successor_due_at ELSE jobs.due_at END, now()) END,
   not_before = CASE WHEN goes_on AND jobs.rated THEN jobs.successor_due_at ELSE jobs.not_before END,
   message = CASE WHEN goes_on THEN jobs.successor ELSE jobs.message END,
   shape = CASE WHEN goes_on THEN jobs.successor_shape ELSE jobs.shape END,
@@ -180,8 +180,7 @@ def _newest(transitions: Iterable[Transition]) -> list[Transition]:
     """Return the newest transition of each job, in the order of ids, so that all writers lock in one order."""
     newest: dict[str, Transition] = {}
     for transition in transitions:
-        latest = newest.get(transition.job)
-        if latest is None or latest.rank < transition.rank:
+        if transition.job not in newest or newest[transition.job].rank < transition.rank:
             newest[transition.job] = transition
     return [newest[job] for job in sorted(newest)]
 
@@ -241,9 +240,9 @@ def _attempt_columns(transition: Transition) -> dict[str, str | int]:
     }
 
 
-def _rows(said: Iterable[dict[str, str | int]]) -> str:
+def _rows(values: Iterable[dict[str, str | int]]) -> str:
     # Characters are sent as they are: a database's encoding may lack characters that \u1234 could name.
-    return json.dumps(list(said), ensure_ascii=False)
+    return json.dumps(list(values), ensure_ascii=False)
 
 
 def apply(connection: Connection, transitions: Sequence[Transition]) -> list[Applied]:
@@ -255,6 +254,8 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
     if not transitions:
         return []
     published = _publish(connection, [transition for transition in transitions if outbox.publishes(transition.outbox)])
+    if requeued := [(end.job, end.token) for end in transitions if end.outcome == Outcome.REQUEUED]:
+        successors.put_behind(connection, requeued)
     newest, attempts = _newest(transitions), _attempts(transitions)
     values: dict[str, str | int] = {
         "newest": _rows(_job_columns(t) for t in newest),
@@ -383,9 +384,9 @@ def close_attempts(connection: Connection, job: str, before: Token, now_ms: int)
 
 _DROP: Final = text(f"""
 UPDATE jobs SET state = :state, outbox = '{outbox.UNTOLD}', step = {Step.DROPPED.value}, finished_at = now(),
-  error = coalesce(:error, error)
-WHERE id = :id AND (state IN ('accepted', 'scheduled', 'replaced')
-  OR (state = 'waiting' AND (revoked_at IS NOT NULL OR EXISTS (SELECT 1 FROM authority WHERE authority = 'postgres'))))
+  error = coalesce(:error, error) WHERE id = :id AND (state IN ('accepted', 'scheduled', 'replaced')
+  OR (state = 'waiting' AND (revoked_at IS NOT NULL OR behind IS NOT NULL
+    OR EXISTS (SELECT 1 FROM authority WHERE authority = 'postgres'))))
 RETURNING id
 """)
 
@@ -393,7 +394,7 @@ RETURNING id
 def end_unfiled(connection: Connection, job: str, state: State, error: str | None = None) -> bool:
     """End a job that is not in the ledger as `cancelled` or `expired`; return False where it is there or has ended.
 
-    A waiting job is in the ledger, unless Postgres decides, or the job was revoked while the ledger could not be asked.
-    No rebuild brings such a revoked job in.
+    A waiting job is in the ledger, unless it stays behind, Postgres decides, or it was revoked while the ledger could
+    not be asked. No rebuild brings such a revoked job in.
     """
     return connection.execute(_DROP, {"id": job, "state": state.value, "error": error}).first() is not None

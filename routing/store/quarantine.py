@@ -7,7 +7,7 @@ Nothing in them is trusted or looked at again. They are kept for a person who as
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -15,12 +15,13 @@ from sqlalchemy import Connection, delete, func, insert, select, text
 
 from celery_capacity.routing.database.schema import quarantine
 from celery_capacity.routing.errors import storable
+from celery_capacity.routing.model.reasons import Refusal
 
 #: Bytes of a message that are kept.
 MAX_BYTES: Final = 1024**2
 #: Messages that are kept.
 MAX_KEPT: Final = 1000
-#: Characters of a reason and of the name of a queue.
+#: Characters of a reason with its detail, and of the name of a queue.
 REASON_LENGTH: Final = 500
 QUEUE_LENGTH: Final = 255
 #: Reasons that are shown to people, with the number of messages.
@@ -29,7 +30,10 @@ SHOWN: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """A message that was set aside: its bytes (cut), its queue, and the reason. `worker`: its receiver."""
+    """A message that was set aside: its bytes (cut), its queue, and the reason. `worker`: its receiver.
+
+    The reason is "<word of a Refusal>: <detail>", so that equal reasons can be counted whatever the detail.
+    """
 
     raw: bytes
     queue: str
@@ -37,27 +41,28 @@ class SetAside:
     worker: str | None = None
 
     @classmethod
-    def of(cls, raw: bytes, queue: str, reason: str, worker: str | None = None) -> SetAside:
+    def of(cls, raw: bytes, queue: str, reason: Refusal, detail: str, worker: str | None = None) -> SetAside:
         """Make one, with each value cut to the limits of the table, in characters that Postgres stores."""
-        return cls(bytes(raw[:MAX_BYTES]), storable(queue, QUEUE_LENGTH), storable(reason, REASON_LENGTH), worker)
+        text = storable(f"{reason.word}: {detail}", REASON_LENGTH)
+        return cls(bytes(raw[:MAX_BYTES]), storable(queue, QUEUE_LENGTH), text, worker)
 
 
 @dataclass(frozen=True, slots=True)
-class Reason:
-    """A reason why messages of a queue were set aside. `messages`: of those kept; `seen_at`: the last time."""
+class ReasonCount:
+    """Messages of a queue that were set aside for one reason.
+
+    `reason`: the word of a `Refusal`; `detail`: of the newest message. `messages`: of those kept; `seen_at`: the last
+    time.
+    """
 
     reason: str
+    detail: str
     queue: str
     messages: int
     seen_at: datetime
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "reason": self.reason,
-            "queue": self.queue,
-            "messages": self.messages,
-            "seen_at": self.seen_at.astimezone(UTC).isoformat(timespec="milliseconds"),
-        }
+        return {**asdict(self), "seen_at": self.seen_at.astimezone(UTC).isoformat(timespec="milliseconds")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,7 @@ class Quarantined:
     """The number of all messages set aside so far, and the newest reasons."""
 
     messages: int
-    reasons: tuple[Reason, ...]
+    reasons: tuple[ReasonCount, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {"messages": self.messages, "reasons": [reason.to_json() for reason in self.reasons]}
@@ -94,18 +99,18 @@ def known(connection: Connection, jobs: Sequence[str]) -> set[str]:
     return set(connection.execute(_KNOWN, {"ids": list(jobs)}).scalars()) if jobs else set()
 
 
-def read(connection: Connection) -> Quarantined:
-    """Return the numbers for people.
+_COUNTS: Final = text("""
+SELECT split_part(reason, ': ', 1) AS word,
+  (array_agg(substr(reason, length(split_part(reason, ': ', 1)) + 3) ORDER BY id DESC))[1] AS detail,
+  queue, count(*) AS messages, max(seen_at) AS seen_at
+FROM quarantine GROUP BY word, queue ORDER BY max(seen_at) DESC, max(id) DESC LIMIT :shown
+""")
 
-    All messages that were ever set aside count, also those that are not kept any more.
-    """
+
+def read(connection: Connection, shown: int = SHOWN) -> Quarantined:
+    """Return the number of all messages that were ever set aside, and the newest `shown` reasons of those kept."""
     columns = quarantine.c
     # Ids are assigned in order, one for each message, so the largest id is the number of messages.
     last = connection.execute(select(func.coalesce(func.max(columns.id), 0))).scalar_one()
-    rows = connection.execute(
-        select(columns.reason, columns.queue, func.count().label("messages"), func.max(columns.seen_at).label("last"))
-        .group_by(columns.reason, columns.queue)
-        .order_by(func.max(columns.seen_at).desc(), func.max(columns.id).desc())
-        .limit(SHOWN)
-    )
-    return Quarantined(int(last), tuple(Reason(row.reason, row.queue, row.messages, row.last) for row in rows))
+    counts = connection.execute(_COUNTS, {"shown": shown})
+    return Quarantined(int(last), tuple(ReasonCount(*row) for row in counts))

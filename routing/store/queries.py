@@ -1,52 +1,43 @@
-"""Read jobs in Postgres: the newest jobs, a job with all its attempts, and ids like a wrong one.
-
-A job that left for the archive is read there.
-"""
+"""Read a job in Postgres with all its attempts. A job that left for the archive is read there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, Select, Table, func, null, select, union_all
+from sqlalchemy import ColumnElement, Connection, Select, TableClause, Text, cast, func, literal_column, null, select
+from sqlalchemy.dialects.postgresql import ARRAY, aggregate_order_by
 
 from celery_capacity.routing.database import schema
-from celery_capacity.routing.model.states import State
-
-#: Newest jobs that are searched for an id like the wrong one.
-LOOKED_AT: Final = 2000
-#: Leading characters that two ids must share to be taken as beginning alike.
-SHORTEST: Final = 4
-#: Similarity of an id with a typing error, by difflib, 0 to 1. Two random UUIDs have some 0.5.
-SIMILAR: Final = 0.8
 
 _jobs = schema.jobs.c
-_SHOWN: Final = (
+#: Columns of a job in a list.
+SHOWN: Final = (
     "id",
     "name",
     "state",
+    "queue",
     "attempt",
     "worker",
     "priority",
     "request",
     "submitted_at",
+    "due_at",
     "admitted_at",
     "started_at",
     "finished_at",
     "error",
+    "progress",
 )
 _DETAILS: Final = (
     "epoch",
     "declared",
-    "queue",
     "retries",
     "losses",
     "root_id",
     "parent_id",
-    "due_at",
     "expires_at",
 )
 _TRIES: Final = (
@@ -95,32 +86,16 @@ def plain(value: Any) -> Any:
     return value
 
 
-def newest(connection: Connection, state: State | None, limit: int) -> list[JobLine]:
-    """Return at most `limit` jobs, the last submitted first. `state`: only jobs in this state; None: in all."""
-    columns = (_jobs[name] for name in _SHOWN)
-    query = select(*columns).where(_jobs.id.in_(_newest(state, limit))).order_by(_jobs.seq.desc())
-    return [_line(row) for row in connection.execute(query)]
+def may_read(connection: Connection, table: str) -> bool:
+    """Return True if this role may read a table whole. A role that only submits reads a few columns of the jobs."""
+    return bool(connection.execute(select(func.has_table_privilege(table, "SELECT"))).scalar_one())
 
 
-def _newest(state: State | None, limit: int) -> Select[Any]:
-    """Return a query for the ids of the newest jobs.
-
-    Each state is asked by itself: an index has the jobs of a state in order, so a million ended jobs are not sorted.
-    """
-    each = (
-        select(_jobs.id, _jobs.seq).where(_jobs.state == member).order_by(_jobs.seq.desc()).limit(limit).subquery()
-        for member in ([state] if state is not None else State)
-    )
-    ids = union_all(*(select(part.c.id, part.c.seq) for part in each)).subquery()
-    return select(ids.c.id).order_by(ids.c.seq.desc()).limit(limit)
-
-
-def count(connection: Connection, state: State | None) -> int:
-    """Return the number of all jobs, or of the jobs in one state."""
-    query = select(func.count()).select_from(schema.jobs)
-    if state is not None:
-        query = query.where(_jobs.state == state)
-    return connection.execute(query).scalar_one()
+def progress_of(connection: Connection, jobs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the progress of those of these jobs that have reported any, by id, in the order of the ids."""
+    query = select(_jobs.id, _PROGRESS.label("progress")).where(_jobs.id.in_(jobs), _jobs.progress.is_not(None))
+    reported = {row[0]: row[1] for row in connection.execute(query)} if jobs else {}
+    return {job: reported[job] for job in jobs if reported.get(job) is not None}
 
 
 def find(connection: Connection, job: str) -> JobFile | None:
@@ -129,50 +104,61 @@ def find(connection: Connection, job: str) -> JobFile | None:
     readable = connection.execute(select(func.has_column_privilege("jobs", "message", "SELECT"))).scalar_one()
     live, gone = schema.jobs, schema.jobs_archive
     size = func.length(_jobs.message) if readable else null()
-    query = select(*_columns(live), size.label("message_bytes")).where(_jobs.id == job)
+    query = select(*columns(live), *_links(live), size.label("message_bytes")).where(_jobs.id == job)
     file = _file(connection, query, schema.attempts, schema.attempts.c.job_id == job)
     if file is not None:
         return file
     row = connection.execute(select(func.max(gone.c.seq)).where(gone.c.id == job)).scalar_one()
     kept = gone.c.message_bytes if readable else null()
-    query = select(*_columns(gone), kept.label("message_bytes")).where(gone.c.seq == row)
+    query = select(*columns(gone), *_links(gone), kept.label("message_bytes")).where(gone.c.seq == row)
     return _file(connection, query, schema.attempts_archive, schema.attempts_archive.c.job_seq == row)
 
 
-def _columns(table: Table) -> list[ColumnElement[Any]]:
-    return [table.c[name] for name in (*_SHOWN, *_DETAILS)]
+def find_message(connection: Connection, job: str) -> bytes | None:
+    """Return the message of a job; None for an archived one, and for a role that may not read messages."""
+    readable = connection.execute(select(func.has_column_privilege("jobs", "message", "SELECT"))).scalar_one()
+    if not readable:
+        return None
+    message = connection.execute(select(_jobs.message).where(_jobs.id == job)).scalar_one_or_none()
+    return None if message is None else bytes(message)  # the driver gives a memoryview
 
 
-def _file(connection: Connection, query: Select[Any], attempts: Table, own: ColumnElement[bool]) -> JobFile | None:
+#: Progress of the newest attempt: of one that the row does not know yet, that runs, or that ended the job. The archive
+#: keeps none.
+_PROGRESS: Final[ColumnElement[Any]] = literal_column(
+    "CASE WHEN (jobs.epoch, jobs.attempt) < ((progress->>'epoch')::bigint, (progress->>'attempt')::int) OR"
+    " (jobs.epoch, jobs.attempt) = ((progress->>'epoch')::bigint, (progress->>'attempt')::int)"
+    " AND (finished_at IS NOT NULL OR state IN ('admitted', 'running')) THEN progress - '{epoch,attempt}'::text[] END"
+)
+
+
+def columns(table: TableClause, names: Sequence[str] = (*SHOWN, *_DETAILS)) -> list[ColumnElement[Any]]:
+    """Return columns of the jobs or of the archive by their names, and of the progress what is true of the attempt."""
+    progress = (_PROGRESS if table is schema.jobs else null()).label("progress")
+    return [progress if name == "progress" else table.c[name] for name in names]
+
+
+def _links(table: TableClause) -> list[ColumnElement[Any]]:
+    """Return the job that a job repeats, and the jobs that repeat it, oldest first."""
+    links = schema.retries.c
+    retry_of = select(links.of_job).where(links.seq == table.c.seq).scalar_subquery()
+    oldest_first = aggregate_order_by(links.job, links.made_at, links.seq)
+    retries = select(func.array_agg(oldest_first)).where(links.of_seq == table.c.seq)
+    empty = cast([], ARRAY(Text))
+    return [retry_of.label("retry_of"), func.coalesce(retries.scalar_subquery(), empty).label("retried_as")]
+
+
+def _file(
+    connection: Connection, query: Select[Any], attempts: TableClause, own: ColumnElement[bool]
+) -> JobFile | None:
     """Return the job of a query with its attempts. `own`: the condition that selects them."""
     row = connection.execute(query.add_columns(func.clock_timestamp().label("now"))).one_or_none()
     if row is None:
         return None
-    columns = dict(row._mapping)
-    now = columns.pop("now")
+    values = dict(row._mapping)
+    now = values.pop("now")
     tries = select(*(attempts.c[name] for name in _TRIES)).where(own).order_by(attempts.c.epoch, attempts.c.attempt)
-    return JobFile(JobLine(columns), [_line(row) for row in connection.execute(tries)], now)
-
-
-def nearest(connection: Connection, job: str, most: int = 3) -> list[str]:
-    """Return ids that a person may have meant, the likeliest first.
-
-    They are ids of the newest jobs that begin like `job`, or are much like it as a whole.
-    """
-    recent = connection.execute(_newest(None, LOOKED_AT)).scalars().all()
-    begun = {candidate: _agree(candidate, job) for candidate in recent}
-    alike = [candidate for candidate in recent if begun[candidate] >= min(SHORTEST, len(job))]
-    alike.sort(key=lambda candidate: -begun[candidate])
-    similar = get_close_matches(job, recent, n=most, cutoff=SIMILAR)
-    return list(dict.fromkeys([*alike, *similar]))[:most]
-
-
-def _agree(left_id: str, right_id: str) -> int:
-    """Return how many leading characters two ids have in common."""
-    for position, (left, right) in enumerate(zip(left_id, right_id, strict=False)):
-        if left != right:
-            return position
-    return min(len(left_id), len(right_id))
+    return JobFile(JobLine(values), [_line(row) for row in connection.execute(tries)], now)
 
 
 def _line(row: Any) -> JobLine:

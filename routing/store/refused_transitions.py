@@ -28,6 +28,7 @@ from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.reasons import Refusal, Tally
 from celery_capacity.routing.model.states import FINAL, Outcome, State, Step
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import job_transitions, quarantine
@@ -68,7 +69,7 @@ def concerns_data(error: Exception) -> bool:
 
 
 def write(
-    engine: Engine, transitions: Sequence[Transition], *, wait: bool = True
+    engine: Engine, tally: Tally, transitions: Sequence[Transition], *, wait: bool = True
 ) -> tuple[list[Applied], list[Transition]]:
     """Write transitions, each statement committed by itself; return the rows that changed, and transitions left.
 
@@ -81,32 +82,37 @@ def write(
         if not concerns_data(error):
             raise
         if len(transitions) == 1:
-            return _write_alone(engine, transitions[0], error)
+            return _write_alone(engine, tally, transitions[0], error)
     half = len(transitions) // 2
-    applied, left = write(engine, transitions[:half], wait=wait)
-    more, more_left = write(engine, transitions[half:], wait=wait)
+    applied, left = write(engine, tally, transitions[:half], wait=wait)
+    more, more_left = write(engine, tally, transitions[half:], wait=wait)
     return applied + more, left + more_left
 
 
-def set_aside(engine: Engine, fields: Mapping[str, Any], reason: str, worker: str | None = None) -> None:
-    """Keep data that nobody can write or read in the table `quarantine`, under the name of the stream.
+def set_aside(
+    engine: Engine, tally: Tally, fields: Mapping[str, Any], reason: Refusal, detail: str, worker: str | None = None
+) -> None:
+    """Keep data that nobody can write or read in the table `quarantine`, under the name of the stream, and count it.
 
     Raises the errors of Postgres.
     """
     raw = json.dumps(dict(fields)).encode("ascii")
     with engine.begin() as connection:
-        quarantine.write(connection, [SetAside.of(raw, keys.STREAM, _ascii(reason), worker)])
-    logger.error("set aside: %s", reason)
+        quarantine.write(connection, [SetAside.of(raw, keys.STREAM, reason, _ascii(detail), worker)])
+    tally.add(reason)
+    logger.error("set aside: %s", detail)
 
 
-def _write_alone(engine: Engine, transition: Transition, error: Exception) -> tuple[list[Applied], list[Transition]]:
+def _write_alone(
+    engine: Engine, tally: Tally, transition: Transition, error: Exception
+) -> tuple[list[Applied], list[Transition]]:
     in_ascii = replace(transition, error=_ascii(transition.error), outbox=_ascii(transition.outbox))
     end = f"the {transition.state} of attempt {transition.token} of job {transition.job}"
     why = f"{end} cannot be written: {_one_line(error)}"
     ways: list[Callable[[], list[Applied]]] = [partial(_apply, engine, in_ascii)]
     if transition.outbox:
-        ways.append(partial(_apply_without_outbox, engine, in_ascii, why))
-    ways.append(partial(_mark, engine, in_ascii, why))
+        ways.append(partial(_apply_without_outbox, engine, tally, in_ascii, why))
+    ways.append(partial(_mark, engine, tally, in_ascii, why))
     for way in ways:
         try:
             return way(), []
@@ -126,7 +132,7 @@ def _apply(engine: Engine, transition: Transition) -> list[Applied]:
         return job_transitions.apply(connection, [transition])
 
 
-def _apply_without_outbox(engine: Engine, transition: Transition, why: str) -> list[Applied]:
+def _apply_without_outbox(engine: Engine, tally: Tally, transition: Transition, why: str) -> list[Applied]:
     """Write a transition without the publishes of its attempt. The results of the attempt stay.
 
     A retry without its successor would begin the same attempt anew, for ever. So its job has failed.
@@ -143,11 +149,11 @@ def _apply_without_outbox(engine: Engine, transition: Transition, why: str) -> l
         failed, error = State.FAILED.value, _ascii(f"its retry was set aside: {why}")
         less = replace(transition, state=failed, step=Step.ENDED, outcome=failed, error=error, outbox=outbox.UNTOLD)
     applied = _apply(engine, less)
-    set_aside(engine, _fields(transition), why, transition.worker)
+    set_aside(engine, tally, _fields(transition), Refusal.UNWRITABLE, why, transition.worker)
     return applied
 
 
-def _mark(engine: Engine, transition: Transition, why: str) -> list[Applied]:
+def _mark(engine: Engine, tally: Tally, transition: Transition, why: str) -> list[Applied]:
     """Note in the row that a transition was set aside. An end still ends the job, with this note as its error."""
     token = Token(_clamped(transition.token.epoch, _MAX_EPOCH), _clamped(transition.token.attempt, _MAX_ATTEMPT))
     words = _ascii(f"a transition was set aside: {why}")[: job_transitions.ERROR_LENGTH]
@@ -161,7 +167,7 @@ def _mark(engine: Engine, transition: Transition, why: str) -> list[Applied]:
             applied = [Applied(transition.job, transition.state, False, awaited)]
         elif not ended:
             connection.execute(_MARK, values)
-    set_aside(engine, _fields(transition), why, transition.worker)
+    set_aside(engine, tally, _fields(transition), Refusal.UNWRITABLE, why, transition.worker)
     return applied
 
 

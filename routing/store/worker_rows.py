@@ -66,7 +66,7 @@ def see_worker(
 ) -> tuple[Authority, list[WorkerRow]]:
     """Note that a worker lives, its capacity, and whether it has lost the ledger.
 
-    Return the authority, and the workers of its place that were given up: they may have left processes there. Raises
+    Return the authority, and the given-up workers of its pid space: they may have left processes there. Raises
     `NotMigrated` where the authority has no row.
     """
     rows = connection.execute(

@@ -8,9 +8,9 @@ from typing import Final
 import pytest
 
 from celery_capacity.routing.config.embedded import running_pair
-from tests.fixtures.processes import ROOT
-from tests.fixtures.replay import Terminal, blocks_of
-from tests.fixtures.servers import TENTH
+from tests.fixtures.documents.replay import Terminal, blocks_of
+from tests.fixtures.processes.platforms import ROOT
+from tests.fixtures.servers.pair import TENTH
 
 DOCS: Final = ROOT / "docs"
 
@@ -36,7 +36,8 @@ def test_what_a_page_says_to_type_works(page: Path, tmp_path: Path, request: pyt
     if servers_of_ones_own:
         variables["REDIS_URL"] = request.getfixturevalue("redis_url")
         variables["DATABASE_URL"] = request.getfixturevalue("database_url")
-    terminal = Terminal(tmp_path / "try", **variables)
+    # The tutorial types the installed script, as the README does.
+    terminal = Terminal(tmp_path / "try", forks=page.name != "tutorial.md", **variables)
     try:
         terminal.replay(blocks_of(page))
         terminal.ctrl_c()

@@ -1,19 +1,20 @@
 """README as a newcomer reads it: its Python runs, its commands do what it shows, its redis-cli and curl lines answer.
 
-tests/fixtures/replay.py replays it.
+tests/fixtures/documents/replay.py replays it.
 """
 
 from __future__ import annotations
 
+import configparser
+import re
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 from celery_capacity.routing.config.embedded import running_pair
-from tests.fixtures.processes import ROOT
-from tests.fixtures.replay import LOOKED_AT, Block, Terminal, blocks_of, sections
-from tests.fixtures.servers import TENTH
+from tests.fixtures.documents.replay import LOOKED_AT, Block, Terminal, blocks_of, sections
+from tests.fixtures.processes.platforms import ROOT
 
 
 @pytest.fixture
@@ -22,6 +23,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 README: Final = sections(ROOT / "README.md")
+#: Words of a page that sells the project on one screen.
+MAX_WORDS: Final = 900
 
 
 def test_the_two_commands_are_there(folder: Path) -> None:
@@ -35,34 +38,41 @@ def test_a_newcomer_runs_tasks_looks_at_them_and_ends_it(folder: Path) -> None:
     # The settings of a newcomer, who has none.
     terminal = Terminal(folder)
     try:
-        terminal.replay(README["Run your own tasks"])
-        terminal.replay(README["Look at it"])
+        *start, end = README["Run a task of your own"]
+        terminal.replay(start)
         (folder / LOOKED_AT).touch()
-        terminal.replay(README["Say what a call needs"])
-        terminal.replay(README["Flower and beat"])
-        terminal.replay(README["End it"])
+        terminal.replay([end])
     finally:
         terminal.leave()
     assert running_pair(folder / "home") is None
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("section", ["Real servers", "A project that exists"])
-def test_with_servers_of_ones_own(section: str, folder: Path, redis_url: str, database_url: str) -> None:
-    # Without processes for each CPU: this machine may have many.
-    variables = {"REDIS_URL": redis_url, "DATABASE_URL": database_url, "PLATFORM_CPUS": "4", **TENTH}
-    terminal = Terminal(folder, **variables)
-    try:
-        terminal.replay(README[section])
-        terminal.ctrl_c()
-    finally:
-        terminal.leave()
-
-
 def test_every_section_with_lines_to_type_is_replayed() -> None:
-    replayed = {"See it work", "Run your own tasks", "Look at it", "Say what a call needs", "Flower and beat", "End it"}
-    assert {name for name, blocks in README.items() if blocks} == replayed | {"Real servers", "A project that exists"}
+    typed = {name for name, blocks in README.items() if any(block.language != "diff" for block in blocks)}
+    assert typed == {"See it work", "Run a task of your own"}
+
+
+def test_readme_is_one_screen() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= MAX_WORDS
+
+
+def test_plain_celery_beside_ours_is_both_python() -> None:
+    (block,) = README["What changes in your code?"]
+    for side, other in (("+", "-"), ("-", "+")):
+        code = "\n".join(line[1:] for line in block.lines if not line.startswith(other))
+        compile(code, f"the lines with {side}", "exec")
 
 
 def test_the_chinese_readme_has_the_same_lines() -> None:
     assert blocks_of(ROOT / "README.zh.md") == blocks_of(ROOT / "README.md")
+
+
+def test_the_versions_of_the_first_screen_are_those_of_the_package() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    pythons = re.findall(r"Python :: (\d\.\d+)", setup["metadata"]["classifiers"])
+    celery = re.search(r"celery>=(\d\.\d+)", setup["options"]["install_requires"])
+    assert celery is not None
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"Python {pythons[0]} to {pythons[-1]} · Celery {celery[1]} · [{setup['metadata']['license']}]" in text

@@ -18,30 +18,35 @@ from flower.events import PrometheusMetrics
 from sqlalchemy import Engine, text
 
 import celery_capacity
+from benchmarks.figures import FIGURES
 from benchmarks.proposals.report import RESULTS, Report
+from benchmarks.report import read_results, sizing
 from celery_capacity.platform.console import render
 from celery_capacity.routing.inspect import overview
 from celery_capacity.routing.inspect.explain import Explanation, refuse
-from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.ledger.replies import Adopted
+from celery_capacity.routing.ledger import keys, snapshot
+from celery_capacity.routing.ledger.replies import Adopted, Ended
 from celery_capacity.routing.model import states
 from celery_capacity.routing.model.amounts import LABEL, labels
 from celery_capacity.routing.model.capacity import Capacity
-from celery_capacity.routing.model.reasons import OF_POLICY, Refusal
+from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy import placement
 from celery_capacity.routing.policy.placement import Admission, Book, order
 from celery_capacity.workers.runner.duty_runner import Pass
-from tests.fixtures.books import MESSAGE, open_ledger
-from tests.fixtures.cluster import ONE, Cluster
-from tests.fixtures.processes import ROOT
+from docs.site import reference
+from tests.fixtures.processes.platforms import ROOT
+from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, open_ledger
+from tests.fixtures.stores.cluster import ONE, Cluster
 
 DOCS: Final = ROOT / "docs"
 KEYS: Final = DOCS / "reference" / "keys.md"
 TABLES: Final = DOCS / "reference" / "tables.md"
 METRICS: Final = DOCS / "reference" / "metrics.md"
 API: Final = DOCS / "reference" / "api.md"
+ERRORS: Final = DOCS / "reference" / "errors.md"
 POLICY: Final = DOCS / "explanation" / "policy.md"
 COMPARISON: Final = DOCS / "explanation" / "comparison.md"
 PROPOSALS: Final = DOCS / "RESOURCE_OPTIMIZATION_PROPOSALS.md"
@@ -93,7 +98,8 @@ def used(redis_url: str) -> Iterator[Cluster]:
         cluster.register()
         for job in ("ended", "unnamed", "back", "succeeded"):
             cluster.run(job)
-        cluster.end("ended", Token(1, 1))
+        failed = Ended("ended", Token(1, 1), Outcome.FAILED, "its error", "{}", told=True)
+        ledger.settle("w", "w-life", ended=[failed], most_losses=MOST_LOSSES)
         ledger.note_successor("succeeded", b"its successor")
         assert ledger.revoke("succeeded")
         cluster.submit("admitted")
@@ -112,13 +118,19 @@ def used(redis_url: str) -> Iterator[Cluster]:
             "knowing", "life", "queue.knowing", Request.of({"cpus": 1}).shape, {"pid": "1"}, tasks=["tasks.render"]
         )
         cluster.register("labelled", Capacity.of({"cpus": 1, "slots": 1, **labels(["video"])}).shape)
+        ledger.register("idle", "life", "queue.idle", Request.of({"cpus": 1}).shape, {"pid": "2"}, admit=False)
         ledger.adopt("small", "small-life", [Adopted("adopted", Token(1, 1), ONE, 1, 5, 6, "", 0)])
         ledger.client.hset(keys.DECLARATIONS, "task", "{}")
         ledger.elect("w-life", 0, 60.0)
         ledger.elect("v-life", 0, 60.0, ["suspicion"])
         ledger.probe()
-        ledger.client.hset(keys.EPOCH, mapping={"rebuilding": "1", "opening": "2", "database": "id"})
+        ledger.client.hset(keys.EPOCH, mapping={"rebuilding": "1", "opening": "2", "database": "id", "carries": "1"})
         ledger.client.sadd(keys.CARRIED, "older")
+        ledger.client.hset(keys.EPOCH, mapping={"stay": "1", "tight": "1"})
+        ledger.client.zadd(keys.BORDER, {ONE: order(0, 9999)})
+        ledger.client.zadd(keys.KEYS["left"], {ONE: order(0, 9999)})
+        ledger.client.sadd(keys.LOW, ONE)
+        ledger.client.hset(keys.STAYING, ONE, "1")
         yield cluster
 
 
@@ -145,12 +157,15 @@ def test_every_key_and_field_of_a_ledger_in_use_is_on_the_page(used: Cluster) ->
         kind, lifetime = documented[pattern]
         assert client.type(key).decode() == {"sorted set": "zset"}.get(kind, kind), key
         # Postgres has no end of any job yet here.
-        ended = pattern == "ledger:job:<id>" and client.hmget(key, "state", "entry") == [b"ended", None]
+        ended = pattern == "ledger:job:<id>" and client.getrange(key, 0, 6) == b"ended\n\n"
         expires = ended or pattern in ("ledger:probe", "worker:<name>", "ledger:tasks:<catalogue>")
         assert (client.pttl(key) > 0) == expires, f"{key}, whose lifetime is: {lifetime}"
         seen = met.setdefault(pattern, set())
         if pattern == "ledger:stream":
             seen |= {field.decode() for _, entry in client.xrange(key) for field in entry}
+        elif pattern == "ledger:job:<id>":
+            value = client.get(key)
+            seen |= snapshot.parse_job(value).keys() | ({"message"} if value.endswith(b"}") else set())
         elif pattern in fields:
             seen |= {pattern_of(field.decode()) for field in client.hkeys(key)}
     assert set(met) == set(documented), "a family of which this ledger has no key"
@@ -181,6 +196,7 @@ def test_the_view_of_the_page_is_what_a_worker_writes() -> None:
 def test_the_page_of_tables_is_what_the_migrations_make(engine: Engine) -> None:
     columns = text(
         "SELECT table_name, column_name, data_type FROM information_schema.columns WHERE table_schema = 'public'"
+        " AND table_name NOT IN (SELECT relname FROM pg_class WHERE relispartition)"
     )
     short = {"timestamp with time zone": "timestamptz", "character varying": "varchar"}
     made: dict[str, dict[str, str]] = {}
@@ -209,7 +225,7 @@ def test_every_counter_is_on_the_page_of_metrics() -> None:
     refused: set[str] = set()
     for path in [*(ROOT / "routing").rglob("*.py"), *(ROOT / "workers").rglob("*.py")]:
         code = path.read_text(encoding="utf-8")
-        counted |= set(re.findall(r"\b_?ledger\.count\(\"([\w.]+)\"", code))
+        counted |= set(re.findall(r"\btally\.add\(\"([\w.]+)\"", code))
         refused |= {Refusal[name].value for name in re.findall(r"\bRefusal\.([A-Z_]+)\b", code)}
     for path in (ROOT / "routing" / "lua").rglob("*.lua"):
         counted |= set(re.findall(r"\bcount\('([\w.]+)'", path.read_text(encoding="utf-8")))
@@ -238,45 +254,37 @@ def test_the_metrics_of_flower_are_those_that_it_has() -> None:
 # -- the API
 
 
-def shown(name: str) -> str:
-    """Return a public name with its parameters and their defaults, without types."""
-    parameters = []
-    for parameter in inspect.signature(getattr(celery_capacity, name)).parameters.values():
-        default = parameter.default
-        if default is not inspect.Parameter.empty:
-            default = default.__name__ if callable(default) else default
-            parameter = parameter.replace(default=_Bare(str(default)) if default == "resolve_running" else default)
-        parameters.append(parameter.replace(annotation=inspect.Parameter.empty))
-    return f"{name}{inspect.Signature(parameters)}"
+@pytest.mark.parametrize("page", reference.PAGES)
+def test_generated_blocks_are_as_the_code_has_them(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert text == reference.filled(text, reference.PAGES[page]()), "`make reference` makes them anew"
 
 
-class _Bare(str):
-    """A default that is shown as a name."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-def test_the_api_on_the_page_is_the_public_module() -> None:
-    page = API.read_text(encoding="utf-8")
-    documented = re.findall(r"^### `(\w+)`$", page, re.MULTILINE)
-    assert sorted(documented) == sorted(celery_capacity.__all__)
-    signatures = re.findall(r"^```python\n(\w+\(.*\))\n```$", page, re.MULTILINE)
-    # An error that takes the usual parameters of an error is not shown.
-    usual = shown("PlatformError").removeprefix("PlatformError")
-    special = {name for name in documented if shown(name) != name + usual}
-    assert sorted(signatures) == sorted(map(shown, {"PlatformError", *special}))
+def test_every_public_name_has_a_heading_or_is_among_the_errors() -> None:
+    headings = re.findall(r"^### `(\w+)`$", API.read_text(encoding="utf-8"), re.MULTILINE)
+    usual = {name for name in celery_capacity.__all__ if reference.has_usual_arguments(name)}
+    assert sorted(headings) == sorted({*celery_capacity.__all__} - usual)
+    errors = {names(cells[0])[0] for cells in rows(sections(ERRORS)["Errors"])}
+    assert usual < errors < {*celery_capacity.__all__}
 
 
-def test_the_methods_of_requests_on_the_page_exist() -> None:
-    body = sections(API)["Request"]
-    methods = {re.sub(r"^Request\.|\(.*", "", heading) for cells in rows(body) for heading in names(cells[0])} - {"str"}
-    assert {"from_options", "shape", "to_people"} <= methods
-    for method in methods:
-        assert hasattr(celery_capacity.Request, method)
-    kept = {"parameter", "amounts"}
-    public = {name for name in vars(celery_capacity.Request) if not name.startswith("_")} - kept
-    assert methods == public
+@pytest.mark.parametrize(
+    ("page", "wrong"),
+    [
+        ("<!-- one:begin -->\n<!-- one:end -->\n", "two"),
+        ("<!-- one:begin -->\n<!-- one:end -->\n<!-- two:begin -->\n<!-- two:end -->\n<!-- six:begin -->\n", "six"),
+        ("<!-- one:begin -->\n<!-- one:end -->\n<!-- two:begin -->\n", "the block two has no end"),
+        ("<!-- one:begin -->\n<!-- one:begin -->\n<!-- two:begin -->\n", "one"),
+    ],
+)
+def test_a_page_without_a_place_for_a_block_is_refused(page: str, wrong: str) -> None:
+    with pytest.raises(ValueError, match=wrong):
+        reference.filled(page, {"one": "1", "two": "2"})
+
+
+def test_a_block_replaces_what_stood_in_its_place() -> None:
+    page = "before\n<!-- one:begin -->\nold\n<!-- one:end -->\nbehind\n"
+    assert reference.filled(page, {"one": r"\1 new"}) == page.replace("old", r"\1 new")
 
 
 # -- explanations
@@ -287,11 +295,6 @@ def test_the_numbers_of_the_policy_are_its_constants() -> None:
     assert f"**{placement.CANDIDATES} candidates**" in page
     assert f"**{placement.SHAPES} shapes**" in page
     assert f"**{placement.MAX_ADMITTED} jobs**" in page
-
-
-def test_the_reasons_of_the_policy_are_all_there() -> None:
-    documented = [names(cells[0])[0] for cells in rows(sections(POLICY)["An example"])]
-    assert documented == [reason.value for reason in OF_POLICY]
 
 
 def test_the_example_of_the_policy_is_what_it_decides() -> None:
@@ -353,3 +356,23 @@ def test_the_figures_of_the_proposals_are_those_that_were_measured() -> None:
     page = PROPOSALS.read_text(encoding="utf-8")
     figures = dict(re.findall(r"<!-- proposals-(\w+):begin -->\n(.*?)\n<!-- proposals-\1:end -->", page, re.DOTALL))
     assert figures == Report.from_json(RESULTS.read_text(encoding="utf-8")).tables()
+
+
+def test_the_figures_of_sizing_are_those_that_were_measured() -> None:
+    page = (DOCS / "how-to" / "sizing.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- sizing:begin -->\n(.*?)\n<!-- sizing:end -->", page, re.DOTALL)
+    assert table is not None
+    assert table[1] == sizing(read_results(ROOT / "benchmarks" / "results.json"))
+
+
+def test_reference_explains_every_figure_of_the_benchmarks() -> None:
+    page = (DOCS / "reference" / "benchmarks.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    explained = {name for row in rows for name in re.findall(r"`(\S+)`", row)}
+    families = ("cpu_per_job_", *(name.removesuffix("…") for name in explained if name.endswith("…")))
+    names = {figure.name for figure in FIGURES if not figure.name.startswith(families)}
+    assert names - explained == set()
+
+
+def test_results_of_the_benchmarks_are_of_their_figures() -> None:
+    assert set(read_results(ROOT / "benchmarks" / "results.json")) <= {figure.name for figure in FIGURES}

@@ -1,6 +1,7 @@
 """The rules of admission, of attempts and of their ends: the same cases over the ledger and over Postgres.
 
-Where the two differ on purpose, `DIFFERENCES` says how and why.
+`test_authorities_attempts.py` goes on with attempts that come again. Where the two stores differ on purpose,
+`DIFFERENCES` says how and why. `OF_ONE_STORE` names the files whose cases only one store can have, with the reason.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.token import Token
-from tests.fixtures.authorities import Authority
+from tests.fixtures.stores.authorities import Authority
 
 # -- who starts
 
@@ -166,6 +168,7 @@ def test_release_admits_next_job_of_same_shape(authority: Authority) -> None:
             marks=pytest.mark.leaves("I2", because="no step of the replacement was submitted", sometimes=True),
         ),
         ("retried", 1, True, "scheduled", 1),
+        ("requeued", 1, True, "scheduled", 1),
         ("handed_back", 1, False, "waits", 1),
         ("lost", 0, True, "waits", 1),
         ("lost", 2, True, "lost", 3),
@@ -185,7 +188,7 @@ def test_end_of_an_attempt_makes_its_job_what_the_table_says(
     assert authority.allocated("a") == {}
 
 
-@pytest.mark.parametrize("outcome", ["succeeded", "failed", "cancelled", "expired", "retried"])
+@pytest.mark.parametrize("outcome", ["succeeded", "failed", "cancelled", "expired", "retried", "requeued"])
 def test_end_that_is_sent_again_is_a_repeat(authority: Authority, outcome: str) -> None:
     authority.worker("a", cpus=1000)
     job = authority.submit(cpus=1000)
@@ -194,6 +197,52 @@ def test_end_that_is_sent_again_is_a_repeat(authority: Authority, outcome: str) 
     state = authority.row(job).state
     assert authority.end(job, outcome) == "repeat"
     assert authority.row(job).state == state
+
+
+def test_job_that_puts_itself_back_goes_behind_those_that_wait(authority: Authority) -> None:
+    authority.worker("a", cpus=1000)
+    first, second, third = (authority.submit(cpus=1000) for _ in range(3))
+    low = authority.submit(cpus=1000, priority=0)
+    assert authority.starts("a") == [first]
+    assert authority.end(first, "requeued") == "released"
+    authority.duty()
+    order = []
+    for _ in range(4):
+        order += authority.starts("a")
+        authority.end(order[-1])
+    assert order == [second, third, low, first]
+    assert [authority.row(job).attempt for job in order] == [1, 1, 1, 2]
+
+
+def test_job_that_puts_itself_back_again_waits_longer_each_time(authority: Authority) -> None:
+    authority.worker("a", cpus=1000)
+    # A lost attempt is no reason for a pause.
+    job = authority.submit(cpus=1000)
+    authority.starts("a")
+    authority.lose("a")
+    authority.worker("b", cpus=1000)
+    pauses = []
+    for _ in range(4):
+        assert authority.starts("b") == [job]
+        authority.end(job, "requeued")
+        pauses.append(authority.seconds_left(job))
+        authority.make_due(job)
+        authority.duty()
+    assert pauses == [pytest.approx(seconds, abs=0.4) for seconds in (0, 1, 2, 4)]
+
+
+def test_attempts_that_were_handed_back_are_no_reason_for_a_pause(authority: Authority) -> None:
+    authority.worker("a", cpus=1000)
+    job = authority.submit(cpus=1000)
+    pauses = []
+    for outcome in ("handed_back", "handed_back", "requeued", "handed_back", "requeued"):
+        assert authority.starts("a") == [job]
+        authority.end(job, outcome)
+        if outcome == "requeued":
+            pauses.append(authority.seconds_left(job))
+            authority.make_due(job)
+            authority.duty()
+    assert pauses == [pytest.approx(seconds, abs=0.4) for seconds in (0, 1)]
 
 
 def test_worker_cannot_end_the_attempt_of_another(authority: Authority) -> None:
@@ -249,7 +298,7 @@ def test_revoked_job_that_waits_never_starts(authority: Authority) -> None:
     assert authority.starts("a") == [other]
 
 
-@pytest.mark.parametrize("outcome", ["handed_back", "lost", "retried"])
+@pytest.mark.parametrize("outcome", ["handed_back", "lost", "retried", "requeued"])
 def test_revoked_job_that_comes_back_ends(authority: Authority, outcome: str) -> None:
     authority.worker("a", cpus=1000)
     job = authority.submit(cpus=1000)
@@ -392,3 +441,38 @@ def test_difference_is_the_one_that_the_table_names(authority: Authority, name: 
 
 def test_table_holds_nothing_in_which_both_agree() -> None:
     assert [name for name, difference in DIFFERENCES.items() if difference.ledger == difference.postgres] == []
+
+
+# -- cases that only one store can have
+
+LEDGER = "tests/contract/routing/ledger"
+STORE = "tests/contract/routing/store"
+SETTLE = "tests/contract/workers/settle"
+OF_ONE_STORE: Final = {
+    f"{LEDGER}/test_admission.py": "the ledger chooses among all workers; a worker that pulls chooses for itself",
+    f"{LEDGER}/test_alone.py": "only the ledger keeps a worker for a job, since it knows the books of all",
+    f"{LEDGER}/test_books.py": "books can be lost, torn, reserved and closed; Postgres adds up rows instead",
+    f"{LEDGER}/test_books_by_model.py": "a model of the books and of their indexes",
+    f"{LEDGER}/test_concurrency.py": "scripts run one after another; rows are locked instead (test_locked_rows.py)",
+    f"{LEDGER}/test_full.py": "Redis has a limit of memory",
+    f"{LEDGER}/test_held_jobs.py": "scripts go through long lists in pages; one statement sees all rows",
+    f"{LEDGER}/test_indexes.py": "places in sorted sets, which may be damaged",
+    f"{LEDGER}/test_leases.py": "claims of messages, lists of heartbeats, results in Redis: Postgres has no messages",
+    f"{LEDGER}/test_script_bounds.py": "a script stops the whole server while it runs",
+    f"{LEDGER}/test_script_costs.py": "a script stops the whole server while it runs",
+    f"{LEDGER}/test_signatures.py": "scripts and their headers",
+    f"{LEDGER}/test_tombstones.py": "an ended job is forgotten; a row stays",
+    f"{STORE}/test_claims.py": "the pause when the authority changes, and statements that choose rows",
+    f"{STORE}/test_locked_rows.py": "locks of rows",
+    f"{SETTLE}/test_postgres_ends.py": "ends that a row or its lock keeps back",
+    f"{SETTLE}/test_pull_thread.py": "the thread that pulls has no part while the ledger decides",
+}
+
+
+def test_files_of_one_store_are_those_of_the_table() -> None:
+    root = Path(__file__).parents[2]
+    in_folders = {
+        str(path.relative_to(root)) for folder in (LEDGER, SETTLE) for path in (root / folder).glob("test_*.py")
+    }
+    assert in_folders <= OF_ONE_STORE.keys()
+    assert [path for path in OF_ONE_STORE if not (root / path).is_file()] == []

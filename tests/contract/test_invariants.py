@@ -9,8 +9,8 @@ import pytest
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
-from tests.fixtures.invariants import faults_of_stores, is_known, judge
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.invariants import faults_of_stores, is_known, judge
+from tests.fixtures.stores.staged import Stage
 
 #: Damage -> (the check that sees it, how it is done). The worker `a` has four CPUs, and runs a job of one.
 DAMAGE: Final[dict[str, tuple[str, Callable[[Stage], Any]]]] = {

@@ -33,14 +33,16 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown, PlatformError
 from celery_capacity.routing.ledger import keys
-from tests.faults import breaking, history, lasting, processes
-from tests.faults.breaking import World
-from tests.faults.healing import Times, times_of
-from tests.faults.oracle import COUNTS, Verdict
+from tests.faults.breaking import faults as breaking
+from tests.faults.breaking import lasting, processes
+from tests.faults.breaking.faults import World
+from tests.faults.breaking.servers import own_servers, small_disk
+from tests.faults.judging import history
+from tests.faults.judging.healing import Times, times_of
+from tests.faults.judging.oracle import COUNTS, Verdict
 from tests.faults.plan import KINDS, WORKERS, Fault, matching, plan
-from tests.faults.servers import own_servers, small_disk
-from tests.fixtures.processes import READY
-from tests.fixtures.submitting import Submitter
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import READY
 
 #: Seconds that a body takes, and CPUs that it asks for.
 BODIES: Final = (0.01, 0.02, 0.05, 0.1, 0.2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from tests.faults.watching import TASK
+from tests.faults.judging.watching import TASK
 from tests.tasks import dying  # noqa: F401  may end this process at a step
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import breaking, lasting, processes  # noqa: F401  the latter two add ways to break things
-from tests.faults.breaking import World
-from tests.faults.servers import Servers, own_servers
-from tests.faults.watching import Oracle, keep_commits
+from tests.faults.breaking import faults as breaking
+from tests.faults.breaking import lasting, processes  # noqa: F401  they add ways to break things
+from tests.faults.breaking.faults import World
+from tests.faults.breaking.servers import Servers, own_servers
+from tests.faults.judging.watching import Oracle, keep_commits
 from tests.fixtures.healing import note
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import standing_platform
+from tests.fixtures.jobs.submitting import standing_platform
+from tests.fixtures.processes.platforms import Platform
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import click
 
-from tests.faults import history
-from tests.faults.oracle import COUNTS, judge
+from tests.faults.judging import history
+from tests.faults.judging.oracle import COUNTS, judge
 
 
 @click.command()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from tests.fixtures.servers import TENTH
+from tests.fixtures.servers.pair import TENTH
 
 #: Seconds between two moments at which something breaks.
 EVERY: Final = (4.0, 8.0)

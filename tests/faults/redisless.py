@@ -28,12 +28,12 @@ import click
 from celery_capacity.platform.embedded import valkey
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown
-from tests.faults.oracle import read
-from tests.faults.servers import Servers, own_servers
-from tests.faults.watching import TASK, Oracle
-from tests.fixtures.processes import Platform
-from tests.fixtures.servers import TENTH, empty_database
-from tests.fixtures.submitting import Submitter, platform_on
+from tests.faults.breaking.servers import Servers, own_servers
+from tests.faults.judging.oracle import read
+from tests.faults.judging.watching import TASK, Oracle
+from tests.fixtures.jobs.submitting import Submitter, platform_on
+from tests.fixtures.processes.platforms import Platform
+from tests.fixtures.servers.pair import TENTH, empty_database
 from tests.fixtures.waiting import until
 
 #: Seconds of work before Redis ends, and after the ledger decides again.

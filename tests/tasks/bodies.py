@@ -7,6 +7,7 @@ from typing import Any
 
 from celery import shared_task
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
+from celery.result import AsyncResult
 
 from tests.fixtures.tasks import add, held_at
 
@@ -32,6 +33,19 @@ def seen(self: Any) -> dict[str, Any]:
     }
 
 
+@shared_task(bind=True)
+def properties(self: Any) -> dict[str, Any]:
+    """Return the properties of its own message."""
+    return dict(self.request.properties)
+
+
+@shared_task
+def state_of(job: str) -> str:
+    """Return the state of a job by its result. As an errback: of the job that failed."""
+    state: str = AsyncResult(job).state
+    return state
+
+
 @shared_task(bind=True, track_started=True)
 def tracked(self: Any, gate: str) -> str:
     held_at(gate, self.request.id)
@@ -54,6 +68,28 @@ def stopping_half_way(self: Any) -> None:
 @shared_task
 def rejecting() -> None:
     raise Reject("not mine", requeue=False)
+
+
+@shared_task(bind=True, acks_late=True)
+def rejecting_until_redelivered(self: Any) -> list[Any]:
+    """Put the message back until it says that it was delivered before."""
+    if not self.request.delivery_info["redelivered"]:
+        raise Reject("not now", requeue=True)
+    return [self.request.attempt, self.request.delivery_info["redelivered"]]
+
+
+@shared_task
+def rejecting_for_ever() -> None:
+    raise Reject("never", requeue=True)
+
+
+@shared_task(bind=True)
+def redelivered(self: Any) -> list[bool]:
+    """Return whether the message of each of two tries was delivered before: a retry is another message."""
+    before = bool(self.request.delivery_info["redelivered"])
+    if not self.request.retries:
+        raise self.retry(args=(), kwargs={}, countdown=0, headers={"first": before})
+    return [self.request.headers["first"], before]
 
 
 @shared_task(throws=(Expected,))

@@ -42,10 +42,10 @@ _noted(LedgerThread, "arrive", lambda _, tag, *__: [tag.job])
 _noted(LedgerThread, "end", lambda _, job, *__, **___: [job])
 _noted(JobRequest, "execute_using_pool", lambda request, *_, **__: [request.id])
 _noted(Recorder, "add", lambda _, transitions: [transition.job for transition in transitions])
-_noted(refused_transitions, "write", lambda _, batch, **__: [transition.job for transition in batch])
+_noted(refused_transitions, "write", lambda _, __, batch, **___: [transition.job for transition in batch])
 _noted(
     Ledger,
-    "settle",
+    "prepare_settle",
     lambda *_, ended=(), arrived=(), **__: [*(end.job for end in ended), *(arrival[0] for arrival in arrived)],
 )
 

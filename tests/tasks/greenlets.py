@@ -10,6 +10,7 @@ from typing import Any
 import gevent
 from celery import shared_task
 
+import celery_capacity
 from tests.fixtures.tasks import MAX_SECONDS, _client, add, held_at
 
 
@@ -60,3 +61,9 @@ def sending(count: int) -> list[str]:
 def killing_itself() -> None:
     gevent.kill(gevent.getcurrent())
     time.sleep(60)
+
+
+@shared_task
+def awaiting(job: str) -> str:
+    """Wait for another job, and return how it ended."""
+    return celery_capacity.job(job).wait(timeout=MAX_SECONDS).state.value

@@ -1,8 +1,8 @@
 """A module for the workers of a run of faults: a file from outside sets their clock and their heartbeats.
 
-The file that STEP_BY_FILE names has two doubles (`tests.faults.seams`). The first is the seconds by which `time.time`
-is off, in this process and in the processes that it forks. The second is the seconds between two pairs of heartbeats, 0
-for none.
+The file that STEP_BY_FILE names has two doubles (`tests.faults.breaking.seams`). The first is the seconds by which
+`time.time` is off, in this process and in the processes that it forks. The second is the seconds between two pairs of
+heartbeats, 0 for none.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ sys.meta_path.insert(0, Missing())
 import celery_capacity.workers.plugin
 from celery_capacity import create_app, fenced
 import kombu.transport.redis, celery.backends.redis
+from celery_capacity.platform.actions import cancel, retry, submit, wait
 from celery_capacity.platform.commands import cluster, dashboard, db, job, jobs, reconcile, verify
 """
 

@@ -29,8 +29,8 @@ FOLDERS = {
         "model", "policy", "config", "database", "ledger", "insert", "store", "recovery", "inspect",
     ),
     "workers": (
-        "dispatch", "process", "broker", "submit", "results", "client", "membership", "duties", "runner", "settle",
-        "execute", "remote", "app",
+        "dispatch", "process", "supervision", "broker", "submit", "results", "client", "membership", "duties", "runner",
+        "settle", "execute", "app",
     ),
 }  # fmt: skip
 #: Imported by nobody but Celery: it hands over to the app that a command names.
@@ -49,6 +49,7 @@ OF_NO_MODULE = {
     "unit/platform/commands/test_help.py": "of all commands",
     "unit/platform/commands/test_schemas.py": "of all commands",
     "contract/test_authorities.py": "of both stores",
+    "contract/test_authorities_attempts.py": "of both stores",
     "contract/test_invariants.py": "of the tests themselves",
     "contract/routing/ledger/test_alone.py": "a rule of placement, in all scripts",
     "contract/routing/ledger/test_books.py": "the book of a worker, in all scripts",
@@ -182,7 +183,9 @@ def test_tests_mirror_the_tree(mirror: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("group", [*MIRRORS, "tests/integration", "tests/features"])
+@pytest.mark.parametrize(
+    "group", [*MIRRORS, *(f"tests/{name}" for name in ("integration", "features", "fixtures", "faults"))]
+)
 def test_folder_of_tests_holds_few_entries(group: str) -> None:
     folders = [ROOT / group, *(path for path in (ROOT / group).rglob("*") if path.is_dir())]
     entries = {folder: [path for path in folder.iterdir() if path.name != "__pycache__"] for folder in folders}

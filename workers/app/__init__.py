@@ -1,1 +1,1 @@
-"""Steps by which a Celery app becomes an app of the platform."""
+"""Steps by which a Celery app becomes an app of the platform, and its remote control."""

@@ -1,17 +1,17 @@
-"""Celery's remote control, with a revoke that reaches jobs without a worker, and outlives the worker of the others."""
+"""Celery's remote control, with a revoke that also ends jobs which no worker holds, and that outlives any worker."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
 
 from celery.app.control import Control
 from kombu.exceptions import OperationalError
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing.database.postgres_errors import translate
+from celery_capacity.routing.database.postgres_errors import translated
 from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable, show
 from celery_capacity.routing.model.identifiers import check_job_id
 from celery_capacity.routing.model.job import Rate
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _COMMANDS: Final = ("revoke", "revoke_by_stamped_headers")
 
 #: Set while this process broadcasts a revoke that the rows know already.
-_told: ContextVar[bool] = ContextVar("celery-capacity told", default=False)
+_workers_told: ContextVar[bool] = ContextVar("celery-capacity told", default=False)
 
 
 class PlatformControl:
@@ -54,7 +54,7 @@ class PlatformControl:
         """
         ids = [check_job_id(job) for job in ([task_id] if isinstance(task_id, str) else task_id)]
         revoke_jobs(self.app, self.stores, ids)
-        with _telling(terminate):
+        with _tells_workers(terminate):
             return super().revoke(task_id, destination=destination, terminate=terminate, signal=signal, **kwargs)  # type: ignore[misc]
 
     def revoke_by_stamped_headers(
@@ -66,7 +66,7 @@ class PlatformControl:
         start.
         """
         revoke_stamped(self.app, self.stores, headers)
-        with _telling(terminate):
+        with _tells_workers(terminate):
             return super().revoke_by_stamped_headers(  # type: ignore[misc]
                 headers, destination=destination, terminate=terminate, signal=signal, **kwargs
             )
@@ -93,7 +93,7 @@ class PlatformControl:
         A rate limit (`rate_limit`, or `celery control rate_limit`) holds for the whole cluster from then on, until
         another one is set. 0 lifts it.
         """
-        if command in _COMMANDS and _told.get():
+        if command in _COMMANDS and _workers_told.get():
             arguments = {**(arguments or {}), TOLD: True}
         if command == "rate_limit":
             self._set_rate(dict(arguments or {}), destination)
@@ -107,36 +107,27 @@ class PlatformControl:
             advice = "Leave destination out."
             raise InvalidRequest("a rate limit holds for the whole cluster", value=destination, advice=advice)
         rate = rate_of(value, "rate_limit") or Rate(0.0, "0")
-        try:
-            with self.stores.engine.connect() as connection:
-                dependencies.set_rate(connection, name, rate, by_control=True)
-        except DBAPIError as problem:
-            raise translate(problem, f"the rate limit of {name} was not set: ") from problem
-        except PoolTimeout as problem:
-            raise StoreUnavailable(f"the rate limit of {name} was not set: no connection was free") from problem
+        with translated(f"the rate limit of {name} was not set: "), self.stores.engine.connect() as connection:
+            dependencies.set_rate(connection, name, rate, by_control=True)
         self.app.amqp.job_sender.rates.forget()
 
 
-class _telling:  # noqa: N801 - reads as a statement
-    """Context in which a broadcast of this thread says that the rows know of the revoke.
+@contextmanager
+def _tells_workers(terminate: bool) -> Iterator[None]:
+    """Have a broadcast of this thread say that the rows know of the revoke.
 
     While the broker is away the rows are enough, except for jobs that are to be terminated.
     """
-
-    def __init__(self, terminate: bool) -> None:
-        self._terminate = terminate
-
-    def __enter__(self) -> None:
-        self._token = _told.set(True)
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        _told.reset(self._token)
-        if not isinstance(error, OperationalError):
-            return False
-        if self._terminate:
-            raise StoreUnavailable("what runs was not terminated, the broker does not answer; no attempt follows it")
+    token = _workers_told.set(True)
+    try:
+        yield
+    except OperationalError as error:
+        if terminate:
+            why = "running jobs were not terminated, the broker does not answer; no attempt follows them"
+            raise StoreUnavailable(why) from error
         logger.warning("revoked in Postgres; no worker was told, the broker does not answer: %s", error)
-        return True
+    finally:
+        _workers_told.reset(token)
 
 
 def control_class(base: type = Control, stores: Stores | None = None) -> type:

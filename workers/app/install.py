@@ -10,19 +10,19 @@ from celery import Celery
 from celery.app import backends
 from kombu.utils.imports import symbol_by_name
 
-from celery_capacity.routing.errors import NoServers, PlatformError
+from celery_capacity.routing.errors import NoServers
 from celery_capacity.workers.app.control import control_class
 from celery_capacity.workers.app.defaults import Defaults, NoBackend
 from celery_capacity.workers.app.existing_parts import cover_tasks, make_anew, unproxied
 from celery_capacity.workers.broker import beat_messages
 from celery_capacity.workers.membership.preflight import check_imports
-from celery_capacity.workers.process.stores import Resolve, Stores, resolve_running
+from celery_capacity.workers.process.stores import Resolve, Stores, platform_of, resolve_running, stores_of
 from celery_capacity.workers.results.backends import BACKENDS, backend_class
 from celery_capacity.workers.results.cancellation import purge_queue
 from celery_capacity.workers.results.events import teach_states
 from celery_capacity.workers.submit import groups, submit_many
 from celery_capacity.workers.submit.amqp import amqp_class
-from celery_capacity.workers.submit.message_cache import Templates
+from celery_capacity.workers.submit.message_cache import MessageCache
 from celery_capacity.workers.submit.task import cover, task_class
 from celery_capacity.workers.submit.validation import checking
 
@@ -53,7 +53,7 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
     for when one is needed.
     """
     app = unproxied(app)
-    if isinstance(getattr(app, "platform", None), Stores):
+    if stores_of(app) is not None:
         return app
     stores = Stores(resolve)
     app.platform = stores
@@ -64,7 +64,7 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
     _carry_results(app)
     _check_imports(app, stores)
     app.send_task = checking(app)
-    app.platform_templates = Templates(app, stores)
+    app.platform_templates = MessageCache(app, stores)
     app.submit_many = partial(submit_many.submit_many, app)
     groups.connect()
     teach_states()
@@ -81,20 +81,6 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
 
     signals.connect()
     return app
-
-
-def platform_of(app: Celery) -> Stores:
-    """Return the stores of an app: `settings`, `engine`, `redis`, `ledger`.
-
-    Raises `PlatformError` where the platform is not installed.
-    """
-    stores = getattr(app, "platform", None)
-    if not isinstance(stores, Stores):
-        raise PlatformError(
-            f"the app {app.main!r} is not on the platform",
-            advice="Use `celery -A platform`, or call celery_capacity.install(app) in its module.",
-        )
-    return stores
 
 
 def _check_imports(app: Celery, stores: Stores) -> None:

@@ -31,6 +31,7 @@ PRIVATE_NAMES: Final[dict[str, dict[str, str]]] = {
         "_dump_pydantic_arguments": "a task with pydantic arguments goes Celery's own way",
         "_get_exec_options": "a cached message has the execution options of its task",
     },
+    "celery.backends.base": {"_call_task_errbacks": "the errbacks of a job are published with its end"},
     "celery.canvas": {
         "_apply_tasks": "the tasks of a group are stored together",
         "_chord": "a chord is stored in one transaction",

@@ -4,40 +4,51 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import signal
-import socket
 import threading
+import warnings
 from functools import partial
 from types import FrameType
 from typing import Any, Final
+from weakref import WeakSet, WeakValueDictionary
 
 from celery import signals
 from celery.app import trace
+from celery.exceptions import WorkerTerminate
+from celery.platforms import EX_OK, SecurityWarning
 from celery.utils.nodenames import anon_nodename
 from kombu.asynchronous import set_event_loop
 from kombu.utils.imports import symbol_by_name
 
-from celery_capacity.routing.config.machine import default_concurrency, detect
+from celery_capacity.routing.config.machine import Machine, check_reserved, default_concurrency, detect
 from celery_capacity.routing.config.redaction import HIDDEN
+from celery_capacity.workers.app import remote_control  # noqa: F401  its commands take the places of Celery's
 from celery_capacity.workers.execute import readiness
 from celery_capacity.workers.execute.gevent_pool import check_pool, prepare
-from celery_capacity.workers.execute.readiness import refusing, stores_of
+from celery_capacity.workers.execute.pool import abandoned, end_process
+from celery_capacity.workers.execute.readiness import refusing
 from celery_capacity.workers.execute.runtime import Runtime, runtime_of
 from celery_capacity.workers.membership import orphans
-from celery_capacity.workers.membership.preflight import check_broker, check_results
+from celery_capacity.workers.membership.preflight import check_broker, check_imports, check_results
 from celery_capacity.workers.process.fork_safety import guard_children
-from celery_capacity.workers.process.identity import name_of, new_identity
-from celery_capacity.workers.remote import (
-    queue_commands,
-    remote_control,  # noqa: F401  its commands take the places of Celery's
-)
+from celery_capacity.workers.process.identity import Identity, name_of, nodename_of
+from celery_capacity.workers.process.stores import stores_of
 from celery_capacity.workers.results import running_workers
 
 #: Given by name, as Celery finds it: a process that only submits never loads it.
 CONSUMER: Final = "celery_capacity.workers.execute.consumer:consumer_class"
 
-#: Numbers for the workers of this process that nobody named.
-_numbers: Final = itertools.count(1)
+#: Variable by which `up` tells its workers that it has said for all of them that they run as root.
+ROOT_IS_KNOWN: Final = "CELERY_CAPACITY_ROOT_IS_KNOWN"
+
+#: Numbers for the workers of this process that nobody named, beside the first.
+_numbers: Final = itertools.count(2)
+#: Workers of this process that have Celery's name for a worker in a thread, by that name.
+_unnamed: Final = WeakValueDictionary[str, Runtime]()
+
+#: Workers of this process.
+_workers: Final[WeakSet[Any]] = WeakSet()
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +79,28 @@ def on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None,
     stores = stores_of(instance.app)
     if stores is None:
         return
+    if os.geteuid() == 0:
+        _warn_of_root()
     with refusing():
         settings = stores.settings
+        check_imports((options or {}).get("include") or (), "--include")
         for warning in settings.warnings:
             logger.warning(warning)
-        name = name_of(settings, instance.hostname)
-        instance.hostname = f"{name}@{socket.gethostname()}"
+        check_reserved(settings, Machine().read())
+        instance.hostname = nodename_of(settings, instance.hostname)
         trace.setup_worker_optimizations(instance.app, instance.hostname)
         if not (options or {}).get("concurrency") and not conf.worker_concurrency:
             conf.worker_concurrency = default_concurrency(detect(settings).capacity.get("cpus"))
+
+
+def _warn_of_root() -> None:
+    """Say in one line that the worker runs as root. Celery says it in eight, of each worker.
+
+    Celery still refuses to run as root where messages may be pickles.
+    """
+    warnings.filterwarnings("ignore", category=SecurityWarning, message="You're running the worker with superuser")
+    if not os.environ.get(ROOT_IS_KNOWN):
+        logger.warning("this worker runs as root, and so do its tasks: an ordinary user is safer")
 
 
 def on_worker_init(sender: Any = None, **_: Any) -> None:
@@ -91,12 +115,11 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
         sender.consumer_cls = symbol_by_name(CONSUMER)(sender.consumer_cls)
         if rules := stores.requests:
             logger.info("%s names requests for %d patterns of task names", stores.settings.requests, len(rules.rules))
-        if sender.hostname == anon_nodename() and not stores.settings.node_name:
-            # A worker of `celery.contrib.testing`, in a thread: this process may have had one, or have two.
+        unnamed = sender.hostname == anon_nodename() and not stores.settings.node_name
+        if unnamed and _is_taken(sender.hostname):
             sender.hostname = anon_nodename(prefix=f"gen{next(_numbers)}-")
-        identity = new_identity(name_of(stores.settings, sender.hostname))
+        identity = Identity(name_of(stores.settings, sender.hostname))
         orphans.mark(identity.incarnation)
-        queue_commands.connect()
         guard_children(stores.settings)
         check_broker(sender.app.conf.broker_read_url)
         check_results(sender.app)
@@ -108,8 +131,32 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
         if running_workers.running():
             # Celery would have both workers wait with one event loop, in two threads.
             set_event_loop(None)
+        if unnamed:
+            _unnamed.setdefault(sender.hostname, runtime)
         sender.platform_runtime = runtime
-        sender.start = partial(runtime.run, sender.start)
+        sender.start = partial(_run, sender, runtime, sender.start)
+        _workers.add(sender)
+
+
+def _run(worker: Any, runtime: Runtime, start: Any) -> None:
+    try:
+        runtime.run(start)
+    finally:
+        # A worker in a thread of a test process ends without its process.
+        if abandoned(worker.pool) and threading.current_thread() is threading.main_thread():
+            end_process(worker, EX_OK)
+
+
+def _is_taken(nodename: str) -> bool:
+    """Return True if another worker of this process has a name, or will have it when it starts.
+
+    Celery gives all workers that `celery.contrib.testing` runs in threads of a process one name.
+    """
+    other = _unnamed.get(nodename)
+    if other is None or (other.joining.begun and other not in running_workers.running()):
+        _unnamed.pop(nodename, None)
+        return False
+    return True
 
 
 def on_worker_ready(sender: Any = None, **_: Any) -> None:
@@ -118,11 +165,16 @@ def on_worker_ready(sender: Any = None, **_: Any) -> None:
 
 
 def on_worker_shutting_down(sender: Any = None, how: str = "", **_: Any) -> None:
-    """Drain the workers, and note a cold stop. In a signal handler: only flags are set and pipes written."""
-    if how.lower() == "cold":
-        for runtime in running_workers.running():
-            runtime.stop_cold()
+    """Drain the workers, and note a cold stop. In a signal handler: only flags are set and pipes written.
+
+    Leaves the main thread's present work where bodies are left that nothing can break off.
+    """
+    for runtime in running_workers.running():
+        runtime.stops(cold=how.lower() == "cold")
     _drain()
+    if any(abandoned(worker.pool) and not worker.platform_runtime.leaving for worker in _workers):
+        # The main thread may wait for the pool, or be in a body. It hands jobs back when it leaves, undisturbed.
+        raise WorkerTerminate(EX_OK)
 
 
 def _drain() -> None:

@@ -32,14 +32,14 @@ BATCH: Final = 100
 RETRY_AFTER: Final = 0.25
 
 
-class Mailbox(Service):
+class LedgerQueue(Service):
     """Thread that takes messages from the worker's own queue.
 
     `received` is called with the bytes of each message, in this thread, and must not raise.
     """
 
     def __init__(self, settings: Settings, queue: str, received: Callable[[bytes], None]) -> None:
-        super().__init__("mailbox")
+        super().__init__("ledger-queue")
         self._queue = queue
         self._received = received
         self._ending = os_threads.Event()
@@ -61,11 +61,11 @@ class Mailbox(Service):
                 warning.over()
             except RedisError as error:
                 # A message that was on its way is delivered again (START), like any message that a worker loses.
-                warning.warn(f"mailbox: the ledger's Redis does not answer: {error}")
+                warning.warn(f"ledger queue: the ledger's Redis does not answer: {error}")
                 self._ending.wait(RETRY_AFTER)
             except Exception:
                 # Go on after any error: a worker without its messages would hold the jobs that are admitted to it.
-                logger.exception("mailbox: begins anew")
+                logger.exception("ledger queue: begins anew")
                 self._ending.wait(RETRY_AFTER)
         self._client.close()
 

@@ -34,24 +34,25 @@ from celery_capacity.routing.config import redis_urls
 from celery_capacity.routing.ledger import sentinels
 from celery_capacity.routing.model import envelope as envelopes
 from celery_capacity.routing.model.envelope import Envelope, Unreadable
+from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.workers.broker.decompression import TIMES, unpack
 from celery_capacity.workers.process.spare_connections import close_spare
 
 logger = logging.getLogger(__name__)
 
 
-def _say(raw: bytes, queue: str, reason: str) -> None:
-    logger.error("a message in the queue %.100s cannot be read and is dropped: %s: %r", queue, reason, raw[:200])
+def _drop(raw: bytes, queue: str, _: Refusal, detail: str) -> None:
+    logger.error("a message in the queue %.100s cannot be read and is dropped: %s: %r", queue, detail, raw[:200])
 
 
 @dataclass
 class Receiving:
     """Rules of this process for received messages. A worker sets them at its start.
 
-    `set_aside` gets (raw, queue, reason). `most_bytes`: of a decompressed body.
+    `set_aside` gets (raw, queue, reason, detail). `most_bytes`: of a decompressed body.
     """
 
-    set_aside: Callable[[bytes, str, str], None] = _say
+    set_aside: Callable[[bytes, str, Refusal, str], None] = _drop
     most_bytes: int = TIMES * 1024**2
 
 
@@ -123,7 +124,7 @@ def job_message(raw: bytes, accept: Any) -> JobMessage:
     try:
         message = JobMessage(envelope, channel=_NoChannel())
     except Exception as error:
-        raise Unreadable(_reason(error)) from error
+        raise Unreadable.of(error) from error
     message.accept = accept
     return message
 
@@ -196,7 +197,7 @@ def close_spare_connections() -> None:
                 close_spare(pool)
 
 
-class _Looking:
+class _CheckedReads:
     """Channel mixin that validates raw messages before kombu decodes them, and sets the rest aside."""
 
     Message = Message
@@ -248,7 +249,8 @@ class _Looking:
                 message = kind(envelope, channel=self)
             except Exception as error:
                 came = raw.raw if isinstance(raw, Envelope) else json.dumps(raw, default=repr).encode()
-                receiving.set_aside(came, queue, _reason(error))
+                unreadable = Unreadable.of(error)
+                receiving.set_aside(came, queue, unreadable.reason, str(unreadable))
                 return None
             if not no_ack:
                 self.qos.append(message, message.delivery_tag)
@@ -286,26 +288,26 @@ class _Looking:
         try:
             envelope = envelopes.read(raw)
         except Unreadable as error:
-            receiving.set_aside(raw, queue, str(error))
+            receiving.set_aside(raw, queue, error.reason, str(error))
             return
         self.connection._deliver(envelope, queue)
 
 
-class _AskingOnce:
+class _NoRetries:
     """Mixin that leaves retries to Celery: redis-py makes ten, with pauses of up to 10 s, in the main loop."""
 
     def _connparams(self, *args: Any, **options: Any) -> Any:
         return {**super()._connparams(*args, **options), "retry": Retry(NoBackoff(), 0)}  # type: ignore[misc]
 
 
-class Channel(_AskingOnce, _Looking, kombu_redis.Channel):
+class Channel(_NoRetries, _CheckedReads, kombu_redis.Channel):
     """Channel of a Redis."""
 
 
-class SentinelChannel(_AskingOnce, _Looking, kombu_redis.SentinelChannel):
+class SentinelChannel(_NoRetries, _CheckedReads, kombu_redis.SentinelChannel):
     """Channel of a Redis behind Sentinels."""
 
-    connection_class = sentinels.Watched
+    connection_class = sentinels.PrimaryConnection
     sentinel_kwargs = sentinels.asking()
 
 
@@ -313,10 +315,6 @@ def _purge_jobs(channel: Any, queue: str) -> int:
     """End the waiting jobs of a purged queue, and return how many. 0 where the app is not on the platform."""
     purge = getattr(channel.connection.client, "purge_jobs", None)
     return purge(queue) if purge is not None else 0
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, Unreadable) else f"no message can be made of it: {error!r}"
 
 
 class Transport(kombu_redis.Transport):

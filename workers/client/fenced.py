@@ -21,7 +21,7 @@ from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.store import fencing
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.attempts import Attempt
-from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.process.stores import stores_of
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def _check(session: Session, attempt: Attempt) -> None:
             value="AUTOCOMMIT",
             advice="Make the session of an engine with the usual isolation level.",
         )
-    if not fencing.is_home(connection, attempt.incarnation):
+    if not fencing.is_registered(connection, attempt.incarnation):
         raise _elsewhere(str(connection.engine.url.database))
 
 
@@ -87,8 +87,8 @@ def _elsewhere(where: str) -> InvalidRequest:
 
 def _end(session: Session, attempt: Attempt) -> None:
     connection = session.connection()
-    stores = getattr(current_app, "platform", None)
-    hangs_after = stores.settings.lost_after if isinstance(stores, Stores) else fencing.HANGS_AFTER
+    stores = stores_of(current_app)
+    hangs_after = fencing.HANGS_AFTER if stores is None else stores.settings.lost_after
     if fencing.commit(connection, attempt.publisher, hangs_after):
         return
     why, itself = fencing.why_not(connection, attempt.publisher)
@@ -97,6 +97,6 @@ def _end(session: Session, attempt: Attempt) -> None:
         raise PlatformError(
             f"{where} cannot end its job once more: {why}", advice="Leave one fenced() block in an attempt."
         )
-    if isinstance(stores, Stores):
+    if stores is not None:
         stores.sending.ask(lambda ledger: ledger.count(Refusal.STALE_COMMIT))
     raise LeaseLost(f"{where} lost its lease: {why}; what it changed is rolled back")

@@ -1,50 +1,204 @@
-"""A job as asyncio programs see it: `await job(id).wait("running")`, `async for event in job(id).events()`."""
+"""A job as a program sees it by its id: where it is, its end and result, and what can be done with it.
+
+`job(id)` waits in the caller's thread; its `aio` does the same in asyncio programs. Both share their code.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import aclosing, closing
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 from celery import Celery, current_app
+from celery.exceptions import TimeoutError as CeleryTimeout
 from celery.result import AsyncResult
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_capacity.routing.database.postgres_errors import translate
-from celery_capacity.routing.errors import InvalidRequest, PlatformError, StoreUnavailable, show
-from celery_capacity.routing.inspect import job_events
+from celery_capacity.routing.database.postgres_errors import translated
+from celery_capacity.routing.errors import InvalidRequest, PlatformError, show
+from celery_capacity.routing.inspect import explain
 from celery_capacity.routing.inspect.job_events import JobEvent
+from celery_capacity.routing.ledger.connection import quick_client
 from celery_capacity.routing.model.identifiers import check_job_id
 from celery_capacity.routing.model.states import FINAL, State
-from celery_capacity.workers.process.stores import Stores
+from celery_capacity.routing.store import queries
+from celery_capacity.workers.client import following
+from celery_capacity.workers.client.cancel import Cancellation, cancel
+from celery_capacity.workers.client.retry import retry
+from celery_capacity.workers.process.stores import Stores, platform_of
 
-#: Seconds after which a job is looked at again, where a store did not answer.
-LOOK_AGAIN: Final = 1.0
+#: Seconds after the end of a job within which its result is there, if one is kept.
+KEPT_WITHIN: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Progress of a job's body: `current` of `total`, as its task reported at `at`."""
+
+    current: float
+    total: float | None
+    message: str | None
+    at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobInfo:
+    """A job as both stores have it now.
+
+    `reason`: why it waits, as a word of the reference ("no-room"). `place`: its place, from 1, among the waiting jobs
+    with an equal request. `before`: all waiting jobs that come before it. These are None for a job that does not wait.
+    `retry_of`, `retried_as`: the job that it repeats, and the jobs that repeat it.
+    """
+
+    id: str
+    task: str
+    state: State
+    attempt: int
+    worker: str | None
+    queue: str
+    priority: int
+    request: dict[str, Any]
+    submitted_at: datetime
+    admitted_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    error: str | None
+    reason: str | None
+    place: int | None
+    before: int | None
+    progress: Progress | None
+    retry_of: str | None
+    retried_as: Sequence[str]
+
+    @property
+    def final(self) -> bool:
+        """Return whether the job has ended."""
+        return self.state in FINAL
 
 
 class Job:
-    """Handle of a job, by its id. It asks nothing before it is awaited, and Postgres only at first and after a gap."""
+    """Handle of a job, by its id. It asks the stores only when a method is called."""
 
-    def __init__(self, id: str, stores: Stores) -> None:  # noqa: A002
+    def __init__(self, id: str, app: Celery, stores: Stores) -> None:  # noqa: A002
         self.id = check_job_id(id)
+        self._app = app
         self._stores = stores
 
     def __repr__(self) -> str:
         return f"<Job {self.id}>"
 
-    async def now(self) -> JobEvent:
-        """Return the current state as an event. Raises `InvalidRequest` for an unknown job, `StoreUnavailable`."""
-        return await asyncio.to_thread(self._look)
+    @property
+    def aio(self) -> AsyncJob:
+        """Return the same job for asyncio programs, as an `AsyncJob`."""
+        return AsyncJob(self)
 
-    async def wait(self, *states: str, timeout: float | None = None) -> JobEvent:
+    def now(self) -> JobEvent:
+        """Return the current state, as a `JobEvent`. Raises `InvalidRequest` for an unknown job, `StoreUnavailable`."""
+        return following.look(self._stores, self.id).event
+
+    def info(self) -> JobInfo:
+        """Return all that both stores know of the job, as a `JobInfo`: why it waits and at which place, its progress.
+
+        Raises as `now` does.
+        """
+        with translated(), self._stores.engine.connect() as connection:
+            file = queries.find(connection, self.id)
+            why = explain.explain(quick_client(self._stores.redis), connection, self.id)
+        if file is None:
+            raise InvalidRequest(f"there is no job {self.id}", value=self.id, advice="Its transaction may not be over.")
+        row, waits = file.job, why is not None and why.waits
+        return JobInfo(
+            id=self.id,
+            task=row["name"],
+            state=State(row["state"]),
+            attempt=row["attempt"],
+            worker=None if waits else row["worker"],
+            **{name: row[name] for name in ("queue", "priority", "request", "error", "retry_of")},
+            **{name: row[name] for name in ("submitted_at", "admitted_at", "started_at", "finished_at")},
+            reason=why.why.value if why is not None and waits else None,
+            place=why.place if why is not None and waits else None,
+            before=why.before if why is not None and waits else None,
+            progress=_progress(row["progress"]),
+            retried_as=tuple(row["retried_as"]),
+        )
+
+    def wait(self, *states: str, timeout: float | None = None) -> JobEvent:
         """Wait until the job is in one of the states or has ended, and return the event that says so.
 
         Without a state, wait for its end. Returns at once if the job is there already. Raises `TimeoutError` after
         `timeout` seconds, and raises as `now` does.
         """
-        wanted = {_state(name) for name in states} | FINAL
+        wanted = _wanted(states)
+        with closing(self.events(timeout)) as events:
+            for event in events:
+                if event.state in wanted:
+                    return event
+        raise AssertionError("the events of a job end with its end")
+
+    def events(self, timeout: float | None = None) -> Generator[JobEvent]:
+        """Yield the current state, then each state that the job comes into, until its end. Raises as `wait` does.
+
+        After a gap, it may miss a state that lasts for less than a moment.
+        """
+        with closing(following.follow(self._stores, [self.id], timeout)) as events:
+            for event in events:
+                assert event is not None, "without a tick each item is an event"
+                yield event
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the end and return the value; raise the error of a job that failed, as Celery's `get` does.
+
+        Returns None where no value is kept. Raises `TimeoutError` after `timeout` seconds, `PlatformError` for a job
+        that did not succeed and whose error is not kept, and raises as `now` does.
+        """
+        state = self.wait(timeout=timeout).state
+        try:
+            return self._app.AsyncResult(self.id).get(timeout=KEPT_WITHIN)
+        except CeleryTimeout as error:
+            if state == State.SUCCEEDED:
+                return None
+            reason = self.info().error
+            text = f"job {self.id} has ended as {state}: {reason}" if reason else f"job {self.id} has ended as {state}"
+            raise PlatformError(text, advice="Its result is not kept.") from error
+
+    def cancel(self, *, terminate: bool = False) -> Cancellation:
+        """Cancel the job for good, and return a `Cancellation`.
+
+        A job that a worker holds runs to its end, and no other attempt follows it; `terminate` ends its process. Raises
+        as `now` does.
+        """
+        return next(iter(cancel(self._app, self._stores, [self.id], terminate=terminate)))
+
+    def retry(self, *, again: bool = False) -> Job:
+        """Repeat the ended job, and return the new job.
+
+        `again`: also where the job succeeded, or has a retry already. Raises `NotRetried` with the reason,
+        `InvalidRequest` for an unknown job, `BacklogFull`, `NotAccepted`, `OutcomeUnknown`.
+        """
+        return Job(retry(self._app, self._stores, self.id, again=again), self._app, self._stores)
+
+
+class AsyncJob:
+    """Handle of a job for asyncio programs: the methods of `Job`, to be awaited."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.id = job.id
+
+    def __repr__(self) -> str:
+        return f"<AsyncJob {self.id}>"
+
+    async def now(self) -> JobEvent:
+        return await asyncio.to_thread(self._job.now)
+
+    async def info(self) -> JobInfo:
+        return await asyncio.to_thread(self._job.info)
+
+    async def wait(self, *states: str, timeout: float | None = None) -> JobEvent:
+        """Wait as `Job.wait` does."""
+        wanted = _wanted(states)
         async with asyncio.timeout(timeout), aclosing(self.events()) as events:
             async for event in events:
                 if event.state in wanted:
@@ -52,48 +206,26 @@ class Job:
         raise AssertionError("the events of a job end with its end")
 
     async def events(self) -> AsyncGenerator[JobEvent, None]:
-        """Yield the current state, then each state that the job comes into, until its end. Raises as `now` does."""
-        loop, heard = asyncio.get_running_loop(), asyncio.Queue[JobEvent | None]()
+        """Yield the current state, then each state that the job comes into, until its end."""
+        async with aclosing(following.follow_async(self._job._stores, self.id)) as events:
+            async for event in events:
+                yield event
 
-        def tell(event: JobEvent | None) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(heard.put_nowait, event)
+    async def result(self, timeout: float | None = None) -> Any:
+        """Wait for the end and return the value, as `Job.result` does. Raises `TimeoutError`."""
+        async with asyncio.timeout(timeout):
+            await self.wait()
+            return await asyncio.to_thread(self._job.result)
 
-        watcher, last = self._stores.watcher, None
-        watcher.watch(self.id, tell)
-        try:
-            while last is None or not last.final:
-                event = await heard.get()
-                if event is None:
-                    try:
-                        event = await self.now()
-                    except StoreUnavailable:
-                        if last is None:
-                            raise
-                        loop.call_later(LOOK_AGAIN, tell, None)
-                        continue
-                elif last is None:
-                    # The first look is on its way, and sees the state of this event.
-                    continue
-                if event.follows(last):
-                    last = event
-                    yield event
-        finally:
-            watcher.unwatch(self.id, tell)
+    async def cancel(self, *, terminate: bool = False) -> Cancellation:
+        return await asyncio.to_thread(lambda: self._job.cancel(terminate=terminate))
 
-    def _look(self) -> JobEvent:
-        # The ledger comes first: jobs that it forgets meanwhile are in Postgres.
-        ledger_event = self._stores.sending.ask(lambda ledger: job_events.in_ledger(ledger.client, self.id))
-        try:
-            with self._stores.engine.connect() as connection:
-                row = job_events.in_postgres(connection, self.id)
-        except DBAPIError as error:
-            raise translate(error) from error
-        except PoolTimeout as error:
-            raise StoreUnavailable("no connection to Postgres was free") from error
-        if row is None:
-            raise InvalidRequest(f"there is no job {self.id}", value=self.id, advice="Its transaction may not be over.")
-        return ledger_event if ledger_event is not None and ledger_event.rank > row.rank else row
+    async def retry(self, *, again: bool = False) -> AsyncJob:
+        return AsyncJob(await asyncio.to_thread(lambda: self._job.retry(again=again)))
+
+
+def _wanted(states: Sequence[str]) -> frozenset[State]:
+    return frozenset(map(_state, states)) | FINAL
 
 
 def _state(value: Any) -> State:
@@ -101,18 +233,27 @@ def _state(value: Any) -> State:
         return State(value)
     except ValueError as error:
         names = ", ".join(state.value for state in State)
-        raise InvalidRequest(
-            f"state {show(value)} is not valid", value=value, advice=f"It is one of {names}."
-        ) from error
+        advice = (
+            f"It is one of {names}. Seconds are given as timeout=30."
+            if _is_number(value)
+            else (f"It is one of {names}.")
+        )
+        raise InvalidRequest(f"state {show(value)} is not valid", value=value, advice=advice) from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _progress(kept: dict[str, Any] | None) -> Progress | None:
+    if kept is None:
+        return None
+    at = kept.get("at")
+    return Progress(kept["current"], kept.get("total"), kept.get("message"), at and datetime.fromisoformat(at))
 
 
 def job(id: str | AsyncResult[Any], app: Celery | None = None) -> Job:  # noqa: A002
     """Return a handle of a job, by its id or its result. `app`: the current one, unless it is given."""
     result = id if isinstance(id, AsyncResult) else None
     app = app or (result.app if result is not None else current_app._get_current_object())
-    stores = getattr(app, "platform", None)
-    if not isinstance(stores, Stores):
-        raise PlatformError(
-            f"the app {app.main!r} is not on the platform", advice="Pass app=, or call celery_capacity.install(app)."
-        )
-    return Job(result.id if result is not None else str(id), stores)
+    return Job(result.id if result is not None else str(id), app, platform_of(app))

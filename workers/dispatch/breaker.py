@@ -4,12 +4,18 @@ A durable row is accepted, whatever Redis does. Only its way into the ledger is 
 the ledger as long as the ledger answers quickly. The first failure or slow answer *opens* the breaker. From then on
 nobody asks, and a thread looks by itself. The breaker *closes* when an answer comes quickly again. While it is closed,
 nothing looks, and the ledger gets no question beyond those of the senders.
+
+A slow moment is soon over, and the sweep comes every ten seconds. So the newest jobs that the ledger has missed are
+kept, and brought once when the breaker closes.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, Final, NamedTuple, TypeVar
@@ -20,12 +26,21 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.job import NewJob
+from celery_capacity.routing.model.reasons import Tally
 from celery_capacity.routing.model.request import filed_shape
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.workers.dispatch import call_budget
 from celery_capacity.workers.dispatch.circuit import Circuit
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+#: Jobs that are kept while the ledger is left alone, and the bytes of their messages.
+MAX_MISSED: Final = 1000
+MAX_MISSED_BYTES: Final = 4 * 1024**2
+#: Kept jobs that are brought in one step.
+STEP: Final = 100
 
 _epoch: Final = attrgetter("epoch")
 
@@ -48,9 +63,12 @@ def ledger_row(job: NewJob, seq: int, now_ms: int, began_ms: float) -> tuple[Any
 
 
 class Breaker:
-    """Senders' own handle of the ledger. Thread-safe. Not carried over a fork: `Stores` makes a new one there."""
+    """Senders' own handle of the ledger. Thread-safe. Not carried over a fork: `Stores` makes a new one there.
 
-    def __init__(self, settings: Settings, find_database: Callable[[], str] | None = None) -> None:
+    `tally`: counts that go with the next call.
+    """
+
+    def __init__(self, settings: Settings, tally: Tally, find_database: Callable[[], str] | None = None) -> None:
         answer_within = timeouts.QUICK_ANSWER * settings.store_timeout
         self._within = timeouts.QUICK_ATTEMPT * settings.store_timeout
         #: The client of this handle.
@@ -59,11 +77,19 @@ class Breaker:
         )
         self._ledger = Ledger(settings, self.client)
         self._ledger.find_database = find_database
+        self._ledger.tally = tally
         self._circuit = Circuit(
             self._ping,
             "the ledger is left alone until it answers quickly (jobs are accepted meanwhile)",
             "the ledger answers again",
+            self._bring_missed,
         )
+        #: Jobs that the ledger has not heard of, with the time (monotonic) until which they are kept; and the bytes of
+        #: their messages. Both are changed with `_lock` held.
+        self._missed: deque[tuple[float, Submission]] = deque()
+        self._missed_bytes = 0
+        self._lock = threading.Lock()
+        self._keep_for = settings.sweep_interval
 
     @property
     def closed(self) -> bool:
@@ -81,22 +107,59 @@ class Breaker:
                 answer = question(self._ledger)
         return answer
 
-    def submit(self, jobs: Sequence[Submission]) -> None:
+    def submit(self, jobs: Sequence[Submission], *, keep: bool = True) -> None:
         """Bring durable jobs to the ledger, those of one epoch in one step.
 
-        The duties bring in jobs that the ledger does not hear of or take.
+        `keep`: keep jobs that it does not hear of for a while. The duties bring in those that it does not take.
         """
         for epoch, together in groupby(jobs, key=_epoch):
-            if not self._circuit.closed:
-                return
-            rows = [job.args for job in together]
-            # The ledger is cold, or of another epoch: a worker opens it, and brings in the accepted jobs.
-            with suppress(LedgerClosed), self._circuit.call(), call_budget.attempt(self._within):
-                self._ledger.epoch = epoch
-                if len(rows) == 1:
-                    self._ledger.submit_one(rows[0])
-                else:
-                    self._ledger.submit_many(rows)
+            group, heard = list(together), False
+            if self._circuit.closed:
+                try:
+                    with self._circuit.call(), call_budget.attempt(self._within):
+                        self._ledger.epoch = epoch
+                        if len(group) == 1:
+                            self._ledger.submit_one(group[0].args)
+                        else:
+                            self._ledger.submit_many([job.args for job in group])
+                        heard = True
+                except LedgerClosed:
+                    # The ledger is cold, or of another epoch: a worker opens it, and brings in the accepted jobs.
+                    heard = True
+            if keep and not heard:
+                self._miss(group)
+
+    def _miss(self, jobs: Sequence[Submission]) -> None:
+        """Keep jobs that the ledger has not heard of. Where there are too many, the oldest ones are left out."""
+        until = time.monotonic() + self._keep_for
+        with self._lock:
+            self._missed.extend((until, job) for job in jobs)
+            self._missed_bytes += sum(job.size for job in jobs)
+            while len(self._missed) > MAX_MISSED or self._missed_bytes > MAX_MISSED_BYTES:
+                self._missed_bytes -= self._missed.popleft()[1].size
+        if self._circuit.closed:
+            # It closed meanwhile.
+            self._bring_missed()
+
+    def _bring_missed(self) -> None:
+        """Bring the kept jobs, each of them once. The sweep brings those that it has had the time to bring."""
+        try:
+            while self._circuit.closed and (jobs := self._next_missed()):
+                self.submit(jobs, keep=False)
+        except Exception:
+            # Any error here would be that of a caller who waits for nothing of this.
+            logger.exception("jobs that the ledger missed are left to the sweep")
+
+    def _next_missed(self) -> list[Submission]:
+        """Take the next jobs to bring in one step, without those that were kept long enough."""
+        jobs: list[Submission] = []
+        with self._lock:
+            while self._missed and len(jobs) < STEP:
+                until, job = self._missed.popleft()
+                self._missed_bytes -= job.size
+                if time.monotonic() < until:
+                    jobs.append(job)
+        return jobs
 
     def descriptors(self) -> list[int]:
         """Return the sockets of this handle, as numbers, for a child that inherited them."""

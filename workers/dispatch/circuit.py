@@ -31,13 +31,20 @@ class Circuit:
     """Circuit breaker of one server. Thread-safe.
 
     `ping` asks the server, in a thread, and raises where it does not answer. `opened` is logged, with the reason, when
-    nobody asks any more. `closed_again` is logged when callers ask again.
+    nobody asks any more. `closed_again` is logged when callers ask again, and `on_closed` is called, in that thread.
 
     A fork copies no thread: in the child the circuit begins anew, closed.
     """
 
-    def __init__(self, ping: Callable[[], object], opened: str, closed_again: str) -> None:
+    def __init__(
+        self,
+        ping: Callable[[], object],
+        opened: str,
+        closed_again: str,
+        on_closed: Callable[[], object] = lambda: None,
+    ) -> None:
         self._ping = ping
+        self._on_closed = on_closed
         self._opened = opened
         self._closed_again = closed_again
         self._lock = threading.Lock()
@@ -96,6 +103,7 @@ class Circuit:
             if quick:
                 logger.warning(self._closed_again)
                 self._open = False
+                self._on_closed()
                 return
             pause = min(2 * pause, LOOK_AT_MOST)
 

@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 #: nothing but a processor in between.
 IN_A_ROW: Final = 0.001
 IN_A_ROW_BUSY: Final = 0.02
+#: Seconds between two submissions of a thread from which on the row begins anew, if the thread waited in between. Such
+#: a sender has time left: it sends at a rate, or as its own work comes, and its jobs need not be gathered.
+PAUSE: Final = 0.0002
 #: Share of the time since a row began for which the thread lets jobs come together, and its limit in seconds. The cost
 #: of a step hardly grows with its jobs, and a sender of a second does not feel a hundredth of it.
 GATHER: Final = 0.1
@@ -73,20 +76,31 @@ class Moment(NamedTuple):
         gap = at - self.at
         return gap < IN_A_ROW or (gap < IN_A_ROW_BUSY and self.waits > 0 and self[1:] == now()[1:])
 
+    def paused(self, at: float, now: Callable[[], Moment]) -> bool:
+        """Return True if the thread waited before a submission that begins `at` a time, which is `now`.
+
+        A wait shorter than `PAUSE` is no pause. Where nobody counts, no thread pauses.
+        """
+        if at - self.at < PAUSE or self.waits == 0:
+            return False
+        moment = now()
+        return moment.thread == self.thread and moment.waits != self.waits
+
 
 class Beginning(NamedTuple):
-    """Moment at which a sender began (monotonic seconds), and whether it goes on with a row."""
+    """Moment at which a sender began (monotonic seconds), whether it goes on with a row, and whether it paused."""
 
     at: float
     in_a_row: bool
+    paused: bool = False
 
 
-class Submissions:
+class SubmissionQueue:
     """Jobs that one process submits to the ledger, in their order. Thread-safe; not carried over a fork."""
 
     def __init__(self, breaker: Breaker) -> None:
         self._breaker = breaker
-        #: Moment at which the last sender was back, and time at which the first sender of the row began.
+        #: Moment at which the last sender was back, and time at which the row began, or at which its last pause ended.
         self._last = Moment(0.0)
         self._row = 0.0
         self._waiting: list[Submission] = []
@@ -105,8 +119,9 @@ class Submissions:
 
     def begin(self) -> Beginning:
         """Mark the moment at which a sender begins with a job."""
-        at = time.monotonic()
-        return Beginning(at, self._last.goes_on(at, Moment.now))
+        at, last = time.monotonic(), self._last
+        in_a_row = last.goes_on(at, Moment.now)
+        return Beginning(at, in_a_row, in_a_row and last.paused(at, Moment.now))
 
     def add(self, job: Submission, began: Beginning, *, alone: bool) -> None:
         """Bring a durable job to the ledger, now or soon.
@@ -115,10 +130,11 @@ class Submissions:
         answer is left alone.
         """
         if not self._breaker.closed:
+            self._breaker.submit([job])
             return
         try:
             with self._changed:
-                if not began.in_a_row:
+                if began.paused or not began.in_a_row:
                     self._row = began.at
                 if began.in_a_row and not alone and not _ending and self._leave(job):
                     return
@@ -216,7 +232,7 @@ class Submissions:
             return jobs
 
 
-_all: weakref.WeakSet[Submissions] = weakref.WeakSet()
+_all: weakref.WeakSet[SubmissionQueue] = weakref.WeakSet()
 #: True once this process ends. Then no job is left to a thread any more.
 _ending = False
 #: True once `multiprocessing` has been told.

@@ -13,7 +13,7 @@ from celery_capacity.routing.recovery import resubmit
 from celery_capacity.routing.store import backlog, dependencies
 from celery_capacity.workers.duties import apply_transitions
 from celery_capacity.workers.process.stores import Stores
-from celery_capacity.workers.results.cancellation import end_before_start, open_gates
+from celery_capacity.workers.results.cancellation import end_before_start, lift_constraints
 from celery_capacity.workers.results.deliver_later import deliver_rows
 from celery_capacity.workers.submit.constraints import burst_of
 
@@ -50,7 +50,7 @@ def open_all(app: Celery, stores: Stores) -> dict[str, int]:
 
     Counts: `opened`, `cancelled`, `let_go`.
     """
-    opened = open_gates(app, stores)
+    opened = lift_constraints(app, stores)
     with stores.engine.connect() as connection:
         let_go = dependencies.let_go(connection, burst_of(stores.settings))
     return {

@@ -1,7 +1,8 @@
 """Safety net for jobs, messages, free room and revokes that were left behind.
 
 Accepted jobs may never have reached the ledger, and messages may never have been claimed. Nobody may have filled free
-room, and Postgres alone may know of a revoke. In a healthy platform the sweep finds nothing.
+room, Postgres alone may know of a revoke, and the key of the total may be lost. In a healthy platform the sweep finds
+nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from celery import Celery
 
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.routing.recovery import resubmit, revocation, workers_with_room
+from celery_capacity.routing.recovery import reconcile_indexes, refill, resubmit, revocation, workers_with_room
 from celery_capacity.routing.store import backlog
 from celery_capacity.workers.duties import apply_transitions
 from celery_capacity.workers.process.stores import Stores
@@ -30,12 +31,14 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
     """Bring in jobs, messages and revokes that were left behind, and fill free room.
 
     Counts: `submitted` jobs, `redelivered` messages, `admitted` jobs that waited beside free room, `revoked` jobs that
-    had only been marked.
+    had only been marked, `fetched` jobs that stayed in Postgres, `drift` where the sum of CPUs was lost.
     """
     return {
+        "drift": reconcile_indexes.restore_lost_total(stores.ledger),
         "redelivered": stores.ledger.redeliver(),
-        "admitted": _fill(stores),
+        "admitted": workers_with_room.fill_all(stores.ledger),
         "revoked": _revoked(stores),
+        "fetched": _fetched(stores),
         # Last, because it needs a Postgres that takes the entries of the stream.
         "submitted": _stranded(app, stores),
     }
@@ -60,8 +63,12 @@ def _stranded(app: Celery, stores: Stores) -> int:
         after = rows[-1].seq
 
 
-def _fill(stores: Stores) -> int:
-    return sum(map(stores.ledger.fill, workers_with_room.with_room(stores.redis)))
+def _fetched(stores: Stores) -> int:
+    """Fetch jobs for heads that run low without a note, as after a Redis that forgot its last writes."""
+    if stores.ledger.is_unfinished():
+        return 0
+    stores.ledger.find_low()
+    return refill.refill(stores.engine, stores.ledger)["fetched"]
 
 
 def _revoked(stores: Stores) -> int:

@@ -21,7 +21,7 @@ from celery_capacity.routing.config.redaction import HIDDEN
 from celery_capacity.workers.broker.cut_connection import cut, is_silence
 from celery_capacity.workers.broker.queues import as_queue
 from celery_capacity.workers.execute import readiness
-from celery_capacity.workers.execute.pool import recall_unsent
+from celery_capacity.workers.execute.pool import recall_unsent, runs_in_loop
 from celery_capacity.workers.execute.pool_loop import PoolLoop
 from celery_capacity.workers.execute.request import JobRequest, request_class
 from celery_capacity.workers.execute.runtime import Runtime
@@ -110,7 +110,7 @@ class Consumer(celery_consumer.Consumer):
                     symbol_by_name(task.Request),
                     runtime.identity.incarnation,
                     runtime.end_job,
-                    runtime.stopping_cold,
+                    lambda: runtime.stops_cold,
                     runtime.announcer.later,
                 )
             super().update_strategies()
@@ -120,7 +120,7 @@ class Consumer(celery_consumer.Consumer):
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
         self.runtime.announcer.consumer = self
-        self.runtime.starting.handle = super().create_task_handler(*args, **options)
+        self.runtime.start_queue.handle = super().create_task_handler(*args, **options)
         return self.runtime.arrived
 
     # Remote control of the queues that this worker publishes. Celery's methods would consume them beside the private
@@ -131,14 +131,14 @@ class Consumer(celery_consumer.Consumer):
     ) -> None:
         added = as_queue(self.app.amqp.queues, queue, exchange, exchange_type, routing_key, **options)
         self.app.amqp.queues.select_add(added)
-        if self.runtime.serving.add(added):
+        if self.runtime.served_queues.add(added):
             logger.info("serving queue %s", added.name)
 
     def cancel_task_queue(self, queue: str) -> None:
         queues = self.app.amqp.queues
         queues.deselect(queue)
         name = queues.aliases[queue].name if queue in queues.aliases else queue
-        if self.runtime.serving.cancel(name):
+        if self.runtime.served_queues.cancel(name):
             logger.info("serving queue %s no more", name)
 
     def _update_prefetch_count(self, index: int = 0) -> None:
@@ -155,6 +155,7 @@ class Consumer(celery_consumer.Consumer):
     def register_pool(self, hub: Any) -> None:
         """Attach the platform to the loop, after Celery's pool was registered with it."""
         self.pool_loop.resume()
+        self.runtime.start_queue.runs_bodies = runs_in_loop(self.pool)
         self.runtime.attach(hub)
         # The loop is made anew for each connection to the broker, and ends its timers with the connection.
         maintain = getattr(getattr(self.pool, "_pool", None), "maintain_pool", None)
@@ -169,6 +170,7 @@ class Consumer(celery_consumer.Consumer):
         Celery would end the worker, because it takes the pool for one that cannot start.
         """
         if getattr(self.pool, "is_green", False):
+            self.runtime.start_queue.runs_bodies = True
             self.runtime.attach(None)
         super().on_ready()
         if not self.runtime.joining.begun:
@@ -185,7 +187,7 @@ class Consumer(celery_consumer.Consumer):
         to the pool runs to its end, and reports the end itself.
         """
         if self.blueprint.state == RUN:
-            self.runtime.starting.detach()
+            self.runtime.start_queue.detach()
             return
         self.recall()
 
@@ -193,7 +195,7 @@ class Consumer(celery_consumer.Consumer):
         """Hand back jobs that have provably not started, since the main loop will not run again."""
         # Every stop drains here, since Celery sends no signal for a stop by remote control.
         self.runtime.drain()
-        self.runtime.starting.stop()
+        self.runtime.start_queue.stop()
         if self.hub is not None:
             # Celery's pool looks there for the loop of its worker when it stops. Another loop may have begun since.
             set_event_loop(self.hub)

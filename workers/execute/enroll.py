@@ -34,12 +34,14 @@ from celery_capacity.routing.errors import (
     PlatformError,
     Unsupported,
 )
+from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.model.message import HEADER
 from celery_capacity.routing.model.nesting import JSON, check_body, check_value
+from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.workers.broker import beat_messages
 from celery_capacity.workers.broker.decompression import as_bytes
 from celery_capacity.workers.broker.transport import raw_of, receiving
-from celery_capacity.workers.membership.served_queues import Serving
+from celery_capacity.workers.membership.served_queues import ServedQueues
 from celery_capacity.workers.process.service import Service
 from celery_capacity.workers.submit.encode import RawMessage
 from celery_capacity.workers.submit.router import Router
@@ -74,7 +76,7 @@ class Intake(Service):
     def __init__(
         self,
         app: Celery,
-        serving: Serving,
+        serving: ServedQueues,
         on_tick: Callable[[str], None],
         on_refused: Callable[[Any], None] = lambda _: None,
         private: tuple[str, Callable[[Any], None]] | None = None,
@@ -98,15 +100,13 @@ class Intake(Service):
         self._ending.set()
 
     def run(self) -> None:
-        logged = ""
+        warning = LastingWarning(logger)
         while not self._ending.is_set():
             try:
                 self._consume()
-                logged = ""
+                warning.over()
             except self._recoverable() as error:
-                if str(error) != logged:
-                    logged = str(error)
-                    logger.warning("intake: the broker does not answer: %s", error)
+                warning.warn(f"intake: the broker does not answer: {error}")
                 self._ending.wait(RETRY_AFTER)
             except Exception:
                 # No error may make this worker deaf.
@@ -166,11 +166,11 @@ class Intake(Service):
         if isinstance(name, str):
             self._on_tick(name)
 
-    def _refuse(self, message: Any, error: Exception | str) -> None:
+    def _refuse(self, message: Any, error: Exception | str, reason: Refusal = Refusal.UNDECODABLE) -> None:
         """Set a message aside: as it is, it can never be a job."""
         delivery = getattr(message, "delivery_info", None) or {}
         queue = str(delivery.get("routing_key") or self._app.conf.task_default_queue)
-        receiving.set_aside(raw_of(message), queue, str(error) or type(error).__name__)
+        receiving.set_aside(raw_of(message), queue, reason, str(error) or type(error).__name__)
         message.ack()
         self._on_refused(message)
 
@@ -180,10 +180,10 @@ class Intake(Service):
             enroll(self._app.amqp.job_sender, self._router, message, queue)
         except (InvalidRequest, LeaseLost, Unsupported) as error:
             # A message may say that it is a retry, of an attempt that is not the job's any more. That is no less final.
-            self._refuse(message, error)
+            self._refuse(message, error, Refusal.NO_JOB)
         except (NotAccepted, OutcomeUnknown, PlatformError) as error:
             if _lies_in_the_data(error):
-                self._refuse(message, error)
+                self._refuse(message, error, Refusal.NO_JOB)
                 return
             logger.warning("a message is left in the queue %s: %s", queue, error)
             message.requeue()

@@ -1,7 +1,7 @@
 """Worker whose pool is of greenlets (`-P gevent`): its threads, its loop, and the meaning of a greenlet's end.
 
 Celery's main loop is another one there, without the events by which a worker of processes or threads hears of its jobs.
-So the mailbox takes the messages (`workers.broker.ledger_queue`), as it does where the broker is not the ledger's. A
+So a thread takes the messages (`workers.broker.ledger_queue`), as it does where the broker is not the ledger's. A
 greenlet starts the claimed jobs (`Starter`). The threads of the platform are the operating system's
 (`routing.os_threads`).
 """

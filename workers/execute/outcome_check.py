@@ -36,6 +36,7 @@ class Ambiguous(StrEnum):
 UNLESS_COMMITTED: Final[Mapping[Outcome | Ambiguous, Outcome]] = {
     Outcome.LOST: Outcome.LOST,
     Outcome.HANDED_BACK: Outcome.HANDED_BACK,
+    Outcome.REQUEUED: Outcome.REQUEUED,
     Ambiguous.BROKEN_OFF: Outcome.FAILED,
     Ambiguous.TERMINATED: Outcome.CANCELLED,
 }

@@ -221,5 +221,5 @@ class PoolLoop:
             # When Celery loses the connection, it cancels the timers that were added since. But time limits of jobs
             # that started here do not belong to the connection.
             consumer.timer_entries_before_start = loops._timer_entries(hub.timer)
-        consumer.runtime.starting.detach()
+        consumer.runtime.start_queue.detach()
         hub.reset()

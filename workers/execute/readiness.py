@@ -6,19 +6,21 @@ import logging
 import sys
 from typing import Any
 
-from celery_capacity.routing.config.machine import describe
+from celery_capacity.routing.config.machine import Machine, describe, exceeding
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.model.message import PLATFORM_PREFIX
 from celery_capacity.workers.execute.pool import slots_of
 from celery_capacity.workers.execute.runtime import Runtime
 from celery_capacity.workers.membership.preflight import neighbours, whole_machine
 from celery_capacity.workers.process.exit_codes import Exit, code_of
-from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.process.stores import Stores, stores_of
 from celery_capacity.workers.process.waiting_for_stores import when_stores_answer
 from celery_capacity.workers.submit.constraints import declare_rates
 from celery_capacity.workers.submit.router import Declarations, declaration
 
 logger = logging.getLogger(__name__)
+#: Logger of the line with the capacity, which people look for, and which is no warning.
+capacity_logger = logging.getLogger(f"{__name__}.capacity")
 
 
 def join(consumer: Any) -> None:
@@ -34,12 +36,24 @@ def join(consumer: Any) -> None:
         _warn_of_neighbours(stores, runtime)
         declare_rates(app, stores)
         detected, admitted = runtime.join(lambda: slots_of(consumer.controller), declarations(app, stores))
-        logger.warning(
+        _show_at_default_level(capacity_logger)
+        capacity_logger.info(
             "worker %s published %s%s",
             runtime.identity.name,
             describe(detected),
             f"; {admitted} {'waiting job was' if admitted == 1 else 'waiting jobs were'} admitted" if admitted else "",
         )
+        for sentence in exceeding(stores.settings, Machine().read()):
+            logger.warning(sentence)
+
+
+def _show_at_default_level(news: logging.Logger) -> None:
+    """Show the INFO lines of a logger at Celery's default level, WARNING, too.
+
+    A stricter level, and a level that the configuration gives this logger, hide them.
+    """
+    if news.level == logging.NOTSET and news.isEnabledFor(logging.WARNING):
+        news.setLevel(logging.INFO)
 
 
 def _warn_of_neighbours(stores: Stores, runtime: Runtime) -> None:
@@ -68,11 +82,6 @@ def declarations(app: Any, stores: Stores) -> Declarations:
         for name, task in app.tasks.items()
         if not name.startswith((PLATFORM_PREFIX, "celery."))
     }
-
-
-def stores_of(app: Any) -> Stores | None:
-    stores = getattr(app, "platform", None)
-    return stores if isinstance(stores, Stores) else None
 
 
 class refusing:  # noqa: N801 - reads as a statement

@@ -11,12 +11,13 @@ from celery.app.task import Context
 from celery.exceptions import InvalidTaskError
 
 from celery_capacity.routing.model.message import parse_tag
+from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.workers.broker import transport
 from celery_capacity.workers.process.attempts import Attempt, held
 from celery_capacity.workers.process.identity import Identity
 from celery_capacity.workers.results.backends import kept_of
-from celery_capacity.workers.results.quarantine_thread import Quarantine
+from celery_capacity.workers.results.quarantine_thread import QuarantineThread
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def refusing(
     error: str,
     identity: Identity,
     app: Celery,
-    quarantine: Quarantine,
+    quarantine: QuarantineThread,
     end_job: Callable[..., bool],
     failed: Callable[[str, Any, Exception], None],
 ) -> Iterator[None]:
@@ -38,7 +39,7 @@ def refusing(
     if tag is None:
         # A message of remote control, which belongs to no job.
         queue = str((message.delivery_info or {}).get("routing_key") or "")
-        quarantine.set_aside(transport.raw_of(message), queue, error)
+        quarantine.set_aside(transport.raw_of(message), queue, Refusal.UNDECODABLE, error)
         yield
         return
     attempt = Attempt(tag, identity.incarnation, deferred=True)

@@ -26,6 +26,7 @@ from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.execute.gevent_pool import Killed, problem_of, was_killed
 from celery_capacity.workers.execute.outcome_check import Ambiguous
+from celery_capacity.workers.execute.pool import abandon_bodies
 from celery_capacity.workers.execute.run_body import TracedPool, unpacked
 from celery_capacity.workers.process.attempts import Attempt, held
 from celery_capacity.workers.results.events import allocation, raised, request_of, signal_failure
@@ -62,6 +63,8 @@ class JobRequest:
     outbox: Outbox
     #: Reason why the worker itself ends the job, '' where it does not.
     ended_by: Literal["", "revoke", "stop"] = ""
+    #: Error of the attempt if the body rejects its message.
+    rejected_as: str = "rejected"
 
     def __init__(self, message: Any, *args: Any, **options: Any) -> None:
         super().__init__(message, *args, **options)  # type: ignore[call-arg]
@@ -70,10 +73,17 @@ class JobRequest:
         if self.tag is not None:
             # A task sees this number as self.request.attempt.
             self._request_dict["attempt"] = self.tag.token.attempt  # type: ignore[attr-defined]
+            delivery = self._request_dict.setdefault("delivery_info", {})  # type: ignore[attr-defined]
+            delivery["redelivered"] = self._is_redelivered(self.tag.token.attempt)
             carried = self._request_dict.get(HEADER)  # type: ignore[attr-defined]
             if isinstance(carried, Mapping) and ETA in carried:
                 # The ETA has come. Celery looked for an ETA before this line, so it holds nothing back.
                 self._request_dict["eta"] = carried[ETA]  # type: ignore[attr-defined]
+
+    def _is_redelivered(self, attempt: int) -> bool:
+        """Return True if this message came to a worker before. A retry or a replacement is a message of its own."""
+        messages = [self._request_dict.get(count) for count in ("retries", "replaced_task_nesting")]  # type: ignore[attr-defined]
+        return attempt > 1 + sum(count for count in messages if isinstance(count, int))
 
     def info(self, safe: bool = False) -> dict[str, Any]:
         """Return the answer to `inspect`: arguments as anybody may see them, the request, and the allocation."""
@@ -134,7 +144,7 @@ class JobRequest:
     def reject(self, requeue: bool = False) -> None:
         if not getattr(self, "acknowledged", False):
             self.acknowledged = True
-            self._end(Outcome.HANDED_BACK if requeue else Outcome.FAILED, "rejected")
+            self._end(Outcome.REQUEUED if requeue else Outcome.FAILED, self.rejected_as)
             self.send_event("task-rejected", requeue=requeue)  # type: ignore[attr-defined]
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
@@ -152,6 +162,8 @@ class JobRequest:
         if isinstance(error, WorkerLostError) and not return_ok:
             return self._child_lost(error, exc_info)
         outcome, text = _outcome(error, exc_info)
+        if isinstance(error, Reject):
+            self.rejected_as = text or self.rejected_as
         if isinstance(error, Ignore) and self.outbox.replaced:
             outcome, text = Outcome.REPLACED, None
         try:
@@ -213,8 +225,13 @@ class JobRequest:
             self.killed() if was_killed(error) else self._fail(error)
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
-        self.ended_by = "revoke"
-        super().terminate(pool, signal)  # type: ignore[misc]
+        before, self.ended_by = self.ended_by, "revoke"
+        try:
+            super().terminate(pool, signal)  # type: ignore[misc]
+        except NotImplementedError:
+            # A thread cannot be ended from outside, so the body goes on.
+            self.ended_by = before
+            raise
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
         """Break off the body, as a cold stop does.
@@ -222,6 +239,8 @@ class JobRequest:
         Celery stores its state RETRY in a signal's handler, which must not wait for the backend.
         """
         self.ended_by = "stop"
+        if abandon_bodies(pool):
+            return
         with self._speaking():
             super().cancel(pool, signal, emit_retry)  # type: ignore[misc]
 
@@ -298,7 +317,7 @@ def _outcome(error: BaseException, exc_info: Any) -> tuple[Outcome | Ambiguous |
     if isinstance(error, Ignore):
         return Outcome.SUCCEEDED, "ignored"
     if isinstance(error, Reject):
-        return (Outcome.HANDED_BACK if error.requeue else Outcome.FAILED), f"rejected: {error.reason}"
+        return (Outcome.REQUEUED if error.requeue else Outcome.FAILED), f"rejected: {error.reason}"
     if isinstance(error, Terminated):
         return None, None
     if isinstance(error, LeaseLost):

@@ -12,14 +12,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final
 
 from celery_capacity.routing.errors import InvalidRequest, show
-from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model.message import HEADER, parse_tag
-from celery_capacity.routing.model.reasons import Refusal
+from celery_capacity.routing.model.reasons import Refusal, Tally
 from celery_capacity.routing.model.request import KNOWN_EVERYWHERE
 from celery_capacity.routing.model.token import Token
 
@@ -33,24 +32,22 @@ class ReturnedMessages:
     """Handling of messages that this worker cannot run, for the main loop.
 
     `knows` tells whether a task is registered. `put_off` gets a job and its token, `hand_back` the reason too, in any
-    thread: the body has not begun, and the job goes back. `later` runs a call that may wait. `hold`: seconds for which
+    thread: the body has not begun, and the job goes back. `hold`: seconds for which
     a repeated job is held.
     """
 
     def __init__(
         self,
-        ledger: Ledger,
+        tally: Tally,
         knows: Callable[[str], bool],
         put_off: Callable[[str, Token], None],
         hand_back: Callable[[str, Token, str], None],
-        later: Callable[[Callable[[], object]], None],
         hold: float,
     ) -> None:
-        self._ledger = ledger
+        self._tally = tally
         self._knows = knows
         self._put_off = put_off
         self._hand_back = hand_back
-        self._later = later
         self._hold = hold
         self._returned: OrderedDict[str, None] = OrderedDict()
         self._told: set[str] = set()
@@ -59,15 +56,15 @@ class ReturnedMessages:
         """Return True if this worker cannot run the message. Then its job goes back."""
         carried = message.headers.get(HEADER)
         try:
-            format_versions.check_message(carried if isinstance(carried, Mapping) else {})
+            format_versions.check_message(carried if isinstance(carried, dict) else {})
         except InvalidRequest as error:
-            self._later(lambda: self._ledger.count(Refusal.FORMAT))
+            self._tally.add(Refusal.FORMAT)
             self._return(message, str(error))
             return True
         task = message.headers.get("task")
         # No catalogue says who has a task that every worker should have: such a job would come back for ever.
         if isinstance(task, str) and not task.startswith(KNOWN_EVERYWHERE) and not self._knows(task):
-            self._later(lambda: self._ledger.count(Refusal.TASK))
+            self._tally.add(Refusal.TASK)
             self._return(message, f"this worker does not know the task {show(task)}")
             return True
         return False

@@ -15,6 +15,7 @@ from celery_capacity.routing.model.message import parse_tag
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.workers.execute.gevent_pool import Killed, was_killed
 from celery_capacity.workers.process.attempts import Attempt, held
+from celery_capacity.workers.process.progress import write_last
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ def traced(tag: str, incarnation: str, trace: Callable[..., Any], *args: Any) ->
     try:
         with held(Attempt(parsed, incarnation)) as attempt:
             failed, value, runtime = trace(*args)
+            write_last(attempt)
     except BaseException as error:
         if not was_killed(error):
             raise

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -31,18 +32,19 @@ from celery_capacity.routing.model.envelope import Unreadable
 from celery_capacity.routing.model.identifiers import check_job_id
 from celery_capacity.routing.model.message import HEADER, parse_tag
 from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.broker import beat_messages, transport
 from celery_capacity.workers.broker.decompression import TIMES
-from celery_capacity.workers.broker.ledger_queue import Mailbox
+from celery_capacity.workers.broker.ledger_queue import LedgerQueue
 from celery_capacity.workers.execute.enroll import Intake
 from celery_capacity.workers.execute.outcome_check import JUDGED, Ambiguous, BodyEnd, gone_back, judge
 from celery_capacity.workers.execute.rejected import refusing
 from celery_capacity.workers.execute.returned import ReturnedMessages
-from celery_capacity.workers.execute.start_queue import Starting
+from celery_capacity.workers.execute.start_queue import StartQueue
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.epoch_watch import EpochWatch
@@ -50,24 +52,25 @@ from celery_capacity.workers.membership.heartbeat import HeartbeatThread
 from celery_capacity.workers.membership.join import Joining
 from celery_capacity.workers.membership.preflight import shares_ledger
 from celery_capacity.workers.membership.registration import Membership
-from celery_capacity.workers.membership.served_queues import Serving
+from celery_capacity.workers.membership.served_queues import ServedQueues
 from celery_capacity.workers.process.exit_codes import Exit
 from celery_capacity.workers.process.holdings import Holdings
 from celery_capacity.workers.process.identity import Identity
 from celery_capacity.workers.process.service import Services
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.results import running_workers
-from celery_capacity.workers.results.chord_parts import Parts
+from celery_capacity.workers.results.chord_parts import ChordParts
 from celery_capacity.workers.results.deliver import Delivery
 from celery_capacity.workers.results.deliver_later import deliver_parts, note_rest, tell_late
 from celery_capacity.workers.results.events import Announcer
 from celery_capacity.workers.results.outcome_writer import Recorder
-from celery_capacity.workers.results.quarantine_thread import Quarantine
-from celery_capacity.workers.runner.duty_runner import OUTBOX, Runner
+from celery_capacity.workers.results.quarantine_thread import QuarantineThread
+from celery_capacity.workers.runner.duty_runner import OUTBOX, REFILL, Runner
 from celery_capacity.workers.settle.postgres_ends import PostgresEnds
 from celery_capacity.workers.settle.pull_thread import Puller
 from celery_capacity.workers.settle.settle_thread import LedgerThread
 from celery_capacity.workers.submit.router import Declarations
+from celery_capacity.workers.supervision.health import Health
 
 logger = logging.getLogger(__name__)
 
@@ -85,68 +88,65 @@ class Runtime:
         self.identity = identity
         self.pid = os.getpid()
         self._green = green
-        settings, engine = stores.settings, stores.engine
+        settings, engine = stores.settings, stores.keep_connections()
         #: Seconds for each step of leaving. The whole is bounded, and the duties repair steps that are not done.
         self._leave_within = timeouts.LEAVE * settings.store_timeout
         # The worker's own client: its epoch is that of the worker's registration. `stores.ledger` follows Postgres.
         self.ledger = ledger = stores.new_ledger()
         self.confirmation = Confirmation(engine, settings.confirm_interval, self._on_regained)
         self._loop, self.holdings = Wake(), Holdings({})
-        self.announcer = Announcer(app, engine, identity.name, self._loop.set)
+        self.wake_loop = self._loop.set
+        self.announcer = Announcer(app, engine, identity.name, self.wake_loop)
         self.recorder = Recorder(engine, ledger, self.announcer.waiting, self._on_regained, settings.write_within)
         context = WorkerContext(settings, engine, ledger, identity, self.confirmation, self.holdings, self.recorder)
         self.reachability = context.reachability
         self._accept = prepare_accept_content(app.conf.accept_content)
         returned = ReturnedMessages(
-            ledger,
+            ledger.tally,
             app.tasks.__contains__,
             self.holdings.put_off,
             lambda job, token, reason: self.ledger_thread.give_back(job, token, reason),
-            self.recorder.call,
             settings.start_timeout,
         )
         jobs = (self._hand_back, self.holdings.start, self.refusing)
-        self.starting = Starting(self._loop, self.announcer, returned, *jobs)
-        self.starting.accept = self._accept
+        self.start_queue = StartQueue(self._loop, self.announcer, returned, *jobs)
+        self.start_queue.accept = self._accept
         if green:
-            self.starting.start_greenlets()
+            self.start_queue.start_greenlets()
         self._make_intake(context)
         self._make_threads(context)
-        self._cold = self._left = False
+        self.leaving = self.stops_cold = False
 
     def _make_intake(self, context: WorkerContext) -> None:
         """Make the parts by which results leave the worker, and by which messages come to it."""
         app, identity, settings = self.app, self.identity, context.settings
         #: Deliver chord parts for any thread that asks: a join may wait without limit.
-        self.parts = Parts(identity.incarnation)
+        self.parts = ChordParts(identity.incarnation)
         self.delivery = Delivery(
-            lambda: app.backend, identity.incarnation, self.recorder.add, self.parts, self._note_rest
+            lambda: app.backend,
+            identity.incarnation,
+            self.recorder.add,
+            self.recorder.write,
+            self.parts,
+            self._note_rest,
         )
         self.membership = Membership(context, self._unwritten, self._flush)
-        self.quarantine = Quarantine(context.engine, identity.name)
-        self.serving = Serving(app, settings, self.remeasure)
+        self.quarantine = QuarantineThread(context.engine, context.ledger.tally, identity.name)
+        self.served_queues = ServedQueues(app, settings, self.remeasure)
         self.reachability.on_found = transport.doubt
         shared = shares_ledger(app, settings) and not self._green
         if shared:
             self.reachability.on_silence = lambda: self.announcer.consumer and self.announcer.consumer.cut()
         private = (identity.queue, self.arrived) if shared else None
-        self.intake = Intake(app, self.serving, self.on_tick, self.announcer.refused, private)
+        self.intake = Intake(app, self.served_queues, self.on_tick, self.announcer.refused, private)
         #: Takes the messages of the private queue where the intake does not.
-        self.mailbox = None if shared else Mailbox(settings, identity.queue, self._received)
-        ticks = beat_messages.channel(app) if shared else ""
-        self._news = EpochWatch(settings, lambda: self.heartbeat.look(), self.on_tick, ticks)
+        self.ledger_queue = None if shared else LedgerQueue(settings, identity.queue, self._received)
 
     def _make_threads(self, context: WorkerContext) -> None:
         """Make the threads that settle jobs, say that the worker lives, and run the duties."""
         app, stores, identity = self.app, self.stores, self.identity
         self.joining = Joining(stores, self.membership, self.confirmation, self.reachability, self.intake.challenge)
-        self.puller = Puller(
-            context,
-            stores,
-            self._flush,
-            self.starting.take,
-            lambda: self.starting.attached,
-        )
+        self.puller = Puller(context, stores, self._flush, self.start_queue.take, lambda: self.start_queue.attached)
         self.in_postgres = PostgresEnds(
             context,
             self.puller.wake,
@@ -158,30 +158,35 @@ class Runtime:
             context,
             self.membership,
             self.intake.challenge,
-            lambda: self.serving.detect().capacity,
-            self._on_open,
+            lambda: self.served_queues.detect().capacity,
+            lambda: self.ledger_thread.wake(),
             self._on_taken,
         )
         self.ledger_thread = LedgerThread(
             context,
             self.in_postgres,
             self.delivery.add,
-            self.starting.take,
+            self.start_queue.take,
             self.heartbeat.closed,
             self.quarantine.set_aside,
         )
+        self.start_queue.settles = None if self._green else self.ledger_thread.loop
         decides = (lambda: self.confirmation.authority, context.ledger, lambda: self.confirmation.resting)
         self.duties = Runner(app, stores, identity.incarnation, *decides)
         self.duties.election.worker, self.duties.election.on_look = identity.name, self.heartbeat.looked
-        self.duties.election.news = self._news
+        ticks = beat_messages.channel(app) if self.ledger_queue is None else ""
+        fetch = partial(self.duties.tick, REFILL)
+        self.duties.election.news = EpochWatch(context.settings, self.heartbeat.look, self.on_tick, ticks, fetch)
         self.confirmation.on_epoch, self.confirmation.on_authority = self.heartbeat.look, self.puller.wake
-        self.heartbeat.on_renewed = self.duties.close_spare_connections
+        self.health = Health(context.settings.health_dir, self.start_queue)
+        self.heartbeat.on_look = self.health.beat
+        self.heartbeat.on_renewed = self._close_spare_connections
         self.heartbeat.on_missing = self.ledger_thread.on_missing = self.duties.suspect
         self.confirmation.idle = lambda: self.ledger_thread.idle and not self.reachability.lost
         #: Stages of the end of an attempt, the last one first: recorded, delivered, released.
         self.stages = Services(self.quarantine, self.recorder, self.delivery, self.ledger_thread)
         membership = (self.confirmation, self.puller, self.heartbeat)
-        self.member_services = Services(*membership, self.mailbox, self.intake, self.duties)
+        self.member_services = Services(*membership, self.ledger_queue, self.intake, self.duties)
 
     # -- the life of the worker ----------------------------------------------------------------------------------
 
@@ -202,10 +207,10 @@ class Runtime:
 
     def join(self, slots: Callable[[], int], declared: Declarations) -> tuple[Detected, int]:
         """Register, start the threads; return the published capacity and the number of jobs admitted at once."""
-        # `slots` tells the size of the pool, now and later.
-        self.serving.slots = slots
+        self.served_queues.slots = slots
+        self.health.begin(self.stores.settings.renew_interval)
         sys.setswitchinterval(SWITCH_INTERVAL)
-        detected = self.serving.detect()
+        detected = self.served_queues.detect()
         self.holdings.capacity, self.holdings.tasks = dict(detected.capacity.amounts), frozenset(declared)
         self.stages.start()
         admitted = self.joining.enter(detected.capacity, declared, self.wait_to_start)
@@ -218,14 +223,9 @@ class Runtime:
         self._loop.wait(seconds)
         worker_state.maybe_shutdown()
 
-    def wake_loop(self) -> None:
-        """Have the main loop look around, in any thread."""
-        self._loop.set()
-
     def remeasure(self) -> None:
-        """Measure the capacity anew when the pool or the served queues have changed: the heartbeat publishes it."""
-        # A job that is admitted meanwhile and fits no more is handed back. Running jobs go on.
-        self.holdings.capacity = dict(self.serving.detect().capacity.amounts)
+        """Measure the capacity anew. A job that is admitted meanwhile, and fits no more, is handed back."""
+        self.holdings.capacity = dict(self.served_queues.detect().capacity.amounts)
         self.confirmation.needed()
         self.heartbeat.tick()
         self.puller.wake()
@@ -243,11 +243,16 @@ class Runtime:
         # Celery's loop looks only now and then whether it is to stop: it is woken to do so.
         self._loop.set()
 
+    def stops(self, cold: bool) -> None:
+        """Note a stop, and whether it waits for running jobs. Safe in a signal handler."""
+        self.stops_cold |= cold
+        self.heartbeat.cold_in(self.stores.settings.shutdown_grace or math.inf)
+
     def leave(self) -> None:
         """Settle ended jobs, hand back the others, deregister. Bounded in time, and safe to call twice."""
-        if self._left or os.getpid() != self.pid:
+        if self.leaving or os.getpid() != self.pid:
             return
-        self._left = True
+        self.leaving = True
         atexit.unregister(self.leave)
         self.member_services.stop(self._leave_within)
         self._end_all()
@@ -261,6 +266,7 @@ class Runtime:
         for newest in running_workers.running()[-1:]:
             newest.receive()
         self.quarantine.stop(self._leave_within)
+        self.health.end()
 
     def _end_all(self) -> None:
         """End the attempts that are still held, since the pool has ended."""
@@ -289,16 +295,10 @@ class Runtime:
         except (PlatformError, LedgerClosed) as error:
             logger.warning("could not deregister, the lease will run out: %s", error)
 
-    def stop_cold(self) -> None:
-        self._cold = True
-
-    def stopping_cold(self) -> bool:
-        return self._cold
-
     # -- messages ------------------------------------------------------------------------------------------------
 
     def arrived(self, message: Any) -> None:
-        """Pass on a message of the private queue. In the thread of the intake or the mailbox: nothing here waits."""
+        """Pass on a message of the private queue. Nothing here waits: it runs in the thread that takes the message."""
         tag = parse_tag(message.delivery_tag)
         carried = message.headers.get(HEADER)
         try:
@@ -309,22 +309,22 @@ class Runtime:
             readable = format_versions.is_known(carried)
             request = Request.from_shape(str(carried.get("shape"))) if readable else Request.of({})
         except (PlatformError, Unreadable) as error:
-            self.quarantine.set_aside(transport.raw_of(message), self.identity.queue, str(error))
+            self.quarantine.set_aside(transport.raw_of(message), self.identity.queue, Refusal.FOREIGN, str(error))
             return
         self.ledger_thread.arrive(tag, request, message)
 
     def _received(self, raw: bytes) -> None:
-        """Take a message that the mailbox received, in the mailbox's thread."""
+        """Take a message of the ledger queue, in its thread."""
         try:
             message = transport.job_message(raw, self._accept)
         except Unreadable as error:
-            self.quarantine.set_aside(raw, self.identity.queue, str(error))
+            self.quarantine.set_aside(raw, self.identity.queue, error.reason, str(error))
             return
         self.arrived(message)
 
     def attach(self, hub: Any) -> None:
-        """Attach the main loop, see `Starting.attach`, and pull jobs from Postgres."""
-        self.starting.attach(hub)
+        """Attach the main loop, see `StartQueue.attach`, and pull jobs from Postgres."""
+        self.start_queue.attach(hub)
         self.puller.wake()
 
     def refusing(self, message: Any, error: str) -> AbstractContextManager[None]:
@@ -382,15 +382,15 @@ class Runtime:
         self.heartbeat.tick()
         self.ledger_thread.wake()
 
-    def _on_open(self) -> None:
-        """Note that a new epoch is open and this worker is in it."""
-        self.in_postgres.count_stale(self.ledger)
-        self.ledger_thread.wake()
+    def _close_spare_connections(self) -> None:
+        self.ledger_thread.loop.rest()
+        self.duties.close_spare_connections()
 
     def _on_taken(self, error: NameTaken) -> None:
         """End as after a TERM, with an exit code that says why. In the heartbeat's thread."""
         logger.critical("this worker ends: %s", error)
         worker_state.should_stop = Exit.UNAVAILABLE
+        self.stops(cold=False)
         self.drain()
 
 

@@ -117,7 +117,7 @@ class Confirmation(LookingService):
 
     def run(self) -> None:
         while True:
-            # In this order: a caller that comes between the two lines sees a resting thread, and wakes it.
+            # The order matters: a caller that comes between the two lines sees a resting thread, and wakes it.
             self._resting = True
             self._resting = self.authority == Store.LEDGER and self.idle()
             self._wake.wait(REST if self._resting else self._interval)

@@ -17,11 +17,14 @@ def open_ledger(stores: Stores) -> dict[str, int]:
         done = rebuild.open_if_cold(stores.engine, stores.ledger)
     if done is None:
         return {}
-    logger.warning(
-        "the ledger was cold: epoch %d is open, with %d workers, %d held jobs and %d brought back",
-        done.epoch,
-        done.workers,
-        done.held,
-        done.filed,
-    )
+    if done.workers == done.held == done.filed == 0:
+        logger.info("scheduler state initialised (epoch %d)", done.epoch)
+    else:
+        logger.warning(
+            "scheduler state was lost and is rebuilt: epoch %d is open, with %d workers, %d held and %d waiting jobs",
+            done.epoch,
+            done.workers,
+            done.held,
+            done.filed,
+        )
     return {"epochs": 1, "books": done.workers, "held": done.held, "filed": done.filed}

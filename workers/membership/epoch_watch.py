@@ -8,16 +8,15 @@ waits for news between two looks at the ledger.
 from __future__ import annotations
 
 import logging
-import select
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from celery_capacity.routing import os_threads
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect.job_events import EPOCH_CHANNEL
+from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.broker import beat_messages
@@ -32,7 +31,8 @@ class EpochWatch:
     """Subscription to new epochs and ticks, used by one thread.
 
     `on_epoch` is called when a new epoch is open, or may be: also after each gap. `on_tick` is called with the name of
-    each tick, where the broker is the ledger's Redis. There, ticks are published on `tick_channel`.
+    each tick, where the broker is the ledger's Redis. There, ticks are published on `tick_channel`. `on_low` is called
+    where a shape in the ledger runs low of waiting jobs. Only the runner of the duties listens to that.
     """
 
     def __init__(
@@ -41,24 +41,31 @@ class EpochWatch:
         on_epoch: Callable[[], None],
         on_tick: Callable[[str], None] = lambda _: None,
         tick_channel: str = "",
+        on_low: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings = settings
         self._on_epoch = on_epoch
         self._on_tick = on_tick
+        self._on_low = on_low
+        #: True while the subscription is the runner's.
+        self._runs = False
         self._channels = [EPOCH_CHANNEL, *([tick_channel] if tick_channel else [])]
         self._client: Any = None
         self._pubsub: Any = None
 
-    def wait(self, wake: Wake, seconds: float, *, answers: bool) -> None:
+    def wait(self, wake: Wake, seconds: float, *, answers: bool, runs: bool = False) -> None:
         """Pass on news until somebody wakes the caller, or so many seconds are over.
 
-        `answers`: the ledger answered just now. A subscription that is lost is made anew only then, so that a stopped
-        Redis keeps the caller waiting no longer.
+        `runs`: the caller runs the duties. `answers`: the ledger answered just now. A subscription that is lost is made
+        anew only then, so that a stopped Redis keeps the caller waiting no longer.
         """
         until = time.monotonic() + seconds
         try:
             if self._pubsub is None and answers:
                 self._subscribe()
+            if self._pubsub is not None and runs != self._runs:
+                (self._pubsub.subscribe if runs else self._pubsub.unsubscribe)(keys.LOW)
+                self._runs = runs
             while self._pubsub is not None and (left := until - time.monotonic()) > 0:
                 if self._hear(wake, left):
                     return
@@ -76,6 +83,7 @@ class EpochWatch:
             self._pubsub.close()
             self._client.close()
         self._pubsub = self._client = None
+        self._runs = False
 
     def _begin_again(self, until: float) -> float:
         """Let go of the subscription; return the time at which it may begin anew (monotonic)."""
@@ -93,18 +101,15 @@ class EpochWatch:
         socket = getattr(self._pubsub.connection, "_sock", None)
         if socket is None or socket.fileno() < 0:
             raise ConnectionError("the connection is gone")
-        poll = os_threads.poll()
-        poll.register(wake.fileno(), select.POLLIN)
-        poll.register(socket.fileno(), select.POLLIN)
-        ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
+        woken, _ = wake.wait_beside(socket.fileno(), seconds)
         while (message := self._pubsub.get_message(timeout=0)) is not None:
             kind, channel = message["type"], (message["channel"] or b"").decode()
-            # Also when the subscription begins: nobody publishes an earlier epoch again.
+            # The beginning of a subscription counts too, since nobody publishes an earlier epoch again.
             if channel == EPOCH_CHANNEL and kind in ("message", "subscribe"):
                 self._on_epoch()
+            elif channel == keys.LOW:
+                # Also when the subscription begins, because an earlier shape is not told again.
+                self._on_low()
             elif kind == "message" and (name := beat_messages.read(message["data"])):
                 self._on_tick(name)
-        if wake.fileno() in ready:
-            wake.clear()
-            return True
-        return False
+        return woken

@@ -50,7 +50,7 @@ class Reachability:
         return time.monotonic() - self.since
 
 
-class Switch:
+class AuthoritySwitch:
     """Switch of the authority between the ledger and Postgres."""
 
     def __init__(
@@ -81,9 +81,9 @@ class Switch:
                 "the ledger answers again: it decides, from epoch %d on",
             )
 
-    def _change(self, change: Callable[[Connection], int | None], says: str) -> None:
+    def _change(self, change: Callable[[Connection], int | None], message: str) -> None:
         with self._engine.connect() as connection:
             epoch = change(connection)
         if epoch is not None:
-            logger.warning(says, epoch)
+            logger.warning(message, epoch)
             self._confirmation.ask_soon()

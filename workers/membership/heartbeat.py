@@ -10,6 +10,9 @@ It tells both stores that the worker lives, Postgres first. Neither store delays
 from __future__ import annotations
 
 import logging
+import math
+import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Final
@@ -28,7 +31,7 @@ from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.broker.cut_connection import is_silence
 from celery_capacity.workers.membership.context import WorkerContext
-from celery_capacity.workers.membership.failover import Switch
+from celery_capacity.workers.membership.failover import AuthoritySwitch
 from celery_capacity.workers.membership.registration import Membership
 from celery_capacity.workers.process.service import LookingService
 
@@ -48,7 +51,7 @@ FLUSH_SHARE: Final = 0.5
 class HeartbeatThread(LookingService):
     """Heartbeat thread: tells Postgres that the worker lives, renews its lease in the ledger, sees a new epoch, drains.
 
-    It also looks which store is to decide (`Switch`).
+    It also looks which store is to decide (`AuthoritySwitch`).
     """
 
     def __init__(
@@ -79,11 +82,19 @@ class HeartbeatThread(LookingService):
         self._drained = False
         #: Times of the last renewal of the lease, and of the next one (monotonic).
         self._renewed_at = self._renew_at = 0.0
-        self._switch = Switch(context.engine, context.settings, context.confirmation, context.reachability)
+        self._switch = AuthoritySwitch(context.engine, context.settings, context.confirmation, context.reachability)
         self._postgres_within, self._postgres_from = postgres_within(self._ledger.settings), 0.0
         self._warning, self._postgres_warning = LastingWarning(logger), LastingWarning(logger)
         #: Called after each heartbeat.
         self.on_renewed: Callable[[], None] = lambda: None
+        #: Times of the newest heartbeats that reached the ledger, and Postgres (monotonic).
+        self._ledger_at = self._postgres_at = 0.0
+        #: Time at which jobs that still run are to be handed back (monotonic).
+        self._cold_at, self._is_cold = math.inf, False
+        #: Called once at that time.
+        self.on_cold: Callable[[], None] = end_cold
+        #: Called after each look at the stores, whatever became of it, with `reached_at` and `draining`.
+        self.on_look: Callable[[float, bool], None] = lambda *_: None
         #: Called when the ledger does not know this worker, though it is open in its epoch.
         self.on_missing: Callable[[], None] = lambda: None
 
@@ -117,18 +128,26 @@ class HeartbeatThread(LookingService):
         self._drain = True
         self._wake.set()
 
+    def cold_in(self, seconds: float) -> None:
+        """Have `on_cold` called in so many seconds, unless this thread ends before. A later signal puts off nothing."""
+        if not self._is_cold:
+            self._cold_at = min(self._cold_at, time.monotonic() + seconds)
+            self._wake.set()
+
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         settings = self._ledger.settings
-        self._renewed_at = time.monotonic()
+        # This thread starts when the worker has registered with the store that decides.
+        self._renewed_at = self._ledger_at = self._postgres_at = time.monotonic()
         self._renew_at = self._renewed_at + settings.renew_interval
         #: Fewest seconds to wait, so that a store that fails at once is not asked without a pause.
         pause = 0.0
         while not self._stopping:
             # An idle worker asks nothing between two heartbeats: the election looks, and wakes this thread.
             quiet = self._confirmation.resting and not (pause or self._closed)
-            left = max(pause, min(self._renew_at - time.monotonic(), self._postgres_due_in()))
+            now = time.monotonic()
+            left = max(pause, min(self._renew_at - now, self._cold_at - now, self._postgres_due_in()))
             self._wake.wait(left if quiet else min(settings.due_interval, left))
             self._tell_postgres()
             now, pause = time.monotonic(), settings.due_interval
@@ -154,6 +173,22 @@ class HeartbeatThread(LookingService):
             except Exception:
                 # No error may end this thread: a worker without a heartbeat loses its jobs.
                 logger.exception("a heartbeat failed; the next one is tried")
+            self._looked()
+
+    @property
+    def reached_at(self) -> float:
+        """Return the time of the newest heartbeat that reached the store that decides (monotonic)."""
+        return self._postgres_at if self._confirmation.authority == Store.POSTGRES else self._ledger_at
+
+    def _looked(self) -> None:
+        """Tell the system that runs this worker how it is, and begin the cold end when it is time."""
+        try:
+            if time.monotonic() >= self._cold_at:
+                self._cold_at, self._is_cold = math.inf, True
+                self.on_cold()
+            self.on_look(self.reached_at, self._drain)
+        except Exception:
+            logger.exception("the health of this worker was not reported; the next heartbeat tries again")
 
     def _tell_ledger(self, now: float, *, quiet: bool) -> None:
         """Look at the ledger if that is due, then register anew, drain, or renew the lease."""
@@ -180,9 +215,11 @@ class HeartbeatThread(LookingService):
         elif now >= self._renew_at:
             self._renewed_at, self._renew_at = now, now + settings.renew_interval
             if not self._membership.draining:
-                # Not while draining, since the pool of a worker that stops has no size any more.
+                # A draining worker is not measured: the pool of a worker that stops has no size any more.
                 self._membership.resize(self._measure(), self._holdings)
-            if not self._renew(settings.renew_interval * WAITS_SHARE):
+            if self._renew(settings.renew_interval * WAITS_SHARE):
+                self._ledger_at = now
+            else:
                 self._rejoin(self._ledger.opened())
                 self.on_missing()
             self.on_renewed()
@@ -202,8 +239,11 @@ class HeartbeatThread(LookingService):
         try:
             with deadlines.within(self._postgres_within):
                 flush_within = self._postgres_within * FLUSH_SHARE
-                if self._postgres_due_in() <= 0 and not self._membership.tell_postgres(lost, flush_within):
-                    self._postgres_from = time.monotonic() + settings.due_interval
+                if self._postgres_due_in() <= 0:
+                    if self._membership.tell_postgres(lost, flush_within):
+                        self._postgres_at = time.monotonic()
+                    else:
+                        self._postgres_from = time.monotonic() + settings.due_interval
                 self._switch.look()
             self._postgres_warning.over()
             return
@@ -252,7 +292,18 @@ class HeartbeatThread(LookingService):
         with self._exclusive:
             self._membership.rejoin(self._holdings, self._recorder, self._challenge)
         self._closed = False
+        self._ledger_at = time.monotonic()
         self._on_open()
+
+
+def end_cold() -> None:
+    """Have this worker's process stop cold, as after a QUIT: running jobs are broken off and handed back.
+
+    Celery's own handler does the work, in the main thread. The jobs start elsewhere at once, and no attempt counts as
+    lost.
+    """
+    logger.warning("PLATFORM_SHUTDOWN_GRACE is over: jobs that still run are broken off and handed back")
+    os.kill(os.getpid(), signal.SIGQUIT)
 
 
 def postgres_within(settings: Settings) -> float:

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Final
 
 from redis.exceptions import RedisError
-from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing.database.postgres_errors import translate
+from celery_capacity.routing.database.postgres_errors import translated
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.capacity import Capacity
@@ -73,10 +72,8 @@ class Joining:
             if not may_pass(error):
                 raise
             # Where it was Postgres that did not answer, this call fails too.
-            try:
+            with translated():
                 self._membership.name_claim.take(None)
-            except DBAPIError as refused:
-                raise translate(refused) from refused
 
     def _enter(self, capacity: Capacity, declared: Declarations, wait: Callable[[float], object]) -> int:
         # Use a handle apart, since the handle of an opener stays in the epoch that it opens.

@@ -1,9 +1,10 @@
 """The right to a worker's name: no live worker may have it.
 
-An incarnation that this machine can prove to be dead is passed over at once. All others are challenged, and given up
-only after silence for the rest of their lease. Another boot, another host name or another pid proves nothing: clones
-and containers share the names, and number their processes anew. An incarnation that gives any sign that it runs
-meanwhile is a second worker of that name.
+An incarnation that this machine can prove to be dead is passed over at once: by its pid, or by the lock that it gave up
+(`workers.supervision.lock_file`), since a container numbers its processes anew at each start. All others are
+challenged, and given up only after silence for the rest of their lease. Another boot, another host name or another pid
+proves nothing: clones and containers share the names. An incarnation that gives any sign that it runs meanwhile is a
+second worker of that name.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from celery_capacity.routing.store import worker_rows
 from celery_capacity.routing.store.worker_rows import WorkerRow
 from celery_capacity.workers.membership import orphans
 from celery_capacity.workers.process.identity import Identity, is_known_dead
+from celery_capacity.workers.supervision.lock_file import LockFile
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class NameClaim:
         self._engine = engine
         self._ledger = ledger
         self._identity = identity
+        self.lock = LockFile(ledger.settings.lock_dir, identity.incarnation, identity.pid_space.boot)
         #: Claimants that were silent for the whole time, so that nobody waits for them again.
         self._given_up: dict[str, Claimant] = {}
 
@@ -77,6 +80,8 @@ class NameClaim:
 
         `challenge` asks every worker for a heartbeat. None: the ledger is gone, and only Postgres is looked at.
         """
+        # The lock comes first: nobody may find this incarnation in a store without it.
+        self.lock.hold()
         first: dict[str, Claimant] = {}
         pause = threading.Event()
         began = answer_by = 0.0
@@ -113,8 +118,12 @@ class NameClaim:
                         left,
                     )
             pause.wait(LOOK_EVERY)
-        # Only the rows of this very look, since an incarnation that came after it was not judged.
+        # These are the rows of this look alone: an incarnation that came after it was not judged.
         orphans.end_predecessors(rows, self._identity.pid_space)
+
+    def is_over(self, row: WorkerRow) -> bool:
+        """Return True only if another incarnation is certainly over: no process has its pid, or its lock."""
+        return is_known_dead(row, self._identity.pid_space) or self.lock.proves_end(row)
 
     def taken(self, incarnation: str) -> NameTaken:
         """Return the error for a name that this other incarnation has."""
@@ -151,7 +160,7 @@ class NameClaim:
             claimants[holder] = Claimant(None, lease, None, lease_left)
         for row in rows:
             worker = row.worker
-            if is_known_dead(worker, identity.pid_space):
+            if self.is_over(worker):
                 continue
             if worker.incarnation == holder and lease is not None:
                 claimants[holder] = Claimant(worker, lease, row.seen, lease_left)

@@ -19,7 +19,7 @@ from sqlalchemy import Engine
 
 from celery_capacity.migrations import check as check_tables
 from celery_capacity.routing.config import redis_urls
-from celery_capacity.routing.config.machine import WHOLE, detect
+from celery_capacity.routing.config.machine import detect, is_whole
 from celery_capacity.routing.config.redis_urls import BETWEEN, Address
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import PlatformError, SettingsError, StoreUnavailable, Unsupported, mask_url
@@ -90,17 +90,21 @@ def check_results(app: Celery) -> None:
         ) from error
 
 
-def check_imports(names: Iterable[str]) -> None:
-    """Raise `SettingsError` where a module of PLATFORM_IMPORTS is missing.
+def missing_modules(names: Iterable[str]) -> list[str]:
+    """Return the names that no module has, in the working folder nor among what is installed."""
+    with cwd_in_path():
+        return [name for name in names if not _is_there(name)]
+
+
+def check_imports(names: Iterable[str], source: str = "PLATFORM_IMPORTS") -> None:
+    """Raise `SettingsError` where a module is missing that `source` names.
 
     An import that fails within such a module is its author's affair, and keeps its traceback.
     """
-    with cwd_in_path():
-        missing = [name for name in names if not _is_there(name)]
-    if missing:
+    if missing := missing_modules(names):
         raise SettingsError(
             [
-                f"PLATFORM_IMPORTS names {name!r}, and there is no such module in {Path.cwd()} nor among what is"
+                f"{source} names {name!r}, and there is no such module in {Path.cwd()} nor among what is"
                 f" installed for {sys.executable}. Start in the folder where it is, or install it."
                 for name in missing
             ]
@@ -153,7 +157,7 @@ def whole_machine(settings: Settings) -> dict[str, str]:
     A quota or limit of its cgroup is the worker's own, so it takes the place of a setting.
     """
     sources = detect(settings).sources
-    return {setting: word for setting, (name, word) in _SHARED.items() if sources.get(name) in WHOLE}
+    return {setting: word for setting, (name, word) in _SHARED.items() if is_whole(sources.get(name, ""))}
 
 
 def neighbours(engine: Engine, settings: Settings, identity: Identity) -> list[str]:

@@ -13,12 +13,11 @@ from functools import partial
 from typing import Any, Final
 
 from redis.exceptions import OutOfMemoryError
-from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing.database.postgres_errors import translate
+from celery_capacity.routing.database.postgres_errors import translated
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.ledger.replies import LapseVerdict, LedgerClosed, Taken
+from celery_capacity.routing.ledger.replies import Filled, LapseVerdict, LedgerClosed, Taken
 from celery_capacity.routing.model.amounts import format_cpus
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.states import Store, WorkerStatus
@@ -111,28 +110,33 @@ class Membership:
         self._end_former_incarnations()
 
     def _register(self, epoch: int, status: WorkerStatus, challenge: Callable[[], None]) -> int:
-        assert self._capacity is not None, "register comes first"
         self._ledger.epoch = epoch
-        identity, self._published = self.identity, frozenset(self.declared)
-        while True:
-            reply = self._ledger.register(
-                identity.name,
-                identity.incarnation,
-                identity.queue,
-                self._capacity.shape,
-                self._view(full=True),
-                status,
-                tasks=self.declared,
-                admit=self._may_admit,
-            )
-            if not isinstance(reply, Taken):
-                break
+        while isinstance(reply := self._publish(status), Taken):
             self.name_claim.take(challenge)
             self._take_over(reply.incarnation)
         # A former incarnation that held nothing when its lease ran out has left no book to take over.
         self._later(self._end_former_incarnations)
         self._declare()
         return reply.admitted
+
+    def _publish(self, status: WorkerStatus) -> Filled | Taken:
+        """Publish the capacity and the tasks in the ledger, and return its answer."""
+        assert self._capacity is not None, "register comes first"
+        identity, declared = self.identity, frozenset(self.declared)
+        # Where the ledger does not answer, the next `resize` publishes all of it again.
+        self._published = ()
+        reply = self._ledger.register(
+            identity.name,
+            identity.incarnation,
+            identity.queue,
+            self._capacity.shape,
+            self._view(full=True),
+            status,
+            tasks=self.declared,
+            admit=self._may_admit,
+        )
+        self._published = declared
+        return reply
 
     def _take_over(self, incarnation: str) -> None:
         """Take back the jobs of a former incarnation of which nothing runs any more.
@@ -143,7 +147,7 @@ class Membership:
         name, settings = self.identity.name, self._ledger.settings
         with self._engine.connect() as connection:
             row = worker_rows.find_worker(connection, incarnation)
-        if row is not None and is_known_dead(row, self.identity.pid_space):
+        if row is not None and self.name_claim.is_over(row):
             self._ledger.expire_lease(name, incarnation)
         elif self._ledger.lapse(name, 0, settings.most_losses, most=0).verdict is not LapseVerdict.DUE:
             return
@@ -250,7 +254,7 @@ class Membership:
                     # The last entries of former incarnations have the values that their jobs returned.
                     transition_log.apply_all(self._engine, self._ledger)
                 except (StoreUnavailable, LedgerClosed):
-                    return  # a reconcile closes them, when it has read the stream
+                    return  # a reconcile closes the ends once it has read the stream
             # If the ledger was lost with such an incarnation, nobody takes its jobs back. So its committed ends are
             # closed.
             fencing.close_former(connection, self.identity.name, self.identity.incarnation)
@@ -287,17 +291,7 @@ class Membership:
         if self.draining or (capacity == self._capacity and self.declared.keys() == self._published):
             return
         before, self._capacity = self._capacity, capacity
-        identity, self._published = self.identity, frozenset(self.declared)
-        view, admit = self._view(full=True), self._may_admit
-        reply = self._ledger.register(
-            identity.name,
-            identity.incarnation,
-            identity.queue,
-            capacity.shape,
-            view,
-            tasks=self.declared,
-            admit=admit,
-        )
+        reply = self._publish(WorkerStatus.READY)
         if isinstance(reply, Taken):
             # This worker lost its lease meanwhile: the heartbeat that follows finds out, and registers again.
             return
@@ -325,14 +319,12 @@ class Membership:
         left = self._ledger.leave(self.identity.name, self.identity.incarnation) == 0
         if left:
             self._write_left()
+            self.name_claim.lock.remove()
         return left
 
     def _write_left(self) -> None:
-        try:
-            with self._engine.connect() as connection:
-                worker_rows.end_worker(connection, self.identity.incarnation, WorkerStatus.LEFT)
-        except DBAPIError as error:
-            raise translate(error) from error
+        with translated(), self._engine.connect() as connection:
+            worker_rows.end_worker(connection, self.identity.incarnation, WorkerStatus.LEFT)
 
     def _write_seen(self, status: WorkerStatus) -> None:
         # Write the whole capacity. Only the books get less, while attempts without a lease take up a part of it.

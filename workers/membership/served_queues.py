@@ -17,7 +17,7 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.workers.broker.queues import check_queue
 
 
-class Serving:
+class ServedQueues:
     """Queues and pool size of a worker. Thread-safe.
 
     `on_change` is called after each change, in the thread that made it.

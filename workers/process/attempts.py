@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from celery_capacity.routing.errors import NotAccepted
 from celery_capacity.routing.model.job import NewJob, Publisher
@@ -20,6 +20,18 @@ from celery_capacity.routing.model.outbox import Outbox
 #: Most bytes of messages that go with the end of an attempt. They travel as one value through one script and one entry
 #: of the stream, a third larger. Redis takes 512 MiB a value, and a worker holds the value several times.
 MAX_KEPT: Final = 64 * 1024**2
+
+
+@dataclass(slots=True)
+class Reported:
+    """Last report of an attempt's progress that is not written yet, and the time (monotonic) of the next write.
+
+    `failed`: True if the newest write failed.
+    """
+
+    pending: dict[str, Any] | None = None
+    next_at: float = 0.0
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +48,7 @@ class Attempt:
     deferred: bool = False
     patient: Callable[[], bool] | None = None
     outbox: Outbox = field(default_factory=Outbox)
+    reported: Reported = field(default_factory=Reported)
 
     def keep(self, jobs: Sequence[NewJob]) -> None:
         """Keep jobs that could not be published, so that they go with the end of the attempt.

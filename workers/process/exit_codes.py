@@ -16,7 +16,6 @@ from celery_capacity.routing.errors import (
     StoreUnavailable,
     Unsupported,
 )
-from celery_capacity.workers.process.waiting_for_stores import refused
 
 
 class Exit(IntEnum):
@@ -40,6 +39,11 @@ class Exit(IntEnum):
         " ours ends with it too, and with a traceback",
     )
     USAGE = (2, "the command line is wrong", "an unknown option, command or app (`-A`), a value outside its range")
+    CANCELLED = (
+        3,
+        "a job did not run to its end, on purpose",
+        "`wait`, `submit --wait`: a job was cancelled or expired, and none failed",
+    )
     UNAVAILABLE = (
         69,
         "something needed is not available now",
@@ -53,18 +57,22 @@ class Exit(IntEnum):
         "a setting is wrong, a store refuses the user, the password or the database, the tables are missing or of"
         " another version",
     )
+    TIMED_OUT = (124, "it took too long", "`wait`, `submit --wait`: a job had not ended after `--timeout`")
     HANGUP = (129, "ended by a closed terminal", "128 + SIGHUP")
-    INTERRUPTED = (130, "ended by Ctrl-C", "128 + SIGINT; `up` and `dashboard` end with 0 then")
+    INTERRUPTED = (130, "ended by Ctrl-C", "128 + SIGINT; `dashboard` ends with 0 then, and `up` once all was ready")
     BROKEN_PIPE = (
         141,
         "nobody reads the output any more",
         "128 + SIGPIPE, for example when `head -1` has read its line",
     )
-    TERMINATED = (143, "ended by `kill`", "128 + SIGTERM; `up` and `dashboard` end with 0 then")
+    TERMINATED = (143, "ended by `kill`", "128 + SIGTERM; `dashboard` ends with 0 then, and `up` once all was ready")
 
 
 def code_of(error: PlatformError) -> Exit:
     """Return the exit code of a command that ends with this error."""
+    # Imported here: the help of a command needs no driver of a store.
+    from celery_capacity.workers.process.waiting_for_stores import refused
+
     if isinstance(error, (SettingsError, NotMigrated, Unsupported)) or refused(error):
         return Exit.CONFIGURATION
     return Exit.UNAVAILABLE if isinstance(error, (StoreUnavailable, NoServers, NameTaken)) else Exit.FAILED

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from celery_capacity.routing.ledger.replies import Adopted
 from celery_capacity.routing.model.capacity import Capacity
@@ -16,8 +17,7 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import Book, fits
 
 
-@dataclass(frozen=True, slots=True)
-class Holding:
+class Holding(NamedTuple):
     """Claimed attempt. `started`: given to the pool. `ended`: its body is over, and its release is on the way."""
 
     job: str
@@ -67,7 +67,8 @@ class Holdings:
     #: Jobs whose claim is sent and not answered yet: the ledger may have them as running here. One thread assigns the
     #: set, the heartbeat reads it.
     claiming: frozenset[str] = frozenset()
-    _lock: threading.Lock = field(default_factory=lambda: threading.Lock())
+    #: Re-entrant: a signal may end jobs in the main thread, whatever it is doing.
+    _lock: Any = field(default_factory=lambda: threading.RLock())
 
     def book(self) -> Book:
         """Return a book of the capacity and the running attempts."""
@@ -99,14 +100,14 @@ class Holdings:
             holding = self._held.get((job, token))
             if holding is None or holding.ended:
                 return False
-            self._held[job, token] = replace(holding, started=True)
+            self._held[job, token] = holding._replace(started=True)
             return True
 
     def put_off(self, job: str, token: Token) -> None:
         """Note that an attempt is not given to the pool after all: its body has not begun."""
         with self._lock:
             if (holding := self._held.get((job, token))) is not None:
-                self._held[job, token] = replace(holding, started=False)
+                self._held[job, token] = holding._replace(started=False)
 
     def may_rerun(self, job: str, token: Token) -> bool:
         """Return False if an attempt's job may start only once. An attempt that is not held has been ended already."""
@@ -119,7 +120,7 @@ class Holdings:
             holding = self._held.get((job, token))
             if holding is None or holding.ended:
                 return False
-            self._held[job, token] = replace(holding, ended=True)
+            self._held[job, token] = holding._replace(ended=True)
             return True
 
     def remove(self, job: str, token: Token) -> Holding | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
@@ -23,33 +23,6 @@ from celery_capacity.routing.store.worker_rows import WorkerRow
 DEFAULT_NODE: Final = "celery"
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Name and incarnation of a worker, with the facts of its process.
-
-    `incarnation` is unique to this process. Pid space, pid and start ticks tell others on this machine whether the
-    process is over.
-    """
-
-    name: str
-    incarnation: str
-    hostname: str
-    pid: int
-    pid_space: PidSpace
-    start_ticks: int | None
-    version: str
-    started_at: str
-
-    @property
-    def queue(self) -> str:
-        return keys.private_queue(self.name, self.incarnation)
-
-    @property
-    def nodename(self) -> str:
-        """Return Celery's name for the worker."""
-        return f"{self.name}@{self.hostname}"
-
-
 def name_of(settings: Settings, nodename: str) -> str:
     """Return `NODE_NAME`, else the part of a node `-n` before the @, else the host name.
 
@@ -64,23 +37,16 @@ def name_of(settings: Settings, nodename: str) -> str:
     return check_worker_name(host or socket.gethostname(), "host name (set NODE_NAME)")
 
 
+def nodename_of(settings: Settings, nodename: str) -> str:
+    """Return Celery's name for a worker, from the name that Celery gave it: `-n NAME@HOST` keeps its host."""
+    node, _, host = nodename.partition("@")
+    has_host = host and not settings.node_name and node not in ("", DEFAULT_NODE)
+    return f"{name_of(settings, nodename)}@{host if has_host else socket.gethostname()}"
+
+
 def process_start(pid: int) -> datetime:
     """Return when a process started, by the wall clock of now: for people, and for nothing else."""
     return datetime.fromtimestamp(psutil.Process(pid).create_time(), UTC)
-
-
-def new_identity(name: str) -> Identity:
-    """Return the identity of this process as a new incarnation of the worker `name`."""
-    return Identity(
-        name=name,
-        incarnation=uuid.uuid4().hex,
-        hostname=socket.gethostname(),
-        pid=os.getpid(),
-        pid_space=process_identity.pid_space(),
-        start_ticks=process_identity.start_ticks(os.getpid()),
-        version=platform_version(),
-        started_at=process_start(os.getpid()).isoformat(timespec="milliseconds"),
-    )
 
 
 def platform_version() -> str:
@@ -88,6 +54,28 @@ def platform_version() -> str:
         return version("celery-capacity")
     except PackageNotFoundError:
         return "0"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Name of a worker, and this process as a new incarnation of it.
+
+    `incarnation` is unique. Pid space, pid and start ticks tell others on this machine whether the process is over.
+    """
+
+    name: str
+    incarnation: str = field(default_factory=lambda: uuid.uuid4().hex)
+    hostname: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    pid_space: PidSpace = field(default_factory=lambda: process_identity.pid_space())
+    start_ticks: int | None = field(default_factory=lambda: process_identity.start_ticks(os.getpid()))
+    version: str = field(default_factory=platform_version)
+    #: Start of the process by the wall clock, in ISO 8601.
+    started_at: str = field(default_factory=lambda: process_start(os.getpid()).isoformat(timespec="milliseconds"))
+
+    @property
+    def queue(self) -> str:
+        return keys.private_queue(self.name, self.incarnation)
 
 
 def is_known_dead(row: WorkerRow, pid_space: PidSpace) -> bool:

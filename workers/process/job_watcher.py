@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import select
 import threading
 import time
 from collections.abc import Callable
@@ -35,7 +34,7 @@ STAYS_FOR: Final = 30.0
 NAME: Final = "celery-capacity-watch"
 
 
-class Watcher:
+class JobWatcher:
     """Watcher of jobs. Thread-safe. Its thread begins with the first watched job, and ends some time after the last."""
 
     def __init__(self, settings: Settings) -> None:
@@ -88,12 +87,8 @@ class Watcher:
 
     def descriptors(self) -> list[int]:
         """Return the descriptor of the socket, if there is one: for a child that inherited it."""
-        number = self._number()
-        return [] if number is None else [number]
-
-    def _number(self) -> int | None:
         sock = getattr(getattr(self._pubsub, "connection", None), "_sock", None)
-        return sock.fileno() if sock is not None and sock.fileno() >= 0 else None
+        return [sock.fileno()] if sock is not None and sock.fileno() >= 0 else []
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
@@ -104,18 +99,16 @@ class Watcher:
             try:
                 self._listen(client)
                 pause = AGAIN_AFTER
+                continue
             except (RedisError, OSError) as error:
                 logger.info("jobs are looked at until Redis tells of them again: %s", error)
-                self._close()
-                self._look_at_all()
-                self._wake.wait(pause)
-                pause = min(2 * pause, AGAIN_AT_MOST)
             except Exception:
                 # The thread outlives any error: without it nobody would hear anything.
                 logger.exception("watching failed; it begins anew")
-                self._close()
-                self._look_at_all()
-                self._wake.wait(pause)
+            self._close()
+            self._look_at_all()
+            self._wake.wait(pause)
+            pause = min(2 * pause, AGAIN_AT_MOST)
         self._close()
         client.close()
 
@@ -128,7 +121,7 @@ class Watcher:
             return self._thread is not None
 
     def _listen(self, client: Any) -> None:
-        """Subscribe to the channels that are watched now, and hear until something changes or nothing is said."""
+        """Subscribe to the channels that are watched now, and take messages until a wake-up or a silence."""
         if self._pubsub is None:
             self._pubsub = client.pubsub()
             self._pubsub.subscribe(job_events.EPOCH_CHANNEL)
@@ -142,14 +135,9 @@ class Watcher:
         if old:
             self._pubsub.unsubscribe(*old)
         self._asked = wanted
-        number = self._number()
-        if number is None:
+        if not (descriptors := self.descriptors()):
             raise ConnectionError("the connection is gone")
-        poll = os_threads.poll()
-        poll.register(self._wake.fileno(), select.POLLIN)
-        poll.register(number, select.POLLIN)
-        poll.poll(SILENT_FOR * 1000)
-        self._wake.clear()
+        self._wake.wait_beside(descriptors[0], SILENT_FOR)
         self._hear_all()
         silent = time.monotonic() - self._heard_at
         if silent >= 2 * SILENT_FOR:

@@ -10,12 +10,10 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import redis
 from sqlalchemy import Engine, NullPool, create_engine, event
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_capacity.routing.config import task_rules, timeouts
 from celery_capacity.routing.config.embedded import running_pair
@@ -23,20 +21,23 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.config.task_rules import RequestRules
 from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.database.authority import database_id
-from celery_capacity.routing.database.postgres_errors import hide_values, translate
+from celery_capacity.routing.database.postgres_errors import hide_values, translated
+from celery_capacity.routing.database.resting_pool import MAX_KEPT, RestingPool
 from celery_capacity.routing.database.server_checks import ENCODING, PINNED
-from celery_capacity.routing.errors import NoServers, StoreUnavailable
+from celery_capacity.routing.errors import NoServers, PlatformError
 from celery_capacity.routing.insert.inserter import Inserter
 from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.model.reasons import Tally
 from celery_capacity.workers.dispatch.breaker import Breaker
-from celery_capacity.workers.dispatch.submission_queue import Submissions
+from celery_capacity.workers.dispatch.submission_queue import SubmissionQueue
 from celery_capacity.workers.process.fork_safety import let_go
-from celery_capacity.workers.process.job_watcher import Watcher
+from celery_capacity.workers.process.job_watcher import JobWatcher
 from celery_capacity.workers.process.spare_connections import close_spare
 
 #: The fewest seconds that libpq counts for a connection.
 CONNECT_AT_LEAST: Final = 2
 
+T = TypeVar("T")
 Resolve = Callable[[Settings], Settings]
 
 
@@ -59,7 +60,7 @@ def make_engine(
     `pooled`: False where the user of a connection keeps it. A call is given up after `timeout` seconds
     (`routing.database.deadlines`). The server ends a statement after `most` times as many.
     """
-    pool: dict[str, Any] = {"pool_size": 1, "max_overflow": 9, "pool_timeout": timeouts.CONNECT * timeout}
+    pool: dict[str, Any] = {"poolclass": RestingPool, "pool_timeout": timeouts.CONNECT * timeout}
     options = {
         "lock_timeout": max(1, round(timeout * timeouts.LOCK * 1000)),
         "statement_timeout": max(1, round(timeout * most * 1000)),
@@ -81,7 +82,7 @@ def make_engine(
             "keepalives_count": 3,
             "tcp_user_timeout": max(1, round(timeout * 1000)),
             "options": " ".join([PINNED, *(f"-c {name}={value}" for name, value in options.items())]),
-            # Not the encoding of the user's environment: results and errors can be any text.
+            # UTF-8 and not the encoding of the user's environment: results and errors can be any text.
             "client_encoding": ENCODING,
         },
     )
@@ -110,8 +111,8 @@ class Stores:
         self._lock = threading.RLock()
         _all.add(self)
 
-    def _get(self, name: str, make: Callable[[], Any]) -> Any:
-        store = self._made.get(name)
+    def _get(self, name: str, make: Callable[[], T]) -> T:
+        store: T | None = self._made.get(name)
         if store is None:
             with self._lock:
                 store = self._made.get(name)
@@ -127,8 +128,7 @@ class Stores:
     @property
     def settings(self) -> Settings:
         """Return the settings, read from the environment once, with the URLs of the servers. Raises `NoServers`."""
-        settings: Settings = self._get("settings", self._read_settings)
-        return settings
+        return self._get("settings", self._read_settings)
 
     def _read_settings(self) -> Settings:
         settings = Settings.from_environ(os.environ)
@@ -144,16 +144,20 @@ class Stores:
     @property
     def requests(self) -> RequestRules:
         """Return the rules of `PLATFORM_REQUESTS` for tasks. Raises `SettingsError`."""
-        rules: RequestRules = self._get("requests", lambda: task_rules.read(self.settings.requests))
-        return rules
+        return self._get("requests", lambda: task_rules.read(self.settings.requests))
 
     @property
     def engine(self) -> Engine:
         def make() -> Engine:
             return make_engine(str(self.settings.database_url), timeout=self.settings.store_timeout)
 
-        engine: Engine = self._get("engine", make)
-        return engine
+        return self._get("engine", make)
+
+    def keep_connections(self) -> Engine:
+        """Return `engine`, which from now on keeps connections that are in use. For the main process of a worker."""
+        pool: Any = self.engine.pool
+        pool.kept = MAX_KEPT
+        return self.engine
 
     @property
     def direct(self) -> Engine:
@@ -167,8 +171,7 @@ class Stores:
             url = str(self.settings.direct_database_url or self.settings.database_url)
             return make_engine(url, pooled=False, timeout=self.settings.store_timeout)
 
-        engine: Engine = self._get("direct", make)
-        return engine
+        return self._get("direct", make)
 
     @property
     def inserter(self) -> Inserter:
@@ -179,8 +182,7 @@ class Stores:
             engine = make_engine(url, pooled=False, timeout=timeout, most=timeouts.INSERT)
             return Inserter(engine, self.engine)
 
-        inserter: Inserter = self._get("inserter", make)
-        return inserter
+        return self._get("inserter", make)
 
     def apart(self) -> Stores:
         """Return stores with these settings and this engine, but with a handle of the ledger of their own.
@@ -193,8 +195,7 @@ class Stores:
 
     @property
     def ledger(self) -> Ledger:
-        ledger: Ledger = self._get("ledger", self.new_ledger)
-        return ledger
+        return self._get("ledger", self.new_ledger)
 
     def new_ledger(self) -> Ledger:
         """Return a new handle of the ledger, since the epoch of a handle belongs to its user."""
@@ -206,32 +207,29 @@ class Stores:
         """Return the id of the database, asked for once. Raises `PlatformError` where Postgres does not tell it."""
         database = self._made.get("database_id")
         if database is None:
-            try:
-                with self.engine.connect() as connection:
-                    database = self._made["database_id"] = database_id(connection)
-            except DBAPIError as error:
-                raise translate(error) from error
-            except PoolTimeout as error:
-                raise StoreUnavailable("no connection to Postgres was free") from error
+            with translated(), self.engine.connect() as connection:
+                database = self._made["database_id"] = database_id(connection)
         return str(database)
 
     @property
     def breaker(self) -> Breaker:
         """Return the ledger as senders ask it: with short time-outs, and not at all while it does not answer."""
-        breaker: Breaker = self._get("breaker", lambda: Breaker(self.settings, self.find_database))
-        return breaker
+        return self._get("breaker", lambda: Breaker(self.settings, self.tally, self.find_database))
 
     @property
-    def sending(self) -> Submissions:
+    def tally(self) -> Tally:
+        """Return the refusals of this process that the ledger has not counted yet."""
+        return self._get("tally", Tally)
+
+    @property
+    def sending(self) -> SubmissionQueue:
         """Return the jobs of this process that are on their way to the ledger. Other questions go behind them."""
-        submissions: Submissions = self._get("sending", lambda: Submissions(self.breaker))
-        return submissions
+        return self._get("sending", lambda: SubmissionQueue(self.breaker))
 
     @property
-    def watcher(self) -> Watcher:
+    def watcher(self) -> JobWatcher:
         """Return the watcher that hears what becomes of the jobs that this process watches."""
-        watcher: Watcher = self._get("watcher", lambda: Watcher(self.settings))
-        return watcher
+        return self._get("watcher", lambda: JobWatcher(self.settings))
 
     def close_spare_connections(self) -> None:
         """Close the connections to Redis that nobody uses just now. They are made anew when they are needed."""
@@ -255,6 +253,21 @@ class Stores:
         engine = made.get("engine")
         if engine is not None:
             engine.dispose(close=False)
+
+
+def stores_of(app: Any) -> Stores | None:
+    """Return the stores of an app, None where the platform is not installed."""
+    stores = getattr(app, "platform", None)
+    return stores if isinstance(stores, Stores) else None
+
+
+def platform_of(app: Any) -> Stores:
+    """Return the stores of an app. Raises `PlatformError` where the platform is not installed."""
+    stores = stores_of(app)
+    if stores is None:
+        advice = "Name another, by `celery -A platform` or app=, or call celery_capacity.install(app) in its module."
+        raise PlatformError(f"the app {app.main!r} is not on the platform", advice=advice)
+    return stores
 
 
 _all: weakref.WeakSet[Stores] = weakref.WeakSet()

@@ -14,6 +14,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_capacity.routing.database.postgres_errors import NOT_ALLOWED, READ_ONLY
 from celery_capacity.routing.errors import PlatformError, mask_url
+from celery_capacity.routing.lasting_warning import LastingWarning
 
 logger = logging.getLogger(__name__)
 
@@ -97,19 +98,16 @@ def when_stores_answer(action: Callable[[], T], wait: Callable[[float], object])
     Logs the reason for waiting, once for each change. Raises an error that no waiting changes. `wait` waits for the
     seconds that it gets, and raises where the process is to end.
     """
-    logged = ""
+    warning = LastingWarning(logger)
     while True:
         try:
             done = action()
         except TROUBLE as error:
             if not may_pass(error):
                 raise
-            reason = mask_url(" ".join(str(error).split()))
-            if reason != logged:
-                logged = reason
-                logger.warning("waiting for a store: %s", reason)
+            warning.warn(f"waiting for a store: {mask_url(' '.join(str(error).split()))}")
         else:
-            if logged:
+            if warning.over():
                 logger.warning("the stores answer")
             return done
         wait(AGAIN_AFTER)

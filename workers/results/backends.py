@@ -128,6 +128,18 @@ class CarriedResults:
         )
         return None
 
+    def _call_task_errbacks(self, request: Any, exc: Any, traceback: Any) -> None:
+        """Have the errbacks of an attempt published with its end: they find its result stored, as with Celery.
+
+        An eager task within the body has errbacks of its own. They do not wait for the end of the body.
+        """
+        attempt = attempts.current()
+        if attempt is not None and attempt.patient is None and request.id == attempt.tag.job:
+            with attempts.held(replace(attempt, deferred=True)):
+                super()._call_task_errbacks(request, exc, traceback)  # type: ignore[misc]
+        else:
+            super()._call_task_errbacks(request, exc, traceback)  # type: ignore[misc]
+
     # -- delivering ----------------------------------------------------------------------------------------------
 
     def kept_in(self, ledger_url: str | None, outbox: Outbox) -> tuple[tuple[Kept, ...], Outbox]:
@@ -226,7 +238,7 @@ class PlatformSentinelBackend(PlatformRedisBackend, SentinelBackend):
         return {redis_urls.MASTER: self._master_name, "sentinel_kwargs": sentinels.asking(timeout), **options}
 
     def _get_sentinel_instance(self, **options: Any) -> Any:
-        return super()._get_sentinel_instance(**options, connection_class=sentinels.Watched)
+        return super()._get_sentinel_instance(**options, connection_class=sentinels.PrimaryConnection)
 
 
 class CarriedRedisResults(CarriedResults):

@@ -51,6 +51,8 @@ class BatchThread(OnDemandService, Generic[Item]):
         self._put_off: deque[Item] = deque()
         self._try_again_at = 0.0
         self._working: Sequence[Item] = ()
+        #: True while the thread collects a batch: it wakes by itself, or by an item that fills the batch.
+        self._collecting = False
 
     @abstractmethod
     def _work(self, batch: Sequence[Item], *, again: bool) -> Left[Item]:
@@ -66,7 +68,7 @@ class BatchThread(OnDemandService, Generic[Item]):
         """Take the step that follows a time without items."""
 
     def _give_up(self) -> None:
-        """Take leave of what is pending, since this service ends and nothing can be done now."""
+        """Report the pending items as lost, since this service ends and nothing can be done now."""
 
     # -- called by others, in any thread -------------------------------------------------------------------------
 
@@ -74,7 +76,8 @@ class BatchThread(OnDemandService, Generic[Item]):
         with self._changed:
             self._pending.extend(items)
             self._ensure()
-            self._changed.notify_all()
+            if not self._collecting or len(self._pending) >= self.most:
+                self._changed.notify_all()
 
     def unfinished(self) -> list[Item]:
         """Return all items that are not done."""
@@ -148,7 +151,9 @@ class BatchThread(OnDemandService, Generic[Item]):
                 if not self._changed.wait(IDLE if again_in is None else again_in) and again_in is None:
                     break
             if self._pending and self.collects and not self._stopping:
+                self._collecting = True
                 self._changed.wait_for(lambda: len(self._pending) >= self.most or self._stopping, self.collects)
+                self._collecting = False
             return self._take(self._pending), False
 
     def _take(self, items: deque[Item]) -> Sequence[Item]:

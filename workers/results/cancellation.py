@@ -6,11 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-
 from celery_capacity.routing.database.authority import read_authority
-from celery_capacity.routing.database.postgres_errors import is_locked, translate
+from celery_capacity.routing.database.postgres_errors import is_locked, translated
 from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable
 from celery_capacity.routing.ledger.replies import Cancelled, CancelVerdict, LedgerClosed
 from celery_capacity.routing.model.states import State, Store
@@ -23,7 +20,7 @@ from celery_capacity.workers.results.deliver_later import deliver_rows
 
 logger = logging.getLogger(__name__)
 
-#: Mark of a broadcast of a revoke whose rows are updated already (see `workers.remote.remote_control`).
+#: Argument of a broadcast revoke whose rows are updated already (see `workers.app.remote_control`).
 TOLD: Final = "told"
 #: The error of a job that `celery purge` ended.
 PURGED: Final = "purged"
@@ -31,18 +28,13 @@ PURGED: Final = "purged"
 
 def revoke_jobs(app: Any, stores: Stores, ids: Sequence[str]) -> int:
     """Revoke jobs in the stores: end waiting jobs, mark jobs that a worker holds. Return how many ended."""
-    try:
-        with stores.engine.connect() as connection:
-            jobs = revocation.mark(connection, ids)
-    except DBAPIError as problem:
-        raise translate(problem, "nothing was revoked: ") from problem
-    except PoolTimeout as problem:
-        raise StoreUnavailable("nothing was revoked: no connection to Postgres was free") from problem
+    with translated("nothing was revoked: "), stores.engine.connect() as connection:
+        jobs = revocation.mark(connection, ids)
     ended = [job for job in jobs if carry_out(stores, job)]
     if ended:
         # A worker's duty brings results that the backend does not take now.
         deliver_rows(app, stores, ended)
-        open_gates(app, stores)
+        lift_constraints(app, stores)
     return len(ended)
 
 
@@ -52,11 +44,8 @@ def revoke_stamped(app: Any, stores: Stores, headers: Any) -> int:
         raise InvalidRequest(
             "stamped headers are a mapping of names to values", value=headers, advice="Pass {'name': ['value', ...]}."
         )
-    try:
-        with stores.engine.connect() as connection:
-            jobs = revocation.stamped(connection, headers)
-    except DBAPIError as problem:
-        raise translate(problem, "nothing was revoked: ") from problem
+    with translated("nothing was revoked: "), stores.engine.connect() as connection:
+        jobs = revocation.stamped(connection, headers)
     return revoke_jobs(app, stores, jobs)
 
 
@@ -75,19 +64,16 @@ def carry_out(stores: Stores, job: str) -> bool:
                 raise
             logger.warning("job %s was revoked, and its row is locked: it ends later", job)
             return False
+        with translated(f"job {job} was not revoked: "), stores.engine.connect() as connection:
+            authority = read_authority(connection).authority
+        if authority == Store.POSTGRES:
+            # The mark in the row is enough, and the ledger's server may never answer.
+            return False
         try:
-            with stores.engine.connect() as connection:
-                if read_authority(connection).authority == Store.POSTGRES:
-                    # The mark in the row is enough, and the ledger's server may never answer.
-                    return False
             if stores.ledger.revoke(job):
                 return False
         except (LedgerClosed, StoreUnavailable):
             return False
-        except DBAPIError as problem:
-            raise translate(problem, f"job {job} was not revoked: ") from problem
-        except PoolTimeout as problem:
-            raise StoreUnavailable(f"job {job} was not revoked: no connection to Postgres was free") from problem
     return False
 
 
@@ -103,11 +89,11 @@ def purge_queue(app: Any, stores: Stores, queue: str) -> int:
             deliver_rows(app, stores, ended)
             purged += len(ended)
     if purged:
-        open_gates(app, stores)
+        lift_constraints(app, stores)
     return purged
 
 
-def open_gates(app: Any, stores: Stores) -> Opened:
+def lift_constraints(app: Any, stores: Stores) -> Opened:
     """Bring in jobs that waited for ended jobs, and tell the end of those that can never start."""
     opened = dependencies.open_needs(stores.engine)
     if opened.cancelled:
@@ -121,27 +107,22 @@ def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool
 
     False: a worker holds the job, it has ended before, or the ledger does not say.
     """
-    try:
-        with stores.engine.connect() as connection:
-            current = read_authority(connection)
-            if current.authority == Store.POSTGRES:
-                return job_transitions.end_unfiled(connection, job, state, error)
-            stores.ledger.epoch = current.epoch
-            cancelled = _cancel(stores, connection, job, state, error)
-            if cancelled.entry is not None:
-                # Write the entry here, since perhaps no worker lives that would.
-                transition_log.apply_entry(stores.engine, stores.ledger, cancelled.entry)
-                return True
-            ended = cancelled.verdict is CancelVerdict.MISSING and job_transitions.end_unfiled(
-                connection, job, state, error
-            )
-            if ended:
-                stores.sending.ask(lambda ledger: ledger.announce([job]))
-            return ended
-    except DBAPIError as problem:
-        raise translate(problem, f"job {job} was not ended: ") from problem
-    except PoolTimeout as problem:
-        raise StoreUnavailable(f"job {job} was not ended: no connection to Postgres was free") from problem
+    with translated(f"job {job} was not ended: "), stores.engine.connect() as connection:
+        current = read_authority(connection)
+        if current.authority == Store.POSTGRES:
+            return job_transitions.end_unfiled(connection, job, state, error)
+        stores.ledger.epoch = current.epoch
+        cancelled = _cancel(stores, connection, job, state, error)
+        if cancelled.entry is not None:
+            # Write the entry here, since perhaps no worker lives that would.
+            transition_log.apply_entry(stores.engine, stores.ledger, cancelled.entry)
+            return True
+        ended = cancelled.verdict is CancelVerdict.MISSING and job_transitions.end_unfiled(
+            connection, job, state, error
+        )
+        if ended:
+            stores.sending.ask(lambda ledger: ledger.announce([job]))
+        return ended
 
 
 def _cancel(stores: Stores, connection: Any, job: str, state: State, error: str) -> Cancelled:

@@ -38,7 +38,7 @@ REMEMBERED: Final = 1000
 
 
 @dataclass(eq=False, slots=True)
-class Part:
+class ChordPart:
     """A chord part, or other work that may take long, to be delivered for a job.
 
     `key` is equal for all callers that would deliver this part. `deliver` may wait without limit. `afterwards` is
@@ -60,7 +60,7 @@ class Part:
     given_up: bool = False
 
 
-class Parts:
+class ChordParts:
     """Chord parts of one worker that are being delivered. Rows name the worker by its `incarnation`."""
 
     def __init__(self, incarnation: str) -> None:
@@ -68,10 +68,10 @@ class Parts:
         #: The process that has these threads. A child of the pool has none of them.
         self.pid = os.getpid()
         self._changed = threading.Condition()
-        self._under_way: dict[Hashable, Part] = {}
-        self._through: dict[Hashable, None] = {}
-        self._idle: list[_Hand] = []
-        self._hands = 0
+        self._under_way: dict[Hashable, ChordPart] = {}
+        self._delivered: dict[Hashable, None] = {}
+        self._idle: list[_PartThread] = []
+        self._threads = 0
         self._late = 0
         self._full = False
         #: Called when a part is late, in the thread that waited for it.
@@ -86,15 +86,15 @@ class Parts:
         with self._changed:
             return key in self._under_way
 
-    def bring(self, parts: Sequence[Part]) -> Iterator[Part]:
+    def deliver(self, parts: Sequence[ChordPart]) -> Iterator[ChordPart]:
         """Deliver parts one after the other; yield each when it is delivered, late, or left for another time."""
         work = deque(part for part in parts if self._register(part))
-        hand: _Hand | None = None
+        thread: _PartThread | None = None
         for part in parts:
             with self._changed:
                 if self._is_mine(part):
-                    hand = hand or self._give(work)
-                    if hand is None:
+                    thread = thread or self._start_on(work)
+                    if thread is None:
                         work.popleft()
                         del self._under_way[part.key]
                     elif not self._wait_for(part):
@@ -104,12 +104,12 @@ class Parts:
                         rest = deque(other for other in work if other is not part)
                         for other in rest:
                             work.remove(other)
-                        work, hand = rest, None
+                        work, thread = rest, None
             if part.late:
                 self.on_late()
             yield part
 
-    def complain(self) -> None:
+    def give_up_stuck(self) -> None:
         """Give up parts that are late for too long, and log an error for each."""
         with self._changed:
             before = time.monotonic() - GIVEN_UP_AFTER
@@ -127,102 +127,102 @@ class Parts:
                 GIVEN_UP_AFTER,
             )
 
-    def _register(self, part: Part) -> bool:
+    def _register(self, part: ChordPart) -> bool:
         """Return True if the caller must deliver this part, False if that is done or under way."""
         with self._changed:
             part.late = part.key in self._under_way
-            part.done = not part.late and part.key in self._through
+            part.done = not part.late and part.key in self._delivered
             if not (part.late or part.done):
                 self._under_way[part.key] = part
         return not (part.late or part.done)
 
-    def _is_mine(self, part: Part) -> bool:
+    def _is_mine(self, part: ChordPart) -> bool:
         return self._under_way.get(part.key) is part
 
-    def _wait_for(self, part: Part) -> bool:
+    def _wait_for(self, part: ChordPart) -> bool:
         return self._changed.wait_for(lambda: not self._is_mine(part), SHORTLY if self._late else WITHIN)
 
-    def _give(self, work: deque[Part]) -> _Hand | None:
+    def _start_on(self, work: deque[ChordPart]) -> _PartThread | None:
         if self._idle:
-            hand = self._idle.pop()
-        elif self._hands < MAX_THREADS:
-            hand = _Hand(self)
+            thread = self._idle.pop()
+        elif self._threads < MAX_THREADS:
+            thread = _PartThread(self)
             try:
-                hand.start()
+                thread.start()
             except RuntimeError as error:
                 logger.error("parts of chords wait in the rows of their jobs: %s", error)
                 return None
-            self._hands += 1
+            self._threads += 1
         else:
             if not self._full:
                 logger.error("%d parts of chords are late: others wait until one has come through", MAX_THREADS)
             self._full = True
             return None
-        hand.work = work
-        hand.given.set()
-        return hand
+        thread.work = work
+        thread.has_work.set()
+        return thread
 
     # -- in the threads --------------------------------------------------------------------------------------------
 
-    def next_of(self, hand: _Hand) -> Part | None:
+    def next_part(self, thread: _PartThread) -> ChordPart | None:
         with self._changed:
-            if not hand.work:
-                hand.given.clear()
-                self._idle.append(hand)
+            if not thread.work:
+                thread.has_work.clear()
+                self._idle.append(thread)
                 self._full = False
                 return None
-            part = hand.work.popleft()
+            part = thread.work.popleft()
             part.since = time.monotonic()
             return part
 
-    def leaves(self, hand: _Hand) -> bool:
+    def may_end(self, thread: _PartThread) -> bool:
         """Return True if a thread may end, since it got no work meanwhile."""
         with self._changed:
-            if hand not in self._idle:
+            if thread not in self._idle:
                 return False
-            self._idle.remove(hand)
-            self._hands -= 1
+            self._idle.remove(thread)
+            self._threads -= 1
             return True
 
-    def over(self, hand: _Hand, part: Part) -> bool:
+    def end(self, thread: _PartThread, part: ChordPart) -> bool:
         """Note that a part is delivered or has failed; return True if it is late, so that no caller waits for it."""
         with self._changed:
             part.done = part.error is None
             if part.done and part.remembered:
-                self._through[part.key] = None
-                while len(self._through) > REMEMBERED:
-                    del self._through[next(iter(self._through))]
+                self._delivered[part.key] = None
+                while len(self._delivered) > REMEMBERED:
+                    del self._delivered[next(iter(self._delivered))]
             if part.error is not None:
                 # The other parts of this thread would meet the same error.
-                while hand.work:
-                    del self._under_way[hand.work.popleft().key]
+                while thread.work:
+                    del self._under_way[thread.work.popleft().key]
                 self._changed.notify_all()
             if not part.late:
                 self.forget(part)
             return part.late
 
-    def forget(self, part: Part) -> None:
+    def forget(self, part: ChordPart) -> None:
         with self._changed:
             del self._under_way[part.key]
             self._late -= part.late
             self._changed.notify_all()
 
 
-class _Hand(os_threads.Thread):
+class _PartThread(os_threads.Thread):
     """Thread that delivers the parts in its `work`."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: ChordParts) -> None:
         super().__init__(name="parts", daemon=True)
         self._parts = parts
-        self.given = os_threads.Event()
-        self.work: deque[Part] = deque()
+        self.has_work = os_threads.Event()
+        self.work: deque[ChordPart] = deque()
 
     def run(self) -> None:
-        while self.given.wait(IDLE) or not self._parts.leaves(self):
-            while (part := self._parts.next_of(self)) is not None:
+        while self.has_work.wait(IDLE) or not self._parts.may_end(self):
+            while (part := self._parts.next_part(self)) is not None:
                 self._deliver(part)
 
-    def _deliver(self, part: Part) -> None:
+    def _deliver(self, part: ChordPart) -> None:
         try:
             part.deliver()
         except Exception as error:
@@ -230,7 +230,7 @@ class _Hand(os_threads.Thread):
         except BaseException:
             # For example an error callback that ends its process. It would do so again, so the part is dropped.
             logger.exception("what job %s left for %s is dropped", part.job, part.chord)
-        if self._parts.over(self, part):
+        if self._parts.end(self, part):
             try:
                 part.afterwards(part.error)
             except Exception as error:

@@ -18,9 +18,8 @@ from celery.utils.functional import _regen
 from kombu.exceptions import EncodeError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing.database.postgres_errors import translate
+from celery_capacity.routing.database.postgres_errors import translated
 from celery_capacity.routing.errors import InvalidRequest, Unsupported
 from celery_capacity.routing.store import chord_counts
 from celery_capacity.routing.store.chord_counts import Chord
@@ -73,11 +72,8 @@ class RowChords(RowResults):
             except self.connection_errors as error:
                 if not may_pass(error):
                     raise
-        try:
-            with self.app.platform.engine.connect() as connection:
-                note(connection)
-        except DBAPIError as error:
-            raise translate(error, "a chord was not made: ") from error
+        with translated("a chord was not made: "), self.app.platform.engine.connect() as connection:
+            note(connection)
 
     # -- counting its parts
 

@@ -20,7 +20,7 @@ from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.process.attempts import Attempt, held
 from celery_capacity.workers.results.backends import HOPELESS
 from celery_capacity.workers.results.batch_thread import BatchThread, Left
-from celery_capacity.workers.results.chord_parts import Part, Parts
+from celery_capacity.workers.results.chord_parts import ChordPart, ChordParts
 
 logger = logging.getLogger(__name__)
 
@@ -32,40 +32,40 @@ RECORD_EVERY: Final = 0.25
 MAX_ENDS: Final = 200
 
 
-def deliver(backend: Any, box: Outbox, attempt: Attempt) -> None:
+def deliver(backend: Any, outbox: Outbox, attempt: Attempt) -> None:
     """Deliver results, then chord parts, which may take any time (see `workers.results.chord_parts`).
 
     Raises an error of the backend that may pass: then the whole outbox is left for another try. A result that the
     backend will never take is logged and dropped. A chord part may be counted in Postgres though the backend takes no
     result.
     """
-    results, problem = [note for note in box.results if "result" in note], None
+    results, problem = [note for note in outbox.results if "result" in note], None
     if results:
         try:
             _store(backend, results)
         except Exception as error:
             problem = error
-    for note in chords_in(box):
+    for note in chords_in(outbox):
         with held(attempt):
             _try(backend.deliver_chord, note)
     if problem is not None:
         raise problem
 
 
-def chords_in(box: Outbox) -> list[dict[str, Any]]:
-    return [note for note in box.results if "chord" in note]
+def chords_in(outbox: Outbox) -> list[dict[str, Any]]:
+    return [note for note in outbox.results if "chord" in note]
 
 
-def key_of(attempt: Attempt, box: Outbox) -> Hashable:
+def key_of(attempt: Attempt, outbox: Outbox) -> Hashable:
     """Return the deduplication key of an attempt's chord parts.
 
     A digest, because keys are kept and parts may be large.
     """
-    return attempt.tag, hashlib.sha256(Outbox([], chords_in(box)).to_text().encode()).digest()
+    return attempt.tag, hashlib.sha256(Outbox([], chords_in(outbox)).to_text().encode()).digest()
 
 
-def name_of(box: Outbox) -> str:
-    return ", ".join(f"chord {note.get('group')}" for note in chords_in(box)) or "whoever waits for its end"
+def name_of(outbox: Outbox) -> str:
+    return ", ".join(f"chord {note.get('group')}" for note in chords_in(outbox)) or "whoever waits for its end"
 
 
 def _store(backend: Any, results: Sequence[dict[str, Any]]) -> None:
@@ -83,11 +83,24 @@ def _try(action: Callable[[Any], None], notes: Any) -> None:
         logger.exception("what a job left for the result backend cannot be delivered and is dropped: %.200r", notes)
 
 
+def as_part(
+    attempt: Attempt,
+    outbox: Outbox,
+    deliver: Callable[[], None],
+    afterwards: Callable[[Exception | None], None],
+    *,
+    remembered: bool = False,
+) -> ChordPart:
+    """Return the work of delivering an attempt's outbox as a `ChordPart`."""
+    return ChordPart(attempt.tag.job, name_of(outbox), key_of(attempt, outbox), deliver, afterwards, remembered)
+
+
 class Delivery(BatchThread[Transition]):
     """Queue of transitions whose outboxes its thread delivers, before it passes the transitions on.
 
-    A transition goes on to `record` when its outbox is delivered, or has to wait. `note_rest` (job,
-    old outbox, new outbox) updates the row where a chord part was late. The thread lives on while chord parts are late.
+    A transition goes on when its outbox is delivered, or has to wait: to `write`, which may wait for Postgres in this
+    thread. A transition without an outbox goes to `record` at once, in the caller's thread. `note_rest` (job, old
+    outbox, new outbox) updates the row where a chord part was late. The thread lives on while chord parts are late.
     """
 
     most = MAX_ENDS
@@ -97,13 +110,15 @@ class Delivery(BatchThread[Transition]):
         backend: Callable[[], Any],
         incarnation: str,
         record: Callable[[Sequence[Transition]], None],
-        parts: Parts,
+        write: Callable[[Sequence[Transition]], None],
+        parts: ChordParts,
         note_rest: Callable[[str, str, str], None],
     ) -> None:
         super().__init__("delivery")
         self._backend = backend
         self._incarnation = incarnation
         self._record = record
+        self._write = write
         self._parts = parts
         self._note_rest = note_rest
         self._down_until = 0.0
@@ -118,7 +133,7 @@ class Delivery(BatchThread[Transition]):
             self._record(rest)
 
     def jobs(self) -> set[str]:
-        """Return the jobs of all transitions that have not gone on to `record`."""
+        """Return the jobs of all transitions that have not gone on."""
         return {transition.job for transition in self.unfinished()}
 
     def _has_work(self) -> bool:
@@ -129,25 +144,25 @@ class Delivery(BatchThread[Transition]):
         return Left()
 
     def _after_batch(self) -> None:
-        self._parts.complain()
+        self._parts.give_up_stuck()
 
     _after_pause = _after_batch
 
     def _deliver(self, batch: Sequence[Transition]) -> None:
-        boxes = [parse(transition.outbox) for transition in batch]
+        outboxes = [parse(transition.outbox) for transition in batch]
         if time.monotonic() < self._down_until:
-            self._record(batch)
+            self._write(batch)
             return
         try:
-            _store(self._backend(), [note for box in boxes for note in box.results if "result" in note])
+            _store(self._backend(), [note for outbox in outboxes for note in outbox.results if "result" in note])
         except Exception as error:
             self._leave(len(batch), error)
-            self._record(batch)
+            self._write(batch)
             return
-        rest = [_without(transition, box) for transition, box in zip(batch, boxes, strict=True) if not chords_in(box)]
-        if rest:
-            self._record(rest)
-        self._deliver_parts([(transition, box) for transition, box in zip(batch, boxes, strict=True) if chords_in(box)])
+        pairs = list(zip(batch, outboxes, strict=True))
+        if rest := [_without(transition, outbox) for transition, outbox in pairs if not chords_in(outbox)]:
+            self._write(rest)
+        self._deliver_parts([(transition, outbox) for transition, outbox in pairs if chords_in(outbox)])
 
     def _leave(self, number: int, error: Exception) -> None:
         """Leave results to the duty after any error, and pause deliveries. The ends themselves go on."""
@@ -155,57 +170,58 @@ class Delivery(BatchThread[Transition]):
         logger.warning("the result backend does not take %d results, they are kept: %s", number, error)
 
     def _deliver_parts(self, carrying: Sequence[tuple[Transition, Outbox]]) -> None:
-        parts = [self._part(transition, box) for transition, box in carrying]
+        parts = [self._part(transition, outbox) for transition, outbox in carrying]
         ready, since = list[Transition](), time.monotonic()
         kept, failed = 0, None
-        for part, (transition, box) in zip(self._parts.bring(parts), carrying, strict=True):
+        for part, (transition, outbox) in zip(self._parts.deliver(parts), carrying, strict=True):
             if part.late:
-                # Record at once: other workers soon take entries of the stream for left behind.
-                self._record([*ready, replace(transition, outbox=self._under_way(box).to_text())])
+                # Record at once: other workers soon take such entries of the stream for abandoned.
+                self._write([*ready, replace(transition, outbox=self._under_way(outbox).to_text())])
                 ready, since = [], time.monotonic()
                 continue
             if part.done:
-                ready.append(_without(transition, box))
+                ready.append(_without(transition, outbox))
             else:
-                ready.append(replace(transition, outbox=_left(box).to_text()))
+                ready.append(replace(transition, outbox=_left(outbox).to_text()))
                 kept, failed = kept + 1, failed or part.error
             if time.monotonic() - since > RECORD_EVERY:
-                self._record(ready)
+                self._write(ready)
                 ready, since = [], time.monotonic()
         if failed is not None:
             self._leave(kept, failed)
         if ready:
-            self._record(ready)
+            self._write(ready)
 
-    def _part(self, one: Transition, box: Outbox) -> Part:
+    def _part(self, one: Transition, outbox: Outbox) -> ChordPart:
         attempt = Attempt(Tag(one.job, one.token), self._incarnation, patient=self._may_wait)
 
         def afterwards(error: Exception | None) -> None:
             if error is not None:
                 logger.warning("the part of a chord that job %s left is kept: %s", one.job, error)
-            self._note_rest(one.job, self._under_way(box).to_text(), _left(box).to_text() if error is not None else "")
+            self._note_rest(
+                one.job, self._under_way(outbox).to_text(), _left(outbox).to_text() if error is not None else ""
+            )
 
-        return Part(
-            job=one.job,
-            chord=name_of(box),
-            key=key_of(attempt, box),
-            deliver=lambda: deliver(self._backend(), Outbox([], chords_in(box)), attempt),
-            afterwards=afterwards,
+        return as_part(
+            attempt,
+            outbox,
+            lambda: deliver(self._backend(), Outbox([], chords_in(outbox)), attempt),
+            afterwards,
             remembered=True,
         )
 
-    def _under_way(self, box: Outbox) -> Outbox:
-        return replace(_left(box), by=self._incarnation)
+    def _under_way(self, outbox: Outbox) -> Outbox:
+        return replace(_left(outbox), by=self._incarnation)
 
     def _may_wait(self) -> bool:
         return not self._stopping
 
 
-def _left(box: Outbox) -> Outbox:
+def _left(outbox: Outbox) -> Outbox:
     """Return what is left of an outbox once its results are delivered."""
-    return Outbox(box.publishes, chords_in(box))
+    return Outbox(outbox.publishes, chords_in(outbox))
 
 
-def _without(one: Transition, box: Outbox) -> Transition:
+def _without(one: Transition, outbox: Outbox) -> Transition:
     """Return a transition whose results and chord parts are all delivered. Its publishes stay in the outbox."""
-    return replace(one, outbox=Outbox(box.publishes).to_text(), told=True)
+    return replace(one, outbox=Outbox(outbox.publishes).to_text(), told=True)

@@ -24,9 +24,9 @@ from sqlalchemy.exc import DataError
 from celery_capacity.routing.errors import NotAccepted, Unsupported
 from celery_capacity.routing.insert import replacements
 from celery_capacity.routing.model import message as messages
-from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.message import Tag
-from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.outbox import UNANNOUNCED, UNTOLD, Outbox, parse
+from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.model.token import NO_ATTEMPT, Token
 from celery_capacity.routing.store import fencing, refused_transitions
@@ -34,8 +34,8 @@ from celery_capacity.workers.process.attempts import Attempt, held
 from celery_capacity.workers.process.stores import Stores, transactions
 from celery_capacity.workers.results import running_workers
 from celery_capacity.workers.results.backends import HOPELESS, kept_of
-from celery_capacity.workers.results.chord_parts import Part, Parts
-from celery_capacity.workers.results.deliver import chords_in, deliver, key_of, name_of
+from celery_capacity.workers.results.chord_parts import ChordPart, ChordParts
+from celery_capacity.workers.results.deliver import as_part, chords_in, deliver
 from celery_capacity.workers.results.events import Announcer
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def deliver_rows(app: Celery, stores: Stores, only: list[str] | None = None) -> 
     parts = parts_of(app)
     with transactions(stores.engine).connect() as connection:
         with connection.begin():
-            announces = {"announces": announcer_of(app) is not None, "unannounced": outbox.UNANNOUNCED}
+            announces = {"announces": announcer_of(app) is not None, "unannounced": UNANNOUNCED}
             by = {"me": parts.incarnation if parts is not None else "", "tail": _TAIL}
             rows = connection.execute(_LEFT, {"ids": only, "most": MAX_ROWS, **announces, **by}).all()
         plain = [row for row in rows if _has_results_alone(row)]
@@ -113,8 +113,9 @@ def _has_results_alone(row: Any) -> bool:
     if len(row.outbox) > TOGETHER_BYTES:
         return False
     try:
-        box = outbox.parse(row.outbox)
-        return bool(box.results) and not (box.publishes or box.by) and all("result" in note for note in box.results)
+        outbox = parse(row.outbox)
+        is_more = outbox.publishes or outbox.by
+        return bool(outbox.results) and not is_more and all("result" in note for note in outbox.results)
     except (ValueError, TypeError, LookupError):
         return False
 
@@ -144,7 +145,7 @@ def _deliver_together(app: Celery, connection: Connection, rows: Sequence[Any]) 
         with connection.begin():
             values = {"ids": list(some), "digests": digests}
             mine = [some[job] for job in connection.execute(_ALL_MINE, values).scalars()]
-            results = [note for row in mine for note in outbox.parse(row.outbox).results]
+            results = [note for row in mine for note in parse(row.outbox).results]
             speaker = Attempt(Tag("", NO_ATTEMPT), "", patient=lambda: True)
             try:
                 deliver(app.backend, Outbox([], results), speaker)
@@ -165,30 +166,30 @@ def deliver_parts(app: Celery, stores: Stores, jobs: Sequence[str]) -> None:
     with transactions(stores.engine).connect() as connection:
         with connection.begin():
             by = {"me": parts.incarnation if parts is not None else "", "tail": _TAIL}
-            values = {"ids": list(jobs), "most": len(jobs), "announces": True, "unannounced": outbox.UNANNOUNCED, **by}
+            values = {"ids": list(jobs), "most": len(jobs), "announces": True, "unannounced": UNANNOUNCED, **by}
             rows = connection.execute(_LEFT, values).all()
         for row in rows:
-            box = outbox.parse(row.outbox)
-            if chords_in(box):
+            outbox = parse(row.outbox)
+            if chords_in(outbox):
                 with connection.begin():
                     if connection.execute(_MINE, {"id": row.id, "outbox": row.outbox}).first() is not None:
-                        _deliver_parts(app, connection, row, box, parts)
+                        _deliver_parts(app, connection, row, outbox, parts)
 
 
-def _deliver_parts(app: Celery, connection: Connection, row: Any, box: Outbox, parts: Parts | None) -> None:
+def _deliver_parts(app: Celery, connection: Connection, row: Any, outbox: Outbox, parts: ChordParts | None) -> None:
     job, engine = row.id, connection.engine
     speaker = Attempt(Tag(job, Token(row.epoch, row.attempt)), row.incarnation, patient=lambda: True)
-    results = [note for note in box.results if "chord" not in note]
-    rest = Outbox(box.publishes, results).to_text()
-    by = replace(box, by=parts.incarnation if parts is not None else "").to_text()
+    results = [note for note in outbox.results if "chord" not in note]
+    rest = Outbox(outbox.publishes, results).to_text()
+    by = replace(outbox, by=parts.incarnation if parts is not None else "").to_text()
 
     def afterwards(error: Exception | None) -> None:
         if error is not None:
             logger.info("the part of a chord that job %s left is not counted yet: %s", job, error)
-        note_rest(engine, job, by, rest if error is None else replace(box, by="").to_text())
+        note_rest(engine, job, by, rest if error is None else replace(outbox, by="").to_text())
 
-    chords = Outbox([], chords_in(box))
-    part = Part(job, name_of(box), key_of(speaker, box), lambda: deliver(app.backend, chords, speaker), afterwards)
+    chords = Outbox([], chords_in(outbox))
+    part = as_part(speaker, outbox, lambda: deliver(app.backend, chords, speaker), afterwards)
     _bring(parts, part)
     if part.late:
         connection.execute(_DONE, {"id": job, "outbox": row.outbox, "rest": by})
@@ -206,15 +207,15 @@ def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: To
         if not fencing.has_succeeded(connection, job, token):
             return
     speaker = Attempt(Tag(job, token), incarnation, patient=lambda: True)
-    box, parts = outbox.parse(left), parts_of(app)
+    outbox, parts = parse(left), parts_of(app)
 
     def afterwards(error: Exception | None) -> None:
         if error is not None:
             logger.warning("what job %s left late is dropped: %s", job, error)
 
-    part = Part(job, name_of(box), key_of(speaker, box), lambda: deliver(app.backend, box, speaker), afterwards)
+    part = as_part(speaker, outbox, lambda: deliver(app.backend, outbox, speaker), afterwards)
     # A value alone needs no thread, so that it is not dropped because chord parts are late.
-    _bring(parts if chords_in(box) else None, part)
+    _bring(parts if chords_in(outbox) else None, part)
     if part.late:
         return
     if part.error is not None:
@@ -230,26 +231,26 @@ def note_rest(engine: Engine, job: str, left: str, rest: str | None) -> None:
         connection.execute(_DONE, {"id": job, "outbox": left, "rest": rest or None})
 
 
-def _deliver(app: Celery, connection: Connection, row: Any, parts: Parts | None) -> bool | None:
+def _deliver(app: Celery, connection: Connection, row: Any, parts: ChordParts | None) -> bool | None:
     """Deliver a row's outbox; return True if that is done, False if the backend takes none, None if this row waits."""
-    job, box = row.id, _box(connection.engine, row)
+    job, outbox = row.id, _outbox_of(app, connection.engine, row)
     speaker = Attempt(Tag(job, Token(row.epoch, row.attempt)), row.incarnation, patient=lambda: True)
-    by = replace(box, by=parts.incarnation if parts is not None else "").to_text()
+    by = replace(outbox, by=parts.incarnation if parts is not None else "").to_text()
     engine = connection.engine
 
     def announce() -> str | None:
-        return _announce(app, box, job, State(row.state), row.error, row.message)
+        return _announce(app, outbox, job, State(row.state), row.error, row.message)
 
     def afterwards(error: Exception | None) -> None:
         if error is not None:
             logger.warning("what job %s left is not delivered yet: %s", job, error)
-        note_rest(engine, job, by, announce() if error is None else replace(box, by="").to_text())
+        note_rest(engine, job, by, announce() if error is None else replace(outbox, by="").to_text())
 
-    part = Part(job, name_of(box), key_of(speaker, box), lambda: _tell_all(app, row, box, speaker), afterwards)
+    part = as_part(speaker, outbox, lambda: _tell_all(app, row, outbox, speaker), afterwards)
     part.late = parts is not None and parts.is_under_way(part.key)
     if not part.late:
         # Results alone need no thread, since they take only as long as the backend.
-        _bring(parts if chords_in(box) or _untold(box) else None, part)
+        _bring(parts if chords_in(outbox) or _untold(outbox) else None, part)
     if part.late:
         # Also if the row does not name this worker yet: such a row was written from the entry in the stream.
         connection.execute(_DONE, {"id": job, "outbox": row.outbox, "rest": by})
@@ -264,20 +265,22 @@ def _deliver(app: Celery, connection: Connection, row: Any, parts: Parts | None)
     return True
 
 
-def _box(engine: Engine, row: Any) -> Outbox:
+def _outbox_of(app: Celery, engine: Engine, row: Any) -> Outbox:
     """Return the outbox of a row. An unreadable outbox is set aside, and the result is made from the row's state."""
     try:
-        return outbox.parse(row.outbox)
+        return parse(row.outbox)
     except (ValueError, TypeError, LookupError) as error:
         left = {"job": row.id, "outbox": row.outbox}
-        refused_transitions.set_aside(engine, left, f"what job {row.id} left cannot be read: {error!r}")
-        return outbox.parse(outbox.UNTOLD)
+        detail = f"what job {row.id} left cannot be read: {error!r}"
+        tally = app.platform.ledger.tally
+        refused_transitions.set_aside(engine, tally, left, Refusal.UNREADABLE_OUTBOX, detail)
+        return parse(UNTOLD)
 
 
-def _bring(parts: Parts | None, part: Part) -> None:
+def _bring(parts: ChordParts | None, part: ChordPart) -> None:
     """Deliver a part in a thread of `parts`, or in this thread where there is none: a process that is no worker."""
     if parts is not None:
-        list(parts.bring([part]))
+        list(parts.deliver([part]))
         return
     try:
         part.deliver()
@@ -286,30 +289,30 @@ def _bring(parts: Parts | None, part: Part) -> None:
         part.error = error
 
 
-def _tell_all(app: Celery, row: Any, box: Outbox, speaker: Attempt) -> None:
-    deliver(app.backend, box, speaker)
-    untold = _untold(box)
+def _tell_all(app: Celery, row: Any, outbox: Outbox, speaker: Attempt) -> None:
+    deliver(app.backend, outbox, speaker)
+    untold = _untold(outbox)
     # A thread that delivers for an attempt reads the state from the backend itself, never from a row.
     with held(speaker):
         if untold and not (untold[0].get("unless_told") and app.backend.get_state(row.id) in states.READY_STATES):
             _tell_anyhow(app, row.id, State(row.state), row.error or "", bytes(row.message))
 
 
-def _untold(box: Outbox) -> list[dict[str, Any]]:
-    return [note for note in box.results if "untold" in note]
+def _untold(outbox: Outbox) -> list[dict[str, Any]]:
+    return [note for note in outbox.results if "untold" in note]
 
 
-def _announce(app: Celery, box: Outbox, job: str, state: State, error: str | None, message: bytes) -> str | None:
+def _announce(app: Celery, outbox: Outbox, job: str, state: State, error: str | None, message: bytes) -> str | None:
     """Send the events and signals for the end of a job that no worker held; return the outbox that stays in the row.
 
     Only a worker sends them. Where this process is no worker, the outbox says that the end is not announced yet.
     """
     silent = state in (State.CANCELLED, State.EXPIRED, State.LOST)
-    if not silent or not any("untold" in note or "unannounced" in note for note in box.results):
+    if not silent or not any("untold" in note or "unannounced" in note for note in outbox.results):
         return None
     announcer = announcer_of(app)
     if announcer is None:
-        return outbox.UNANNOUNCED
+        return UNANNOUNCED
     try:
         request = context_of(app, bytes(message))
     except Exception as problem:
@@ -319,7 +322,7 @@ def _announce(app: Celery, box: Outbox, job: str, state: State, error: str | Non
     return None
 
 
-def parts_of(app: Celery) -> Parts | None:
+def parts_of(app: Celery) -> ChordParts | None:
     """Return the deliverer of chord parts in this process, None where it is no worker."""
     worker = running_workers.newest(app)
     return worker.parts if worker is not None and worker.parts.pid == os.getpid() else None

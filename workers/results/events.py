@@ -17,12 +17,14 @@ from billiard.einfo import ExceptionInfo
 from celery import signals
 from celery import states as celery_states
 from celery.app.task import Context
+from celery.events import Event
 from celery.exceptions import WorkerLostError
 from celery.utils.saferepr import saferepr
 from sqlalchemy import Engine, text
 
+from celery_capacity.routing.config.redaction import hidden_text
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.model.message import HEADER, Tag, parse_tag
+from celery_capacity.routing.model.message import HEADER, Tag, decode, parse_tag
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import State
 
@@ -32,7 +34,17 @@ logger = logging.getLogger(__name__)
 #: an unknown state above STARTED and REVOKED, so that an admitted job would never be seen to start.
 PLACES: Final = {"WAITING": "PENDING", "ADMITTED": "REJECTED"}
 
-_ROWS: Final = text("SELECT id, name, attempt, request, queue FROM jobs WHERE id = ANY(CAST(:ids AS text[]))")
+#: Sender of the events of jobs that wait. Flower shows a job on the sender of its newest event, which must not be the
+#: worker that wrote the row.
+BACKLOG: Final = "backlog"
+
+#: Largest message, in bytes, whose arguments an event shows. Else a full backlog of large messages would be read.
+READ_UP_TO: Final = 65_536
+
+_ROWS: Final = text(
+    "SELECT id, name, attempt, request, queue, CASE WHEN octet_length(message) <= :bytes THEN message END AS message "
+    "FROM jobs WHERE id = ANY(CAST(:ids AS text[]))"
+)
 
 
 def teach_states() -> None:
@@ -86,6 +98,11 @@ def raised(error: Exception) -> ExceptionInfo:
         raise error
     except type(error):
         return ExceptionInfo()
+
+
+def _event_of_backlog(kind: str, **fields: Any) -> Any:
+    """Make an event that no worker sends."""
+    return Event(kind, **{**fields, "hostname": BACKLOG})
 
 
 class Announcer:
@@ -155,16 +172,20 @@ class Announcer:
         if not ids or self.events is None:
             return
         with self._engine.connect() as connection:
-            rows = connection.execute(_ROWS, {"ids": ids}).all()
+            rows = connection.execute(_ROWS, {"ids": ids, "bytes": READ_UP_TO}).all()
         for row in rows:
             if self._sends(row.name):
                 self.later(lambda row=row: self._send_waiting(row))  # type: ignore[misc]
 
     def _send_waiting(self, row: Any) -> None:
         if self.events is not None:
-            request, name, queue = row.request, row.name, row.queue
-            fields = {"name": name, "attempt": row.attempt, "request": request, "queue": queue, "allocation": None}
-            self.events.send("task-waiting", uuid=row.id, **fields)
+            headers = {} if row.message is None else decode(bytes(row.message)).get("headers") or {}
+            call = {"args": "argsrepr", "kwargs": "kwargsrepr", "root_id": "root_id", "parent_id": "parent_id"}
+            fields = {field: headers.get(header) for field, header in call.items()}
+            # A producer that knows nothing of the platform hides nothing.
+            fields |= {name: hidden_text(str(fields[name])) for name in ("args", "kwargs") if fields[name] is not None}
+            fields |= {"name": row.name, "attempt": row.attempt, "request": row.request, "queue": row.queue}
+            self.events.send("task-waiting", uuid=row.id, allocation=None, Event=_event_of_backlog, **fields)
 
     def refused(self, message: Any) -> None:
         """Signal that a message of an old producer is no task's, and was set aside; in any thread."""

@@ -38,6 +38,8 @@ MAX_TRANSITIONS: Final = 1000
 MAX_UNWRITTEN: Final = 10_000
 #: Default of the seconds for which Postgres may take nothing before a worker is behind.
 WRITE_WITHIN: Final = 20.0
+#: Seconds after which an unwritten transition says that Postgres is slow or away.
+LATE: Final = 0.5
 #: Seconds between tries while Postgres does not answer.
 RETRY_AFTER: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 
@@ -87,6 +89,15 @@ class Recorder(BatchThread[Transition]):
             self._came.append((time.monotonic(), len(transitions)))
             super().add(transitions)
 
+    def write(self, transitions: Sequence[Transition]) -> None:
+        """Write transitions in the caller's thread, which saves a hand-off to another one.
+
+        They are added where others are unwritten for long, so that nobody waits for a Postgres that is away.
+        Transitions that Postgres does not take now are added too.
+        """
+        left = Left(transitions) if self._is_late(LATE) else self._work(transitions, again=True)
+        self.add([*left.kept, *left.put_off])
+
     def call(self, action: Callable[[], object]) -> None:
         """Run an action that may wait for a store, in a thread beside the writing of outcomes."""
         self._calls.call(action)
@@ -97,8 +108,12 @@ class Recorder(BatchThread[Transition]):
         Transitions of locked rows count by their number alone: a single locked row holds nobody up.
         """
         with self._changed:
-            late = bool(self._came) and time.monotonic() - self._came[0][0] > self._write_within
-            return late or len(self._pending) + len(self._put_off) > MAX_UNWRITTEN
+            return self._is_late(self._write_within) or len(self._pending) + len(self._put_off) > MAX_UNWRITTEN
+
+    def _is_late(self, seconds: float) -> bool:
+        """Return True if a transition has been unwritten for longer."""
+        with self._changed:
+            return bool(self._came) and time.monotonic() - self._came[0][0] > seconds
 
     def jobs(self) -> set[str]:
         """Return the jobs of all unwritten transitions."""
@@ -168,15 +183,12 @@ class Recorder(BatchThread[Transition]):
             len(self._pending) + len(self._put_off),
             self._write_within,
         )
-        try:
-            self._ledger.count("behind")
-        except PlatformError as error:
-            logger.info("not counted: %s", error)
+        self._ledger.tally.add("behind")
 
     def _work(self, batch: Sequence[Transition], *, again: bool) -> Left[Transition]:
         """Write a batch. Transitions are kept while Postgres takes nothing, and put off if it refused them alone."""
         try:
-            applied, refused = refused_transitions.write(self._engine, batch, wait=not again)
+            applied, refused = refused_transitions.write(self._engine, self._ledger.tally, batch, wait=not again)
         except SQLAlchemyError as error:
             logger.warning(
                 "Postgres does not take %d outcomes, they are kept: %s", len(batch), error.__class__.__name__

@@ -1,4 +1,4 @@
-"""Quarantine of unreadable messages: a caller that meets such a message hands it over here, and goes on.
+"""Thread for unreadable messages: a caller that meets such a message hands it over here, and goes on.
 
 A thread writes the messages to Postgres, so that the main loop waits for nothing. While Postgres is down they are kept
 in memory, up to a bound. Messages beyond the bound are dropped and counted.
@@ -13,6 +13,7 @@ from typing import Final
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from celery_capacity.routing.model.reasons import Refusal, Tally
 from celery_capacity.routing.store import quarantine
 from celery_capacity.routing.store.quarantine import SetAside
 from celery_capacity.workers.results.batch_thread import BatchThread, Left
@@ -31,11 +32,11 @@ RETRY_AFTER: Final = 1.0
 SHOWN: Final = 200
 
 
-#: A message, with the job of whose message it may be a second copy; '' for none.
-_Waiting = tuple[SetAside, str]
+#: A message, its reason, and the job of whose message it may be a second copy; '' for none.
+_Waiting = tuple[SetAside, Refusal, str]
 
 
-class Quarantine(BatchThread[_Waiting]):
+class QuarantineThread(BatchThread[_Waiting]):
     """Queue of unreadable messages that its thread writes to Postgres.
 
     `set_aside` never waits for a store and may be called in any thread.
@@ -44,30 +45,31 @@ class Quarantine(BatchThread[_Waiting]):
     most = BATCH
     retry_after = (RETRY_AFTER,)
 
-    def __init__(self, engine: Engine, worker: str) -> None:
+    def __init__(self, engine: Engine, tally: Tally, worker: str) -> None:
         super().__init__("quarantine")
+        self._tally = tally
         self._engine = engine
         self._worker = worker
         self._bytes = 0
         self._dropped = 0
         self._logged = ""
 
-    def set_aside(self, raw: bytes, queue: str, reason: str, unless: str = "") -> None:
+    def set_aside(self, raw: bytes, queue: str, reason: Refusal, detail: str, unless: str = "") -> None:
         """Keep a message that was taken from a queue and cannot be read.
 
         `unless` is a job. A message is not kept where Postgres knows that job. Then it is a second copy of a message
         whose attempt ended so long ago that the ledger knows the job no more.
         """
-        message = SetAside.of(raw, queue, reason, self._worker)
+        message = SetAside.of(raw, queue, reason, detail, self._worker)
         if not unless:
-            _say(message)
+            self._report(message, reason)
         with self._changed:
             waiting = len(self._pending) + len(self._working)
             if waiting >= MAX_WAITING or self._bytes + len(message.raw) > MAX_BYTES_WAITING:
                 self._dropped += 1
                 return
             self._bytes += len(message.raw)
-            self.add([(message, unless)])
+            self.add([(message, reason, unless)])
 
     def _work(self, batch: Sequence[_Waiting], *, again: bool) -> Left[_Waiting]:
         try:
@@ -84,7 +86,7 @@ class Quarantine(BatchThread[_Waiting]):
 
     def _settled(self, batch: Sequence[_Waiting], left: Left[_Waiting], *, again: bool) -> None:
         if not left.kept:
-            self._bytes -= sum(len(message.raw) for message, _ in batch)
+            self._bytes -= sum(len(message.raw) for message, _, _ in batch)
 
     def _after_batch(self) -> None:
         with self._changed:
@@ -95,17 +97,18 @@ class Quarantine(BatchThread[_Waiting]):
     def _give_up(self) -> None:
         logger.error("%d messages that cannot be read are lost: %s", len(self._pending), self._logged)
 
-    def _write(self, connection: Connection, batch: Sequence[tuple[SetAside, str]]) -> None:
-        known_jobs = quarantine.known(connection, [job for _, job in batch if job])
-        for message, job in batch:
+    def _write(self, connection: Connection, batch: Sequence[_Waiting]) -> None:
+        known_jobs = quarantine.known(connection, [job for *_, job in batch if job])
+        if unreadable := [message for message, _, job in batch if job not in known_jobs]:
+            quarantine.write(connection, unreadable)
+        # The batch is written by now: a batch that Postgres refuses comes here again.
+        for message, reason, job in batch:
             if job in known_jobs:
                 logger.info("job %s: a doubled message of an attempt that ended long ago is dropped", job)
             elif job:
-                _say(message)
-        if unreadable := [message for message, job in batch if job not in known_jobs]:
-            quarantine.write(connection, unreadable)
+                self._report(message, reason)
 
-
-def _say(message: SetAside) -> None:
-    shown = message.raw[:SHOWN]
-    logger.error("a message in the queue %.100s is set aside: %s: %r", message.queue, message.reason, shown)
+    def _report(self, message: SetAside, reason: Refusal) -> None:
+        self._tally.add(reason)
+        shown = message.raw[:SHOWN]
+        logger.error("a message in the queue %.100s is set aside: %s: %r", message.queue, message.reason, shown)

@@ -2,7 +2,7 @@
 
 As a rule there is one worker. Tests start several in threads (`celery.contrib.testing`), also of one app.
 
-The state of a worker hangs on the worker. Only code that knows no more than the process, or the app, looks here.
+A worker's state is on the worker itself. Only code that knows no more than the process, or the app, looks here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 from celery import Celery
 
-from celery_capacity.workers.results.chord_parts import Parts
+from celery_capacity.workers.results.chord_parts import ChordParts
 from celery_capacity.workers.results.events import Announcer
 
 
@@ -19,7 +19,7 @@ class Running(Protocol):
     """A worker that runs in this process, as other code of the process sees it: a `workers.execute.runtime.Runtime`."""
 
     app: Celery
-    parts: Parts
+    parts: ChordParts
     announcer: Announcer
 
     def drain(self) -> None:
@@ -31,8 +31,8 @@ class Running(Protocol):
     def receive(self) -> None:
         """Set aside in this worker's quarantine the messages that the process receives and cannot read."""
 
-    def stop_cold(self) -> None:
-        """Note that the worker ends without waiting for its jobs."""
+    def stops(self, cold: bool) -> None:
+        """Note that the worker stops, and whether it waits for its jobs. Safe in a signal handler."""
 
 
 _running: Final[list[Running]] = []

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -72,9 +71,6 @@ class Candidate(LookingService):
         self._fence = 0
         self._until = 0.0
         self._asks: set[str] = set()
-        #: Names of counters to add one to, by any thread, and those that go with the next look.
-        self._counted: deque[str] = deque()
-        self._counts: Counter[str] = Counter()
         self._warning = LastingWarning(logger)
 
     def holds(self, store: Store | None = None) -> bool:
@@ -88,10 +84,6 @@ class Candidate(LookingService):
         """Have the runner do a duty soon; in any thread."""
         self._asks.add(duty)
         self._wake.set()
-
-    def count(self, what: str) -> None:
-        """Add one to a counter of the ledger, with the next look at it; in any thread."""
-        self._counted.append(what)
 
     def run(self) -> None:
         while not self._stopping:
@@ -119,7 +111,7 @@ class Candidate(LookingService):
         if self.news is None:
             self._wake.wait(seconds)
         else:
-            self.news.wait(self._wake, seconds, answers=answered and self._store != "postgres")
+            self.news.wait(self._wake, seconds, answers=answered and self._store != "postgres", runs=bool(self._fence))
 
     def _stand(self) -> None:
         store = self._authority() or Store.LEDGER
@@ -137,26 +129,18 @@ class Candidate(LookingService):
         if elected.fence != previous:
             logger.info("this worker runs the duties, by lease %d of the %s", self._fence, store)
         if elected.fence != previous or not held:
-            # Also if this worker has the lease again: a renewal came late, and nobody else had taken over.
+            # A late renewal counts as a change too, though nobody else had taken over.
             self._on_change()
         if elected.asked:
             self._on_asked(elected.asked)
 
     def _elect(self, asks: Sequence[str]) -> Elected:
         if self._store != Store.POSTGRES:
-            elected = self._ask_ledger(self._term, asks)
+            elected = self.ledger.elect(self._incarnation, self._fence, self._term, asks, self.worker)
             self.on_look(elected)
             return elected
         with self._engine.connect() as connection:
             return election.elect(connection, self._incarnation, self._fence, self._term)
-
-    def _ask_ledger(self, term: float, asks: Sequence[str] = ()) -> Elected:
-        """Call the script of the election, which takes the counts along. They are kept until it has answered."""
-        while self._counted:
-            self._counts[self._counted.popleft()] += 1
-        elected = self.ledger.elect(self._incarnation, self._fence, term, asks, self.worker, self._counts)
-        self._counts.clear()
-        return elected
 
     def _lost(self) -> None:
         if self._fence:
@@ -172,7 +156,7 @@ class Candidate(LookingService):
                 with self._engine.connect() as connection:
                     election.resign(connection, self._incarnation, self._fence)
             else:
-                self._ask_ledger(0.0)
+                self.ledger.elect(self._incarnation, self._fence, 0.0, worker=self.worker)
         except (PlatformError, RedisError, SQLAlchemyError) as error:
             logger.info("the lease of the runner was not given back, it runs out: %s", error)
         self._fence = 0

@@ -8,7 +8,6 @@ jobs.
 from __future__ import annotations
 
 import logging
-import select
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -16,7 +15,6 @@ import psycopg2
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing import os_threads
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.errors import PlatformError
@@ -41,7 +39,7 @@ _SHORT_LIVED: Final = (
 )
 
 
-class Listener(OnDemandLookingService):
+class CommitListener(OnDemandLookingService):
     """Thread that listens while this worker is elected, and brings in the jobs that it hears of.
 
     `stores` has a handle of the ledger for this thread alone. `elected` says whether this worker is to listen: a change
@@ -71,14 +69,13 @@ class Listener(OnDemandLookingService):
                     self._begin()
                 self._hear(interval)
                 self._warning.over()
+                continue
             except (SQLAlchemyError, psycopg2.Error, PlatformError, LedgerClosed, RedisError) as error:
-                self._end()
                 self._warning.warn(f"nobody listens here for what is committed: {type(error).__name__}: {error}")
-                self._wake.wait(interval)
             except Exception:
-                self._end()
                 logger.exception("listening failed; it is tried again")
-                self._wake.wait(interval)
+            self._end()
+            self._wake.wait(interval)
         self._end()
 
     def _begin(self) -> None:
@@ -93,12 +90,8 @@ class Listener(OnDemandLookingService):
 
     def _hear(self, seconds: float) -> None:
         """Wait `seconds` seconds for notifications, and bring in the jobs that they name."""
-        poll = os_threads.poll()
-        poll.register(self._wake.fileno(), select.POLLIN)
-        poll.register(self._listening.fileno(), select.POLLIN)
-        ready = poll.poll(seconds * 1000)
-        self._wake.clear()
-        if not any(descriptor != self._wake.fileno() for descriptor, _ in ready):
+        _, readable = self._wake.wait_beside(self._listening.fileno(), seconds)
+        if not readable:
             return
         self._listening.poll()
         payloads = [notification.payload for notification in self._listening.notifies]
@@ -106,13 +99,13 @@ class Listener(OnDemandLookingService):
         if payloads:
             self._bring_in(payloads)
 
-    def _bring_in(self, said: Iterable[str]) -> None:
+    def _bring_in(self, payloads: Iterable[str]) -> None:
         """Bring in jobs by their ids; '' stands for all accepted jobs."""
-        named = list(dict.fromkeys(said))
-        if "" not in named:
-            for start in range(0, len(named), MAX_ROWS):
+        ids = list(dict.fromkeys(payloads))
+        if "" not in ids:
+            for start in range(0, len(ids), MAX_ROWS):
                 with self.stores.engine.connect() as connection:
-                    rows = backlog.accepted(connection, named[start : start + MAX_ROWS])
+                    rows = backlog.accepted(connection, ids[start : start + MAX_ROWS])
                 if rows and not self._submit(rows):
                     return
             return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,6 +23,7 @@ from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.database.postgres_errors import is_locked, one_line
 from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.states import Store
@@ -35,6 +37,7 @@ from celery_capacity.workers.duties import (
     former_workers,
     lapse,
     reconcile,
+    refill,
     replaced,
     sweep,
     unique_keys,
@@ -44,7 +47,7 @@ from celery_capacity.workers.process.service import OnDemandLookingService
 from celery_capacity.workers.process.spare_connections import close_spare
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.runner.candidate import Candidate
-from celery_capacity.workers.runner.commit_listener import Listener
+from celery_capacity.workers.runner.commit_listener import CommitListener
 
 logger = logging.getLogger(__name__)
 
@@ -86,15 +89,20 @@ class Duty:
 #: Tick of a worker's own thread that left an outbox to be delivered.
 OUTBOX: Final = "outbox"
 
+#: Tick of the ledger, where the head of a shape runs low.
+REFILL: Final = "refill"
+
 DUTIES: Final = (
-    # First write to Postgres what the ledger alone knows: by the rows the other duties judge what to bring in.
+    # The transitions that the ledger alone knows come first: the other duties judge by the rows.
     Duty("stream", lambda s: s.due_interval, apply_transitions.run_once),
+    # Jobs that stay in Postgres are marked before others look for rows that the ledger does not know.
+    Duty("refill", lambda s: s.due_interval, refill.run_once, REFILL),
     Duty("due", lambda s: s.due_interval, due.run_once, without=fallback.expire),
     Duty("outbox", lambda s: s.due_interval, deliver_results.run_once, OUTBOX, deliver_results.run_once),
     Duty("lapse", lambda s: s.due_interval, lapse.run_once, without=fallback.lapse),
     Duty("sweep", sweep.pause, sweep.run_once, beat_messages.SWEEP),
     Duty("reconcile", lambda s: s.reconcile_interval, reconcile.run_once, beat_messages.RECONCILE),
-    Duty("retention", lambda s: s.sweep_interval, archive.run_once, without=archive.run_once),
+    Duty("retention", archive.pause, archive.run_once, without=archive.run_once),
     Duty("replaced", sweep.pause, replaced.run_once, without=replaced.run_once),
     Duty("keys", lambda s: s.sweep_interval, unique_keys.run_once, without=unique_keys.run_once),
     Duty(
@@ -105,7 +113,7 @@ DUTIES: Final = (
     ),
 )
 
-#: The reconcile out of its turn, for a caller that met a ledger which lacks what it should have. It runs at most once
+#: The reconcile out of its turn, for a caller that met a ledger without keys that it should have. It runs at most once
 #: in the time between two sweeps, however many callers ask.
 SUSPICION: Final = Duty("suspicion", sweep.pause, reconcile.run_once)
 
@@ -137,7 +145,7 @@ class Runner(OnDemandLookingService):
         # The duties have a handle of the ledger of their own: its epoch is the epoch in which they may act.
         self._stores = stores.apart()
         self.election = Candidate(stores.engine, ledger, incarnation, authority, self._on_change, self._on_asked)
-        self._listener = Listener(stores.apart(), self.election.holds)
+        self._listener = CommitListener(stores.apart(), self.election.holds)
         self._asked: set[str] = set()
         #: True if the ledger is to be compared with Postgres out of turn.
         self._suspected = False
@@ -145,10 +153,10 @@ class Runner(OnDemandLookingService):
         self._suspect_from = 0.0
         #: True if this worker was elected just now.
         self._won = True
-        #: Time at which each duty is due (monotonic), its failures in a row, and the last logged message.
+        #: Time at which each duty is due (monotonic), its failures in a row, and the warning of them.
         self._next_at: dict[str, float] = {}
         self._failures: dict[str, int] = {}
-        self._said: dict[str, str] = {}
+        self._warnings = defaultdict[str, LastingWarning](lambda: LastingWarning(logger))
 
     def start(self) -> None:
         super().start()
@@ -183,7 +191,7 @@ class Runner(OnDemandLookingService):
         self._stopping = True
         self._listener.stop(within)
         ended = super().stop(within)
-        # Last, when no duty runs any more: from here on another worker may have the lease.
+        # The election stops last, when no duty runs any more: another worker may then have the lease.
         self.election.stop(within)
         return ended
 
@@ -270,7 +278,7 @@ class Runner(OnDemandLookingService):
                 self._run_without_ledger(due_now)
             else:
                 self._run_with_ledger(due_now)
-            self._said.pop(STORES, None)
+            self._warnings[STORES].over()
         except Exception as error:
             self.election.window.restart()
             for duty in due_now:
@@ -306,7 +314,7 @@ class Runner(OnDemandLookingService):
             self._count(duty, Pass.LEFT)
 
     def _count(self, duty: Duty, result: Pass) -> None:
-        self.election.count(f"duty.{duty.name}.{result}")
+        self.election.ledger.tally.add(f"duty.{duty.name}.{result}")
 
     def _run_one(self, duty: Duty, run: Callable[..., Mapping[str, int]]) -> None:
         """Run a duty. A failure concerns no other duty: this one is retried after a pause of its own."""
@@ -324,7 +332,7 @@ class Runner(OnDemandLookingService):
             return
         self._count(duty, Pass.DONE)
         self._failures.pop(duty.name, None)
-        self._said.pop(f"duty {duty.name}", None)
+        self._warnings[f"duty {duty.name}"].over()
         counts = {name: number for name, number in totals.items() if number}
         if counts:
             logger.info("duty %s: %s", duty.name, ", ".join(f"{name} {number}" for name, number in counts.items()))
@@ -342,12 +350,9 @@ class Runner(OnDemandLookingService):
     def _say(self, what: str, error: Exception) -> None:
         """Log a failure once, not at every try."""
         why = one_line(error) if isinstance(error, DBAPIError) else str(error)
-        message = f"{what} is tried again: {type(error).__name__}: {why}"
-        if message == self._said.get(what):
-            return
-        self._said[what] = message
         passes = isinstance(error, (PlatformError, LedgerClosed, RedisError, SQLAlchemyError))
-        logger.warning("%s", message, exc_info=None if passes else error)
+        message = f"{what} is tried again: {type(error).__name__}: {why}"
+        self._warnings[what].warn(message, trace=None if passes else error)
 
 
 def _lies_in(store: type[Exception], error: BaseException | None) -> bool:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 ASK_AFTER: Final = 0.25
 
 
-class Keyless:
+class LostKeys:
     """Ends whose keys the ledger lost, and which are repeated once Postgres has judged them.
 
     `say_again` gets each end once more, in a thread of the recorder's that may wait for a store. `said` is called after
@@ -77,7 +77,7 @@ class Keyless:
             if not isinstance(error, (StoreUnavailable, LedgerClosed)):
                 logger.exception("job %s: its key is not there and is not restored; that is tried again", holding.job)
             self._pause.wait(ASK_AFTER)
-        # In this order: a leaving worker looks first whether an end is under way, then at the ends, and is woken last.
+        # The order matters: a leaving worker looks first if an end is under way, then at the ends, and is woken last.
         self._say_again(end)
         self._under_way.discard(holding.key)
         self._said()
@@ -90,7 +90,7 @@ class Keyless:
             self._pause.wait(ASK_AFTER)
             return end
         if has_claim is False:
-            self._ledger.count(Refusal.STALE_RELEASE)
+            self._ledger.tally.add(Refusal.STALE_RELEASE)
             return replace(end, refused=True)
         if not self._ledger.adopt(self._identity.name, self._identity.incarnation, [holding.as_adopted()]):
             logger.warning("job %s: the ledger had lost its key, and has it again", holding.job)

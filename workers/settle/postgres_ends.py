@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
 
@@ -13,7 +13,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.lasting_warning import LastingWarning
-from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.states import Outcome, State, Step, Store
@@ -22,6 +21,7 @@ from celery_capacity.routing.store import claims, dependencies, job_transitions,
 from celery_capacity.routing.store.claims import Became, Holder
 from celery_capacity.routing.store.job_transitions import Applied, Transition
 from celery_capacity.workers.membership.context import WorkerContext
+from celery_capacity.workers.process.claim_writer import running
 from celery_capacity.workers.process.holdings import Holding
 from celery_capacity.workers.process.stores import transactions
 
@@ -95,8 +95,7 @@ class PostgresEnds:
         self._on_chord_parts = on_chord_parts
         self.tell_late = tell_late
         self._warning = LastingWarning(logger)
-        #: Number of refused ends that are not counted in the ledger yet.
-        self.stale = 0
+        self._tally = context.ledger.tally
 
     @property
     def decides(self) -> bool:
@@ -105,12 +104,6 @@ class PostgresEnds:
         The answer need not be sure: the token guards the row, whichever store decides.
         """
         return self._confirmation.authority == Store.POSTGRES
-
-    def count_stale(self, ledger: Ledger) -> None:
-        """Count in the ledger the ends that were refused while the ledger was gone."""
-        stale, self.stale = self.stale, 0
-        if stale:
-            ledger.count(Refusal.STALE_RELEASE, stale)
 
     def settle(self, ends: deque[End], arrivals: deque[Any]) -> bool:
         """Write ends; unwritten ends stay pending. Return False where there was nothing that it could do."""
@@ -146,7 +139,7 @@ class PostgresEnds:
                 end.ended.token,
                 end.ended.outcome,
             )
-        self.stale += len(written.refused)
+        self._tally.add(Refusal.STALE_RELEASE, len(written.refused))
         for end in [*written.refused, *written.repeated]:
             # Another process closed the end of a job that had ended itself, and did not know the job's value.
             if end.ended.outcome == Outcome.SUCCEEDED and (left := left_by(end)):
@@ -194,7 +187,7 @@ class PostgresEnds:
         with self._transactions.begin() as connection:
             rows = claims.lock_holders(connection, [end.ended.job])
             written, transitions = self._judge([end], rows, claims.now_ms(connection))
-        applied, left = refused_transitions.write(self._engine, transitions)
+        applied, left = refused_transitions.write(self._engine, self._tally, transitions)
         if left:
             return Written()
         if _starts(applied):
@@ -254,16 +247,11 @@ class PostgresEnds:
     def _transition(self, end: End, holding: Holding, row: Holder, now: int) -> Transition:
         ended = end.ended
         became: Became = claims.became(ended.outcome, row.losses, self._settings.most_losses, row.rerun)
-        back = became.step == Step.BACK and ended.outcome != Outcome.RETRIED
-        return Transition(
-            job=ended.job,
-            token=ended.token,
+        back = became.step == Step.BACK and ended.outcome not in (Outcome.RETRIED, Outcome.REQUEUED)
+        return replace(
+            running(self._identity, holding),
             state=became.state,
             step=became.step,
-            worker=self._identity.name,
-            incarnation=self._identity.incarnation,
-            admitted_ms=holding.admitted_ms,
-            started_ms=holding.started_ms,
             at_ms=now,
             losses=became.losses,
             outcome=ended.outcome,

@@ -30,7 +30,7 @@ from celery_capacity.workers.submit.router import Router
 from celery_capacity.workers.submit.sender import Sender
 
 if TYPE_CHECKING:
-    from celery_capacity.workers.submit.session_jobs import Transaction
+    from celery_capacity.workers.submit.session_jobs import SessionJobs
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +53,15 @@ def origin(process: int) -> str:
 class _JobProducer:
     """Stand-in for kombu's producer while Celery sends one task: the published message becomes a row.
 
-    A later publish is the event `task-sent`. A caller must not mistake an error of that event for one of the task.
+    A later publish is the event `task-sent`. Celery's dispatcher keeps an event whose publish raises.
     """
 
-    def __init__(self, producer: Any, sender: Sender | Transaction, queues: Mapping[str, Queue]) -> None:
+    def __init__(self, producer: Any, sender: Sender | SessionJobs, queues: Mapping[str, Queue]) -> None:
         self._producer = producer
         self._sender = sender
         self._queues = queues
-        self._accepted = False
+        #: True once the job is durable: a caller that gets an error would send it again.
+        self.accepted = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._producer, name)
@@ -82,16 +83,12 @@ class _JobProducer:
         confirm_timeout: Any = None,
         **properties: Any,
     ) -> None:
-        if self._accepted:
+        if self.accepted:
             event_options = {"serializer": serializer, "compression": compression, "delivery_mode": delivery_mode}
             event_options |= {"exchange": exchange, "routing_key": routing_key, "declare": declare, "timeout": timeout}
-            try:
-                self._producer.publish(
-                    body, headers=headers, retry=retry, retry_policy=retry_policy, **event_options, **properties
-                )
-            except Exception as error:
-                # The job is durable. A caller that gets an error sends it again.
-                logger.warning("a job is accepted, and the event of it was not sent: %r", error)
+            self._producer.publish(
+                body, headers=headers, retry=retry, retry_policy=retry_policy, **event_options, **properties
+            )
             return
         job = self._sender.accept(
             body,
@@ -101,7 +98,7 @@ class _JobProducer:
             routing_key=queue_of(self._queues, exchange, routing_key) if exchange else routing_key,
             properties=properties,
         )
-        self._accepted = True
+        self.accepted = True
         if isinstance(self._producer, SpareProducer):
             self._producer.job, self._producer.serializer = job, serializer
 
@@ -136,14 +133,21 @@ class PlatformAMQP:
                 raise InvalidRequest(f"no task may be named {name}", value=name, advice=advice)
             if session is not None:
                 # Imported late: few programs use it, and it loads SQLAlchemy's ORM.
-                from celery_capacity.workers.submit.session_jobs import Transaction
+                from celery_capacity.workers.submit.session_jobs import SessionJobs
 
-                within = Transaction(sender, self.stores, session)
-                return plain(_JobProducer(producer, within, queues), name, message, **options)
-            gathering = here(self)
-            if gathering is not None:
-                return gathering.publish(plain, producer, name, message, options)
-            return plain(_JobProducer(producer, sender, queues), name, message, **options)
+                jobs = _JobProducer(producer, SessionJobs(sender, self.stores, session), queues)
+            else:
+                gathering = here(self)
+                if gathering is not None:
+                    return gathering.publish(plain, producer, name, message, options)
+                jobs = _JobProducer(producer, sender, queues)
+            try:
+                return plain(jobs, name, message, **options)
+            except Exception as error:
+                if not jobs.accepted:
+                    raise
+                logger.warning("a job is accepted, and what follows its submission failed: %r", error)
+                return None
 
         return send_task_message
 

@@ -1,16 +1,19 @@
 """Storing of many jobs: a chunk of rows in one statement, then into the ledger.
 
-While a thread stores one chunk, the caller builds the next one. There are never more than these two.
+While a thread brings one chunk to the ledger, another thread stores the next one, and the caller builds the one after
+that. There are never more than these three. Chunks come to the ledger in their order. Where the caller may be slow to
+build a chunk, a thread stores what there is of it after 50 ms, and goes on so while there is some.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -32,19 +35,28 @@ logger = logging.getLogger(__name__)
 #: Bytes of messages that one `store_timeout` is long enough for, at a few MB a second.
 BYTES_IN_LIMIT: Final = 32 * 1024**2
 
+#: Seconds after which a chunk is stored that is not full yet: as long as nobody notices.
+MAX_AGE: Final = 0.05
+
+T = TypeVar("T")
+
 #: Callback once a job is stored, which sends a signal of Celery's. None where nobody listens.
 After = Callable[[], None] | None
+
+
+#: Takes stored jobs to the ledger: the jobs, what was committed, and when their storing began (ms).
+Bring = Callable[[Sequence[NewJob], Committed, float], None]
 
 
 class _SomeExist(Exception):
     """Signal that some jobs of a chunk have a row already, so that nothing was written."""
 
 
-class Chunks:
+class ChunkWriter:
     """Jobs on their way into Postgres and the ledger, a chunk at a time.
 
-    All methods but `_store` run in the caller's thread. `done` is called with the number of stored jobs. `within`
-    writes the jobs into the caller's own transaction instead, in the caller's thread.
+    All methods but `_store`, `_store_aged` and what these call run in the caller's thread. `done` is called with the
+    number of stored jobs. `within` writes the jobs into the caller's own transaction instead, in the caller's thread.
     """
 
     def __init__(
@@ -62,11 +74,25 @@ class Chunks:
         self._size = size
         self._done = done
         self._within = within
+        #: True: a chunk is stored once it is `MAX_AGE` old. For jobs that come from code which may wait.
+        self.ages = False
         self._jobs: list[NewJob] = []
         self._after: list[After] = []
-        self._thread: ThreadPoolExecutor | None = None
-        self._storing: Future[None] | None = None
-        self._stored: list[After] = []
+        #: Held while the chunk that is built is changed.
+        self._building = threading.Lock()
+        #: Two threads: one stores, the other brings stored jobs to the ledger.
+        self._threads: ThreadPoolExecutor | None = None
+        #: The chunk that is being stored, with its callbacks.
+        self._storing: Future[list[After]] | None = None
+        #: The stored chunk that is being brought to the ledger.
+        self._bringing: Future[None] | None = None
+        #: The work that stores chunks at their age, and the callbacks of its chunks that were not called yet.
+        self._aging: Future[None] | None = None
+        self._aged: list[After] = []
+        #: True once that work found no job, and ends.
+        self._aging_ends = False
+        #: Set to leave the chunk that is built to the caller.
+        self._left = threading.Event()
         #: Number of stored jobs.
         self.accepted = 0
         #: Ids of jobs of which it is not known whether they are stored.
@@ -76,37 +102,74 @@ class Chunks:
 
     def add(self, job: NewJob, after: After = None) -> None:
         """Add a job, and store the chunk once it is full. Raises the error of an earlier chunk."""
-        self._jobs.append(job)
-        self._after.append(after)
+        with self._building:
+            self._jobs.append(job)
+            self._after.append(after)
         if len(self._jobs) < self._size:
+            if self.ages:
+                self._age()
             return
         if self._within is not None:
             self.flush()
-        else:
-            self._wait()
-            jobs = self._taken()
-            try:
-                self._thread = self._thread or ThreadPoolExecutor(1, "bulk")
-                self._storing = self._thread.submit(self._store, jobs)
-            except RuntimeError:
-                # The interpreter ends, or the system has no thread for us. Cancel the executor's work, and store here.
-                if self._thread is not None:
-                    self._thread.shutdown(wait=False, cancel_futures=True)
-                self._thread = None
-                self._store(jobs)
-                self._tell()
+            return
+        self._wait()
+        chunk = self._taken()
+        if not chunk[0]:
+            return  # it was stored for its age just now
+        self._storing = self._submit(self._store, *chunk, self._hand_on)
+        if self._storing is None:
+            self._tell(self._store(*chunk))
 
     def flush(self) -> None:
         """Store all jobs that were added."""
         self._wait()
         while self._jobs:
-            self._store(self._taken())
-            self._tell()
+            self._tell(self._store(*self._taken()))
+        self._await_ledger()
 
-    def _taken(self) -> list[NewJob]:
-        jobs, self._jobs = self._jobs, []
-        self._stored, self._after = self._after, []
-        return jobs
+    def _taken(self) -> tuple[list[NewJob], list[After]]:
+        with self._building:
+            chunk = self._jobs, self._after
+            self._jobs, self._after = [], []
+        return chunk
+
+    def _submit(self, work: Callable[..., T], *arguments: Any) -> Future[T] | None:
+        """Have a thread do some work. None where it cannot: the caller does it."""
+        try:
+            self._threads = self._threads or ThreadPoolExecutor(2, "bulk")
+            return self._threads.submit(work, *arguments)
+        except RuntimeError:
+            # The interpreter ends, or the system has no thread for us. Cancel the executor's work.
+            if self._threads is not None:
+                self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads, self.ages = None, False
+            return None
+
+    def _age(self) -> None:
+        """Have the chunk that is built stored at its age, whatever the caller does meanwhile."""
+        if self._aging is not None and (self._aging_ends or self._aging.done()):
+            # Raise its error before more jobs come.
+            self._wait()
+        self._tell_aged()
+        if self._aging is None:
+            self._aging_ends = False
+            self._aging = self._submit(self._store_aged, self._storing)
+
+    def _store_aged(self, before: Future[list[After]] | None) -> None:
+        """Store what is built at its age, until nothing was added meanwhile or the caller takes over.
+
+        `before`: the full chunk that is being stored. Its jobs come first, and none follows where it fails.
+        """
+        if before is not None:
+            wait([before])
+        while not self._left.wait(MAX_AGE) and not self.failed:
+            after = self._store(*self._taken())
+            with self._building:
+                self._aged += after
+                # A job that is added later finds this set, and starts the work anew.
+                self._aging_ends = not self._jobs
+            if self._aging_ends:
+                return
 
     @property
     def stand(self) -> bool:
@@ -115,18 +178,32 @@ class Chunks:
 
     def close(self) -> None:
         """Wait for the chunk that is being stored. Jobs that were not flushed are not stored."""
-        if self._thread is not None:
-            self._thread.shutdown()
+        self._left.set()
+        if self._threads is not None:
+            self._threads.shutdown()
 
     def _wait(self) -> None:
-        """Wait for the chunk that is being stored."""
+        """Wait for the chunk that is being stored. A chunk that ages is left to the caller."""
         storing, self._storing = self._storing, None
+        aging, self._aging = self._aging, None
         if storing is not None:
-            storing.result()
-            self._tell()
+            self._tell(storing.result())
+        if aging is not None:
+            self._left.set()
+            try:
+                aging.result()
+            finally:
+                self._left.clear()
+                self._tell_aged()
 
-    def _tell(self) -> None:
-        for after in self._stored:
+    def _tell_aged(self) -> None:
+        with self._building:
+            stored, self._aged = self._aged, []
+        if stored:
+            self._tell(stored)
+
+    def _tell(self, stored: list[After]) -> None:
+        for after in stored:
             if after is not None:
                 after()
         if self._done is not None:
@@ -134,14 +211,17 @@ class Chunks:
 
     # -- storing -------------------------------------------------------------------------------------------------
 
-    def _store(self, jobs: list[NewJob]) -> None:
+    def _store(self, jobs: list[NewJob], after: list[After], bring: Bring | None = None) -> list[After]:
+        """Store a chunk, and return its callbacks. `bring`: takes the stored jobs; by default this thread does."""
         try:
-            self._store_chunk(jobs)
+            if jobs:
+                self._store_chunk(jobs, bring or self._bring)
         except BaseException:
             self.failed = True
             raise
+        return after
 
-    def _store_chunk(self, jobs: list[NewJob]) -> None:
+    def _store_chunk(self, jobs: list[NewJob], bring: Bring) -> None:
         if self._within is not None:
             self._within(jobs)
             self.accepted += len(jobs)
@@ -162,9 +242,28 @@ class Chunks:
             return
         self.accepted += len(jobs)
         if committed is not None:
+            bring(jobs, committed, began_ms)
+
+    def _bring(self, jobs: Sequence[NewJob], committed: Committed, began_ms: float) -> None:
+        """Bring stored jobs to the ledger, behind those that were stored before."""
+        self._await_ledger()
+        to_ledger(self._sender, jobs, committed, began_ms)
+
+    def _hand_on(self, jobs: Sequence[NewJob], committed: Committed, began_ms: float) -> None:
+        """Have the other thread bring stored jobs to the ledger, once it is done with those before."""
+        self._await_ledger()
+        self._bringing = self._submit(to_ledger, self._sender, jobs, committed, began_ms)
+        if self._bringing is None:
             to_ledger(self._sender, jobs, committed, began_ms)
 
+    def _await_ledger(self) -> None:
+        """Wait until the ledger has the chunk that is being brought to it, and raise its error."""
+        bringing, self._bringing = self._bringing, None
+        if bringing is not None:
+            bringing.result()
+
     def _store_singly(self, jobs: Sequence[NewJob]) -> None:
+        self._await_ledger()
         for job in jobs:
             self._sender.store(job, self._attempt)
             self.accepted += 1

@@ -6,6 +6,7 @@ no code behind it knows another one. Nothing here writes a row.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime, tzinfo
 from typing import Any, Final, NamedTuple
@@ -14,6 +15,7 @@ from celery.utils.saferepr import saferepr
 from kombu import compression as compressors
 from kombu import serialization
 from kombu.exceptions import EncodeError, SerializerNotInstalled
+from kombu.utils import json as kombu_json
 
 from celery_capacity.routing.config.redaction import hidden
 from celery_capacity.routing.config.task_rules import RERUN
@@ -49,6 +51,16 @@ MOVED: Final = {"taskset": "group", **dict.fromkeys((
     "task", "id", "group", "group_index", "eta", "expires", "retries", "timelimit", "root_id", "parent_id", "shadow",
     "origin", "ignore_result",
 ))}  # fmt: skip
+
+#: Properties that the platform writes itself, and options of a publish that are no properties. RabbitMQ has the headers
+#: and the type of the body among the properties: the message has both already, the headers without secrets.
+_NOT_CARRIED: Final = frozenset(
+    {
+        *("correlation_id", "reply_to", "delivery_mode", "delivery_info", "delivery_tag", "priority", "body_encoding"),
+        *("immediate", "mandatory"),
+        *("application_headers", "content_type", "content_encoding", "cluster_id"),
+    }
+)
 
 
 class RawMessage(NamedTuple):
@@ -140,7 +152,7 @@ class Encoder:
                 content_type=content_type,
                 content_encoding=message.content_encoding,
                 headers=wire,
-                properties=_wire_properties(message.properties, message.queue, priority),
+                properties=_wire_properties(message.properties, message.queue, priority, expires=bool(expires_at)),
                 limit=self._stores.settings.max_message,
             ),
             priority=priority,
@@ -195,15 +207,36 @@ class Encoder:
         )
 
 
-def _wire_properties(properties: Mapping[str, Any], queue: str, priority: int) -> dict[str, Any]:
-    """Return the properties of a message as Celery's consumer expects them."""
+def _wire_properties(properties: Mapping[str, Any], queue: str, priority: int, *, expires: bool) -> dict[str, Any]:
+    """Return the properties of a message as Celery's consumer expects them, with those that its caller added.
+
+    `expires`: True if the job expires. Celery makes the property `expiration` of that, and the row has the time.
+    Raises `InvalidRequest` for a property that is no value of JSON.
+    """
+    added = properties.keys() - _NOT_CARRIED - ({"expiration"} if expires else set())
     return {
+        **{name: _wire_property(name, properties[name]) for name in sorted(added)},
         "correlation_id": properties.get("correlation_id"),
         "reply_to": properties.get("reply_to"),
         "delivery_mode": 2,
         "delivery_info": {"exchange": "", "routing_key": queue},
         "priority": priority,
     }
+
+
+def _wire_property(name: str, value: Any) -> Any:
+    """Return a property as a message in JSON has it, in kombu's form: a time is {"__type__": "datetime", ...}."""
+    try:
+        if name == "expiration" and isinstance(value, (int, float)):
+            # Kombu's producers take seconds, and send milliseconds.
+            return str(int(value * 1000))
+        return json.loads(kombu_json.dumps(value))
+    except (TypeError, ValueError, OverflowError, RecursionError, EncodeError) as error:
+        raise InvalidRequest(
+            f"the property {name} of the message, {show(value)}, cannot be written as JSON",
+            value=value,
+            advice="Pass text, numbers, lists or dicts, or leave it out.",
+        ) from error
 
 
 class NotEncodable(InvalidRequest, EncodeError):

@@ -21,12 +21,12 @@ from celery import Celery, canvas, signals
 from celery.utils.functional import _regen
 from celery.utils.nodenames import anon_nodename
 
-from celery_capacity.routing.errors import LeaseLost, PartlyAccepted
+from celery_capacity.routing.errors import LeaseLost, PartlyAccepted, PlatformError
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.workers.broker.queues import queue_of
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.stores import Stores
-from celery_capacity.workers.submit.chunk_writer import After, Chunks
+from celery_capacity.workers.submit.chunk_writer import After, ChunkWriter
 
 _here = threading.local()
 
@@ -54,22 +54,24 @@ class _Catcher:
 class Gathering:
     """Messages that one app publishes in this thread. They go to `jobs`."""
 
-    def __init__(self, app: Celery, jobs: Chunks) -> None:
+    def __init__(self, app: Celery, jobs: ChunkWriter) -> None:
         self.amqp: Any = app.amqp
         self._app = app
         self._jobs = jobs
         #: Functions that make a message like the newest one, of its id and its arguments, and that send it.
         self._make: Callable[[str, Any], Any] | None = None
         self._send: Callable[[Any], None] | None = None
-        #: True if the newest job has constraints, which concern it alone.
-        self._constrained = False
+        #: The newest job.
+        self.newest: NewJob | None = None
         #: Number of messages so far.
         self.count = 0
 
     @property
     def repeats(self) -> bool:
         """Return True if there has been one message, which `repeat` can make again."""
-        return self.count == 1 and self._make is not None and not self._constrained
+        # Constraints concern a job alone.
+        constrained = self.newest is None or self.newest.constraints is not None
+        return self.count == 1 and self._make is not None and not constrained
 
     def repeat(self, job: str, args: Any) -> None:
         """Publish another message like the newest one, for another job."""
@@ -96,9 +98,12 @@ class Gathering:
             self._take(name, message, options, catcher)
 
     def _take(self, name: str, message: Any, options: dict[str, Any], caught: _Catcher) -> None:
-        job, after = self.encode(caught.body, caught.options), self._after(name, message, options, caught)
+        self.add(self.encode(caught.body, caught.options), self._after(name, message, options, caught))
+
+    def add(self, job: NewJob, after: After = None) -> None:
+        """Take a job. `after` is called once it is stored."""
         self.count += 1
-        self._constrained = job.constraints is not None
+        self.newest = job
         with active(None):
             self._jobs.add(job, after)
 
@@ -185,7 +190,7 @@ def active(gathering: Gathering | None) -> Iterator[None]:
 
 
 @contextmanager
-def stored_together(app: Celery, jobs: Chunks) -> Iterator[Gathering]:
+def stored_together(app: Celery, jobs: ChunkWriter) -> Iterator[Gathering]:
     """Gather jobs within the block, and store them by its end.
 
     After an error the jobs that were taken before it are accepted. The error is raised as it is where none of them
@@ -201,6 +206,8 @@ def stored_together(app: Celery, jobs: Chunks) -> Iterator[Gathering]:
                 jobs.flush()
             except Exception as another:
                 first = another
+        if isinstance(first, PlatformError):
+            app.platform.tally.refuse(first)
         if isinstance(first, LeaseLost) or not jobs.stand:
             raise first from first.__cause__
         message = f"{jobs.accepted} jobs were accepted, then one was not: {first}"
@@ -217,11 +224,11 @@ def within_session(app: Celery, session: Any) -> Iterator[None]:
     whole transaction. Raises `InvalidRequest` for a session that cannot be used, before anything is published.
     """
     # Imported late: it loads SQLAlchemy's ORM.
-    from celery_capacity.workers.submit.session_jobs import Transaction
+    from celery_capacity.workers.submit.session_jobs import SessionJobs
 
-    transaction = Transaction(app.amqp.job_sender, app.platform, session)
+    transaction = SessionJobs(app.amqp.job_sender, app.platform, session)
     transaction.check()
-    jobs = Chunks(app.amqp.job_sender, app.platform, attempts.current(), sys.maxsize, within=transaction.add)
+    jobs = ChunkWriter(app.amqp.job_sender, app.platform, attempts.current(), sys.maxsize, within=transaction.add)
     with active(Gathering(app, jobs)):
         yield
     jobs.flush()
@@ -275,7 +282,9 @@ def in_chunks(apply_tasks: Callable[..., Iterable[Any]]) -> Callable[..., Iterab
         alone = attempt is not None and (attempt.deferred or attempt.patient is not None)
         if not on_platform or alone or here(app.amqp) is not None:
             return apply_tasks(self, tasks, producer, app, *more, **options)
-        jobs = Chunks(app.amqp.job_sender, app.platform, attempt)
+        jobs = ChunkWriter(app.amqp.job_sender, app.platform, attempt)
+        # The tasks come from a generator of the caller's.
+        jobs.ages = isinstance(self.tasks, _regen)
         with stored_together(app, jobs) as gathering, active(gathering):
             return list(apply_tasks(self, _aside(tasks), producer, app, *more, **options))
 

@@ -1,4 +1,4 @@
-"""Templates of messages, for calls that are alike.
+"""Cache of messages, for calls that are alike.
 
 Celery makes the message of each call anew: options, routes, headers, serialiser, signals. Two ordinary calls of a task
 with the same options give the same message but for the id and the arguments. So the first calls go through Celery, and
@@ -24,8 +24,10 @@ from celery.app import amqp as celery_amqp
 from celery.app import base as celery_base
 from celery.app import routes as celery_routes
 from celery.app import task as celery_task
+from celery.local import maybe_evaluate
 
 from celery_capacity.routing.config.task_rules import RERUN
+from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.model.identifiers import check_job_id
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.message import HEADER, PLATFORM_PREFIX, Template, decode
@@ -108,7 +110,7 @@ class _Call(NamedTuple):
     kind: _Kind | None
 
 
-class Templates:
+class MessageCache:
     """The templates of one app. Thread-safe."""
 
     def __init__(self, app: Celery, stores: Stores) -> None:
@@ -139,9 +141,12 @@ class Templates:
                 if not kind.ignored:
                     app.backend.on_task_call(producer, job_id)
                 with sender.in_time():
-                    job = self._fill(kind, call.amqp, job_id, args, kwargs)
+                    job = self._fill(kind.first, kind.template, job_id, args, kwargs)
                     sender.check_backlog(None)
                     sender.store(job, None)
+        except PlatformError as error:
+            self._stores.tally.refuse(error)
+            raise
         finally:
             producer.release()
         result = task.AsyncResult(job.id)
@@ -206,9 +211,7 @@ class Templates:
             if not (option == "task_id" or (option in _OPTIONS and type(value) in _SIMPLE)):
                 return False
         return not (
-            signals.before_task_publish.receivers
-            or signals.after_task_publish.receivers
-            or signals.task_sent.receivers
+            listens()
             or attempts.current() is not None
             or app.current_worker_task is not None
             or not _is_method(plain, _APPLY_ASYNC)
@@ -244,15 +247,18 @@ class Templates:
             stores.get("requests"),
         )
 
-    def _fill(self, kind: _Kind, amqp: Any, job: Any, args: Any, kwargs: Any, may_ask: bool = True) -> NewJob:
+    def _fill(
+        self, first: NewJob, template: Template, job: Any, args: Any, kwargs: Any, may_ask: bool = True
+    ) -> NewJob:
         """Return the job of a call. Raises `InvalidRequest`, `MessageTooDeep`, `MessageTooLarge` as the sender."""
-        first, args, kwargs = kind.first, args or (), kwargs or {}
+        amqp: Any = self._app.amqp
+        args, kwargs = args or (), kwargs or {}
         filled = {"argsrepr": amqp.shown("argsrepr", args), "kwargsrepr": amqp.shown("kwargsrepr", kwargs)}
         body = encode_body((args, kwargs, _NOTHING), {"task": first.name, **filled}, None, None)[0]
         check_body(body, first.name)
         check_job_id(job)
         filled |= {"origin": origin(os.getpid()), "reply_to": self._app.thread_oid}
-        message = kind.template.fill(job, body, self._stores.settings.max_message, **filled)
+        message = template.fill(job, body, self._stores.settings.max_message, **filled)
         filled_job: NewJob = amqp.job_sender.encoder.job_like(first, job, message, may_ask=may_ask)
         return filled_job
 
@@ -263,19 +269,47 @@ class Templates:
         job, amqp = producer.job, call.amqp
         options = {**task._get_exec_options(), "ignore_result": task.ignore_result, **options, "task_id": None}
         routed = _routed(amqp, task.name)
-        if not (job is not None and producer.serializer in (None, JSON) and _is_plain_task(task)):
-            return
-        if not (_are_plain(options) and _are_plain(routed) and decode(job.message)["headers"].keys() == _HEADERS):
+        if job is None or producer.serializer not in (None, JSON) or not (_are_plain(options) and _are_plain(routed)):
             return
         name: Any = options.get("queue") or routed.get("queue") or self._app.conf.task_default_queue
         queue = _queue(amqp, name)
         if queue is None or queue.exchange.type != "direct" or queue.name != job.queue:
             return
-        first = replace(job, message=b"", constraints=None)
-        kind = _Kind(call.state, first, Template.of(job.message), options["ignore_result"], routed, queue, name)
+        template = self._template_of(task, job, args, kwargs)
+        if template is not None:
+            first = replace(job, message=b"", constraints=None)
+            self._kinds[call.key] = _Kind(call.state, first, template, options["ignore_result"], routed, queue, name)
+
+    def _template_of(self, task: Any, job: NewJob, args: Any, kwargs: Any) -> Template | None:
+        """Return a template of the message of a job, None where it would not do for other calls."""
+        if not _is_plain_task(task) or decode(job.message)["headers"].keys() != _HEADERS:
+            return None
+        template = Template.of(job.message)
         # Safety check: keep the template only if it gives exactly Celery's job.
-        if self._fill(kind, amqp, job.id, args, kwargs, may_ask=False) == job:
-            self._kinds[call.key] = kind
+        return template if self._fill(job, template, job.id, args, kwargs, may_ask=False) == job else None
+
+    def like(self, task: Any, job: NewJob, args: Any, kwargs: Any) -> Callable[[str, Any], NewJob] | None:
+        """Return a function that makes the job of a call like the one of `job`, of its id and positional arguments.
+
+        The caller ensures that nothing but these two differs, and asks `listens` before each call. None where there is
+        no template for such calls, and Celery makes each message.
+        """
+        try:
+            if listens() or not _is_plain_app(self._app):
+                return None
+            template = self._template_of(maybe_evaluate(task), job, args, kwargs)
+        except Exception:
+            # The first job is accepted, and Celery makes the others too.
+            logger.debug("no template of %s was made", job.name, exc_info=True)
+            return None
+        return None if template is None else lambda another, its: self._fill(job, template, another, its, kwargs)
+
+
+def listens() -> bool:
+    """Return True if somebody listens to Celery's signals around a publish."""
+    return bool(
+        signals.before_task_publish.receivers or signals.after_task_publish.receivers or signals.task_sent.receivers
+    )
 
 
 def _queue(amqp: Any, name: str) -> Any:

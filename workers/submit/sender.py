@@ -25,6 +25,7 @@ from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.recovery import resubmit
 from celery_capacity.routing.store import backlog, claims
 from celery_capacity.workers.dispatch.breaker import Submission, ledger_row
+from celery_capacity.workers.dispatch.submission_queue import Beginning
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.attempts import Attempt
 from celery_capacity.workers.process.stores import Stores
@@ -96,14 +97,23 @@ class Sender:
             inserted = self.rows.write(lambda: self._insert(job, attempt), [job], attempt)
             if inserted is not None and inserted.seq is None:
                 self._tell_of_existing(job, inserted, attempt)
-        if inserted is None or inserted.seq is None or not inserted.starts:
+        if inserted is not None:
+            self.bring(job, inserted, began, began_ms, alone=attempt is not None)
+
+    def bring(self, job: NewJob, inserted: Inserted, began: Beginning, began_ms: float, *, alone: bool = False) -> None:
+        """Bring an inserted job to the ledger, or wake those who take jobs in Postgres, if it may start now.
+
+        `began`, `began_ms`: the start of the submission, by `sending.begin` and by the clock. `alone`: tell the ledger
+        at once.
+        """
+        if inserted.seq is None or not inserted.starts:
             return
         if inserted.authority != Store.LEDGER:
             self._wake_pullers()
             return
         row = ledger_row(job, inserted.seq, round(time.time() * 1000), began_ms)
         # For an attempt, tell the ledger at once: a worker's process may end as soon as its task has.
-        sending.add(Submission(inserted.epoch, row, len(job.message)), began, alone=attempt is not None)
+        self._stores.sending.add(Submission(inserted.epoch, row, len(job.message)), began, alone=alone)
 
     def refuse(self, inserted: Inserted, job: NewJob, by: Publisher) -> NoReturn:
         """Raise `LeaseLost`: an attempt that lost its lease publishes nothing."""
@@ -136,9 +146,9 @@ class Sender:
     def _may_ask(self) -> bool:
         return self.rows.may_ask(attempts.current())
 
-    def _waiting(self, refused: int) -> int | None:
+    def _waiting(self) -> int | None:
         """Return the number of jobs that wait in the ledger. None where it does not say."""
-        return self._stores.sending.ask(lambda ledger: backlog_limit.waiting_in_ledger(ledger.client, refused))
+        return self._stores.sending.ask(backlog_limit.waiting_in_ledger)
 
     def _insert(self, job: NewJob, attempt: Attempt | None) -> Inserted:
         """Insert the row of a job. Raises `SameJob` where another job has its key, and as `Inserter.insert`."""

@@ -29,7 +29,7 @@ from celery_capacity.routing.errors import (
     show,
 )
 from celery_capacity.routing.insert import bulk, caller_session, single
-from celery_capacity.routing.insert.caller_session import Home
+from celery_capacity.routing.insert.caller_session import JobsTable
 from celery_capacity.routing.model.job import NewJob, Publisher
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.stores import Stores
@@ -45,7 +45,7 @@ _KNOWN: Final = "celery_capacity_home"
 _ADVICE: Final = "Pass a Session or a Connection of SQLAlchemy on the database of DATABASE_URL."
 
 
-class Transaction:
+class SessionJobs:
     """Sender of jobs into the transaction of a `session`: a Session, a scoped session or a Connection."""
 
     def __init__(self, sender: Sender, stores: Stores, session: Any) -> None:
@@ -61,7 +61,7 @@ class Transaction:
 
     def check(self) -> None:
         """Raise `InvalidRequest` for a session on another database."""
-        self._home(self._connection())
+        self._table(self._connection())
 
     def add(self, jobs: Sequence[NewJob]) -> None:
         """Write the rows of jobs.
@@ -78,13 +78,13 @@ class Transaction:
                     advice="Submit it after the commit, or without these.",
                 )
         connection = self._connection()
-        home = self._home(connection)
+        table = self._table(connection)
         attempt = attempts.current()
         if attempt is not None:
             self._check_lease(attempt.publisher, jobs[0])
         try:
             with deadlines.watched(connection, self._stores.settings.store_timeout):
-                written = caller_session.insert_jobs(connection, home, jobs)
+                written = caller_session.insert_jobs(connection, table, jobs)
         except DBAPIError as error:
             raise NotAccepted(
                 f"Postgres refused job {jobs[0].id} in the caller's transaction: {mask_url(str(error.orig))}",
@@ -113,29 +113,29 @@ class Transaction:
                 advice="Pass the connection: session=session.connection(bind_arguments=...).",
             ) from error
 
-    def _home(self, connection: Connection) -> Home:
+    def _table(self, connection: Connection) -> JobsTable:
         """Return the platform's table, and raise `InvalidRequest` where this connection does not lead to it.
 
         The table is kept with a connection that led there, so that each connection to the server is checked once.
         """
         if connection.dialect.name != "postgresql":
             raise _elsewhere(connection.dialect.name)
-        cached: Home | None = connection.info.get(_KNOWN)
-        if cached is not None and cached == _homes.get(self._stores):
+        cached: JobsTable | None = connection.info.get(_KNOWN)
+        if cached is not None and cached == _tables.get(self._stores):
             return cached
         for again in (False, True):
-            home = _home_of(self._stores, again)
+            table = _jobs_table_of(self._stores, again)
             try:
                 with deadlines.watched(connection, self._stores.settings.store_timeout):
-                    at_home = caller_session.is_at(connection, home)
+                    is_same = caller_session.is_same_table(connection, table)
             except DBAPIError as error:
                 raise NotAccepted(
                     f"Postgres refused the caller's transaction: {mask_url(str(error.orig))}",
                     advice="The transaction has failed: roll it back.",
                 ) from error
-            if at_home:
-                connection.info[_KNOWN] = home
-                return home
+            if is_same:
+                connection.info[_KNOWN] = table
+                return table
         raise _elsewhere(str(connection.engine.url.database))
 
 
@@ -159,25 +159,25 @@ def _elsewhere(where: str) -> InvalidRequest:
     )
 
 
-_homes: weakref.WeakKeyDictionary[Stores, Home] = weakref.WeakKeyDictionary()
+_tables: weakref.WeakKeyDictionary[Stores, JobsTable] = weakref.WeakKeyDictionary()
 
 
-def _home_of(stores: Stores, again: bool) -> Home:
+def _jobs_table_of(stores: Stores, again: bool) -> JobsTable:
     """Return the platform's own table, looked up once.
 
     `again`: look it up anew, because a connection does not lead there. The server may have been started anew.
     """
-    home = None if again else _homes.get(stores)
-    if home is None:
+    table = None if again else _tables.get(stores)
+    if table is None:
         try:
             with stores.engine.connect() as connection:
-                home = caller_session.home_of(connection)
+                table = caller_session.jobs_table(connection)
         except SQLAlchemyError as error:
             raise NotAccepted("Postgres does not answer: the job was not written") from error
-        if home is None:
+        if table is None:
             raise NotMigrated()
-        _homes[stores] = home
-    return home
+        _tables[stores] = table
+    return table
 
 
 # -- after the commit of a Session

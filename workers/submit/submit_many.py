@@ -2,8 +2,11 @@
 
 The first job goes through all of Celery's code, as `apply_async` does. The outcome of that (routes, headers, times, the
 request) holds for all other jobs, unless something looks at each call. That is a router, a task class or an app with
-code of its own, or an option that is not known here. Then each job goes through all of Celery's code. Either way Celery
-itself makes each message, and its signals are sent for each.
+code of its own, or an option that is not known here. Then each job goes through all of Celery's code.
+
+Where nobody listens to Celery's signals, and the messages differ in the ids and the arguments alone, they are filled
+into a template of the first message (`workers.submit.message_cache`), for a quarter of the time. Else Celery makes each
+message, and its signals are sent for each.
 
 Ids are made here: a random part for all jobs, and a number for each. So a handle of a million jobs is a few bytes, and
 their rows and keys stand beside each other.
@@ -22,12 +25,13 @@ from kombu.utils.uuid import uuid
 
 from celery_capacity.routing.errors import InvalidRequest, show
 from celery_capacity.routing.insert.bulk import CHUNK
+from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.request import REQUEST_OPTIONS
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.submit import task as platform_task
-from celery_capacity.workers.submit.chunk_writer import Chunks
+from celery_capacity.workers.submit.chunk_writer import ChunkWriter
 from celery_capacity.workers.submit.groups import Gathering, active, stored_together
-from celery_capacity.workers.submit.message_cache import is_of, sends_plainly
+from celery_capacity.workers.submit.message_cache import is_of, listens, sends_plainly
 from celery_capacity.workers.submit.router import Router
 from celery_capacity.workers.submit.task import PlatformTask
 from celery_capacity.workers.submit.validation import is_unique
@@ -35,7 +39,7 @@ from celery_capacity.workers.submit.validation import is_unique
 #: Characters of an id that all jobs of a call have in common, and how many numbers the rest can show.
 _COMMON: Final = 28
 MAX_NUMBERS: Final = 16 ** (36 - _COMMON)
-#: Jobs of one chunk at the most. Two chunks are in memory.
+#: Jobs of one chunk at the most. Three chunks are in memory.
 MAX_IN_CHUNK: Final = 100_000
 #: Options of a call that mean the same for each of its jobs.
 _SAME_FOR_ALL: Final = frozenset(
@@ -136,10 +140,10 @@ def submit_many(
     within = None
     if session is not None:
         # Imported late: it loads SQLAlchemy's ORM.
-        from celery_capacity.workers.submit.session_jobs import Transaction
+        from celery_capacity.workers.submit.session_jobs import SessionJobs
 
-        within = Transaction(sender, app.platform, session).add
-    jobs = Chunks(sender, app.platform, attempts.current(), chunk, progress, within)
+        within = SessionJobs(sender, app.platform, session).add
+    jobs = ChunkWriter(sender, app.platform, attempts.current(), chunk, progress, within)
     with stored_together(app, jobs) as gathering:
         call = _Call(app, gathering, resolved, dict(kwargs or {}), options)
         for number, item in enumerate(arguments, 1):
@@ -169,19 +173,36 @@ class _Call:
         self._task = task
         self._kwargs = kwargs
         self._options = options
+        self._sender, self._attempt = app.amqp.job_sender, attempts.current()
         self._check = getattr(task, "__header__", None) if getattr(task, "typing", False) else None
         self._alike = not isinstance(task, str) and options.keys() <= _SAME_FOR_ALL and _is_plain(app, task)
         self._repeats = False
+        #: Makes a job of its id and arguments, where a template of the first message does.
+        self._fill: Callable[[str, Any], NewJob] | None = None
 
     def submit(self, job: str, args: Sequence[Any]) -> None:
         """Submit one job."""
         if not self._repeats:
             self._whole_way(job, args)
             self._repeats = self._alike and self._gathering.repeats
+            if self._repeats:
+                self._fill = self._learn(args)
             return
         if self._check is not None:
             self._check(*args, **self._kwargs)
-        self._gathering.repeat(job, args)
+        if self._fill is None or listens():
+            self._gathering.repeat(job, args)
+        else:
+            self._sender.check_backlog(self._attempt)
+            self._gathering.add(self._fill(job, args))
+
+    def _learn(self, args: Sequence[Any]) -> Callable[[str, Any], NewJob] | None:
+        """Return what makes further jobs like the first one, None where Celery makes their messages."""
+        templates, first = getattr(self._app, "platform_templates", None), self._gathering.newest
+        if templates is None or first is None or self._attempt is not None or self._app.conf.task_send_sent_event:
+            return None
+        made: Callable[[str, Any], NewJob] | None = templates.like(self._task, first, args, self._kwargs)
+        return made
 
     def _whole_way(self, job: str, args: Sequence[Any]) -> None:
         job_options = {"task_id": job, "add_to_parent": False}

@@ -11,6 +11,7 @@ from celery.exceptions import Ignore
 from kombu.utils.imports import symbol_by_name
 
 from celery_capacity.workers.process import attempts
+from celery_capacity.workers.process.progress import report_meta
 from celery_capacity.workers.submit.canvas import REPLACES, Chunks, mark
 
 
@@ -39,6 +40,13 @@ class PlatformTask:
         if more or templates is None:
             return plain(args, kwargs, *more, **options)
         return templates.apply_async(self, plain, args, kwargs, options)
+
+    def update_state(self, task_id: str | None = None, state: Any = None, meta: Any = None, **more: Any) -> Any:
+        """Store a state as Celery does. `current` and `total` in `meta` are kept as the progress of the job, too."""
+        plain = super().update_state(task_id=task_id, state=state, meta=meta, **more)  # type: ignore[misc]
+        if task_id is None or task_id == self.request.id:
+            report_meta(meta)
+        return plain
 
     def replace(self, sig: Signature) -> Any:
         """Replace as Celery does. Chunks are replaced by their group, which alone can carry an id on."""

@@ -16,7 +16,7 @@ from typing import Any, Final
 from celery import Celery
 from kombu import Queue
 
-from celery_capacity.routing.errors import InvalidRequest, show
+from celery_capacity.routing.errors import InvalidRequest, PlatformError, show
 from celery_capacity.routing.model.identifiers import check_job_id, check_queue_name
 from celery_capacity.routing.policy.placement import TOP_PRIORITY
 from celery_capacity.routing.recovery.revocation import stamps_json
@@ -50,54 +50,64 @@ class SameJob(Exception):
 def checking(app: Celery) -> Callable[..., Any]:
     """Return the app's `send_task` with checks of the call in front.
 
-    Of two submissions that must be one job, it gives the result of the first. It raises `InvalidRequest`.
+    Of two submissions that must be one job, it gives the result of the first. It raises `InvalidRequest`. A refused
+    call is counted: the ledger hears of it with a call that goes there anyway.
     """
     class_sender, instance_sender = _of_class(app), vars(app).get("send_task")
 
     @wraps(app.send_task)
     def checked(*given: Any, **options: Any) -> Any:
-        call = {**dict(zip(PARAMETERS, given, strict=False)), **options}
-        name, args, kwargs, eta = call.get("name", ""), call.get("args"), call.get("kwargs"), call.get("eta")
-        if not isinstance(name, str):
-            raise _wrong("task name", name, "It must be text, such as 'tasks.add'.")
-        if args and not isinstance(args, (list, tuple)):
-            raise _wrong("args", args, "They must be a list or a tuple.")
-        if kwargs and not isinstance(kwargs, Mapping):
-            raise _wrong("kwargs", kwargs, "They must be a mapping.")
-        if countdown := call.get("countdown"):
-            check_seconds(countdown, "countdown")
-        if eta is not None and eta != "":
-            eta, place = check_time(eta, "eta"), PARAMETERS.index("eta")
-            if len(given) > place:
-                given = (*given[:place], eta, *given[place + 1 :])
-            else:
-                options["eta"] = eta
-        for option in CHECKED & options.keys():
-            if options[option] is not None:
-                options[option] = _CHECKS[option](options[option])
-        for stamp in options.get("stamped_headers") or ():
-            if stamp not in options:
-                raise _wrong("stamped_headers", stamp, "Each name in it must be given as an option too.")
-        task = options.get("task_type")
-        if "unique" in options or "unique_for" in options or (task is not None and is_unique(task)):
-            _check_followed(name, options)
-        # Other code, such as a test, may have replaced `send_task` since. It sees the call as it was made.
-        current = _of_class(app)
-        send_task = instance_sender or (
-            current.__get__(app, type(app)) if hasattr(type(current), "__get__") else current
-        )
         spare = None
-        if current is class_sender and not any(call.get(key) for key in ("producer", "publisher", "connection")):
-            spare = options["producer"] = SpareProducer(app)
         try:
+            call = {**dict(zip(PARAMETERS, given, strict=False)), **options}
+            given = _check_call(call, given, options)
+            # Other code, such as a test, may have replaced `send_task` since. It sees the call as it was made.
+            current = _of_class(app)
+            send_task = instance_sender or (
+                current.__get__(app, type(app)) if hasattr(type(current), "__get__") else current
+            )
+            if current is class_sender and not any(call.get(key) for key in ("producer", "publisher", "connection")):
+                spare = options["producer"] = SpareProducer(app)
             return send_task(*given, **options)
         except SameJob as same:
             return _first_result(app, same, options)
+        except PlatformError as error:
+            app.platform.tally.refuse(error)
+            raise
         finally:
             if spare is not None:
                 spare.release()
 
     return checked
+
+
+def _check_call(call: Mapping[str, Any], given: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    """Check a call, and set its options to their checked values. Return the positional arguments, checked too."""
+    name, args, kwargs, eta = call.get("name", ""), call.get("args"), call.get("kwargs"), call.get("eta")
+    if not isinstance(name, str):
+        raise _wrong("task name", name, "It must be text, such as 'tasks.add'.")
+    if args and not isinstance(args, (list, tuple)):
+        raise _wrong("args", args, "They must be a list or a tuple.")
+    if kwargs and not isinstance(kwargs, Mapping):
+        raise _wrong("kwargs", kwargs, "They must be a mapping.")
+    if countdown := call.get("countdown"):
+        check_seconds(countdown, "countdown")
+    if eta is not None and eta != "":
+        eta, place = check_time(eta, "eta"), PARAMETERS.index("eta")
+        if len(given) > place:
+            given = (*given[:place], eta, *given[place + 1 :])
+        else:
+            options["eta"] = eta
+    for option in CHECKED & options.keys():
+        if options[option] is not None:
+            options[option] = _CHECKS[option](options[option])
+    for stamp in options.get("stamped_headers") or ():
+        if stamp not in options:
+            raise _wrong("stamped_headers", stamp, "Each name in it must be given as an option too.")
+    task = options.get("task_type")
+    if "unique" in options or "unique_for" in options or (task is not None and is_unique(task)):
+        _check_followed(name, options)
+    return given
 
 
 def _of_class(app: Celery) -> Any:

@@ -1,17 +1,18 @@
 #!lua flags=allow-oom
 -- Does: admits to one worker the waiting jobs that fit on it, going on after a cursor of shapes.
--- KEYS: none; by name: epoch, free, free_of, book, shapes, shapes_of, wait, job, held, unclaimed, counters, stream,
---   view, allocated, allocated_cpus, kept, tasks
--- ARGV: epoch, run_id, worker, cursor ('' to begin)
--- Replies: {ok, admitted, cursor ('' when done)} | {cold} | {epoch, current}
+-- KEYS: none; by name: epoch, free, free_of, book, shapes, shapes_of, asks, wait, job, held, unclaimed, counters,
+--   stream, view, allocated, allocated_cpus, kept, tasks, border, low
+-- ARGV: epoch, run_id, worker, after (the cursor, -inf to begin)
+-- Replies: {ok, admitted, cursor ('' when done), freed (a worker that was kept for an admitted job, and is to be filled
+--   too; '': none)} | {cold} | {epoch, current}
 -- Cost: at the worst twice LIMIT.shapes shapes are looked at, and LIMIT.most jobs are admitted, with at most fifteen
---   commands each; LIMIT.freed such passes more where another worker was kept for an admitted job
+--   commands each
 -- Repeat: harmless: an admitted job waits no longer
-local epoch, run_id, worker, after = ARG.epoch, ARG.run_id, ARG.worker, ARG.cursor
-
-local no = refused(epoch, run_id)
-if no then
-  return no
+local book, now = read_book(worker, epoch), clock()
+if not book then
+  return {'ok', '0', '', ''}
 end
-local admitted, cursor = fill(worker, epoch, clock(), after == '-inf' and '' or after)
-return {'ok', int(admitted), cursor}
+local admitted, cursor, freed = fill_pass(book, now, after, function(id, job, message)
+  admit_job(id, job, message, book, now)
+end)
+return {'ok', int(admitted), cursor, freed}

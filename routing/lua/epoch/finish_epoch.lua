@@ -5,11 +5,5 @@
 -- Replies: {ok} | {cold} | {epoch, current}
 -- Cost: constant
 -- Repeat: harmless
-local epoch, run_id = ARG.epoch, ARG.run_id
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
 redis.call('HDEL', KEY.epoch, 'rebuilding')
 return {'ok'}

@@ -1,33 +1,32 @@
 #!lua flags=allow-oom
 -- Does: opens an epoch on books that were emptied before, for the caller's database in Postgres.
 -- KEYS: none; by name: epoch, allocated, allocated_cpus
--- ARGV: epoch, run_id
+-- ARGV: opening (the new epoch), run_id
 -- Replies: {ok, now (ms)} | {epoch, current} where a newer one is open, or is being opened | {foreign, database} where
 --   the books are those of another database
 -- Cost: constant
 -- Repeat: harmless: jobs that were admitted in this epoch meanwhile stay
-local epoch, run_id = ARG.epoch, ARG.run_id
 local server_run, database = parted(run_id)
 local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'opening', 'database')
 if current[4] and database ~= '' and current[4] ~= database then
   return {'foreign', current[4]}
 end
 local newest = math.max(tonumber(current[1] or 0), tonumber(current[3] or 0))
-if newest > tonumber(epoch) then
+if newest > tonumber(opening) then
   return {'epoch', int(newest)}
 end
 local now = clock()
-if current[1] == epoch and current[2] == server_run then
+if current[1] == opening and current[2] == server_run then
   return {'ok', int(now)}
 end
 redis.call('SET', KEY.allocated, '0')
 redis.call('SET', KEY.allocated_cpus, '0')
-redis.call('HDEL', KEY.epoch, 'opening')
-redis.call('HSET', KEY.epoch, 'epoch', epoch, 'run_id', server_run, 'opened', int(now), 'rebuilding', '1',
+redis.call('HDEL', KEY.epoch, 'opening', 'waiting', 'stay', 'tight')
+redis.call('HSET', KEY.epoch, 'epoch', opening, 'run_id', server_run, 'opened', int(now), 'rebuilding', '1',
   'format', LIMIT.format)
 if database ~= '' then
   redis.call('HSET', KEY.epoch, 'database', database)
 end
 -- Watchers of jobs look at their rows anew, because nobody told them of changes since the books were lost.
-redis.call('PUBLISH', KEY.epoch, epoch)
+redis.call('PUBLISH', KEY.epoch, opening)
 return {'ok', int(now)}

@@ -8,23 +8,18 @@
 -- Replies: {ok, unblocked (jobs that were carried until now)} | {cold} | {epoch, current}
 -- Cost: at most four commands a job
 -- Repeat: harmless
-local epoch, run_id = ARG.epoch, ARG.run_id
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
 local unblocked = 0
 for i = EACH.first, #ARGV, EACH.step do
   local id, final = ARGV[i + EACH.job], ARGV[i + EACH.final]
   if redis.call('SREM', KEY.carried, id) == 1 then
     unblocked = unblocked + 1
     if final ~= 'held' and redis.call('EXISTS', KEY.job .. id) == 0 then
-      local became = ARGV[i + EACH.state]
-      redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', ARGV[i + EACH.epoch],
-        'attempt', ARGV[i + EACH.attempt], 'became', became, unpack(final == '1' and {'final', '1'} or {}))
-      redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
+      write_job(id, {state = 'ended', epoch = ARGV[i + EACH.epoch], attempt = ARGV[i + EACH.attempt],
+        became = ARGV[i + EACH.state], final = final == '1' and final or nil}, LIMIT.tombstone)
     end
   end
+end
+if redis.call('EXISTS', KEY.carried) == 0 then
+  redis.call('HDEL', KEY.epoch, 'carries')
 end
 return {'ok', int(unblocked)}

@@ -3,18 +3,14 @@
 -- KEYS: none; by name: stream, job
 -- ARGV: then for each entry: entry, job
 -- Replies: {ok, dropped}
--- Cost: at most four commands an entry
+-- Cost: at most three commands an entry, of which there are at most 1,000
 -- Repeat: harmless
-local dropped = 0
+local entries = {}
 for i = EACH.first, #ARGV, EACH.step do
-  local entry, id = ARGV[i + EACH.entry], ARGV[i + EACH.job]
-  dropped = dropped + redis.call('XDEL', KEY.stream, entry)
-  local job = redis.call('HMGET', KEY.job .. id, 'entry', 'state')
-  if job[1] == entry then
-    redis.call('HDEL', KEY.job .. id, 'entry', 'noted')
-    if job[2] == 'ended' then
-      redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
-    end
-  end
+  entries[#entries + 1] = ARGV[i + EACH.entry]
+end
+local dropped = redis.call('XDEL', KEY.stream, unpack(entries))
+for i = EACH.first, #ARGV, EACH.step do
+  drop_entry(ARGV[i + EACH.job], ARGV[i + EACH.entry])
 end
 return {'ok', int(dropped)}

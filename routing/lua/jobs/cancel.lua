@@ -1,18 +1,13 @@
 #!lua flags=allow-oom
 -- Does: ends a waiting job, which was revoked or is past its expiry.
--- KEYS: none; by name: epoch, job, carried, wait, shapes, shapes_of, counters, stream, held, unclaimed, kept, book,
---   free, free_of, view, allocated, allocated_cpus, tasks
--- ARGV: epoch, run_id, job, state (cancelled or expired), error
--- Replies: {ended, entry} | {held, state, worker} | {over} | {missing} | {unsure} (the books are being rebuilt, so a
---   worker may hold the job) | {cold} | {epoch, current}
--- Cost: constant, but LIMIT.freed passes like that of fill where a worker was kept for this job
+-- KEYS: none; by name: epoch, job, carried, wait, shapes, shapes_of, asks, counters, stream, kept, book, free, free_of,
+--   view, allocated, allocated_cpus, border, low
+-- ARGV: epoch, run_id, id (of the job), state (cancelled or expired), error_text
+-- Replies: {ended, entry, freed (a worker that was kept for this job, and is to be filled; '': none)}
+--   | {held, state, worker} | {over} | {missing} | {unsure} (the books are being rebuilt, so a worker may hold the job)
+--   | {cold} | {epoch, current}
+-- Cost: constant, and a command for each index of free CPUs in which a kept worker stands
 -- Repeat: harmless: answered 'over' while the tombstone stands
-local epoch, run_id, id, state, error_text = ARG.epoch, ARG.run_id, ARG.job, ARG.state, ARG.error
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
 local job = read_job(id)
 if job and job.state == 'ended' and job.final then
   return {'over'}
@@ -27,25 +22,19 @@ if not job or job.state == 'ended' then
     return {'unsure'}
   end
   -- The job may be on its way here: the submit then finds that it has ended. Postgres decides.
-  redis.call('HSET', KEY.job .. id, 'state', 'ended', 'epoch', epoch, 'attempt', job and job.attempt or '0',
-    'final', '1', 'became', state)
-  if not (job and job.entry) then
-    redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
-  end
+  local tombstone = job or {attempt = '0'}
+  tombstone.state, tombstone.epoch, tombstone.final, tombstone.became = 'ended', epoch, '1', state
+  write_job(id, tombstone, not tombstone.entry and LIMIT.tombstone or nil)
   return {'missing'}
 end
 if job.state ~= 'waiting' then
   return {'held', job.state, job.worker}
 end
 local now = clock()
-redis.call('ZREM', KEY.wait .. job.shape, id)
+unqueue(job.shape, id)
 job.epoch = epoch
 -- The attempt before, if there was one, has its own entry. This entry is about the job.
 local entry = note(id, job, state, STEP.dropped, now, {error = error_text})
 bury(id, job, state, nil, true)
 count(state, 1)
-local freed = leave_queue(job.shape, epoch)
-if freed then
-  fill_freed(freed, epoch, now)
-end
-return {'ended', entry}
+return {'ended', entry, leave_queue(job.shape, epoch)}

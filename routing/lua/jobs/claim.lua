@@ -8,12 +8,6 @@
 --   entry, losses, rerun, revoked ('1': it was revoked, and the worker ends it)} | {cold} | {epoch, current}
 -- Cost: at most seven commands a job
 -- Repeat: harmless: the nonce distinguishes a claim that is sent again from a second copy of the message
-local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
 local now = clock()
 local current = redis.call('HGET', KEY.book .. worker, 'incarnation') == incarnation
 local reply = {'ok'}
@@ -22,18 +16,16 @@ for i = EACH.first, #ARGV, EACH.step do
   local job = read_job(id)
   local mine = current and job and job.worker == worker and job.incarnation == incarnation and token_of(job) == token
   local verdict = 'stale'
-  local pushed = digest ~= '' and mine and job.state == 'admitted' and redis.call('HGET', KEY.job .. id, 'digest')
+  local pushed = digest ~= '' and mine and job.state == 'admitted' and job.digest
   if pushed and pushed ~= digest then
     verdict = 'forged'
     count('refused.forged', 1)
-    local message = redis.call('HGET', KEY.job .. id, 'message')
-    redis.call('LPUSH', redis.call('HGET', KEY.book .. worker, 'queue'), tagged(message, id, job))
+    redis.call('LPUSH', redis.call('HGET', KEY.book .. worker, 'queue'), tagged(message_of(id, job), id, job))
   elseif mine and job.state == 'admitted' then
     verdict = 'claimed'
-    job.started = int(now)
+    job.state, job.started, job.nonce = 'running', int(now), nonce
     note(id, job, 'running', STEP.running, now)
-    redis.call('HSET', KEY.job .. id, 'state', 'running', 'started', job.started, 'nonce', nonce, 'entry', job.entry,
-      'noted', job.noted)
+    write_job(id, job)
     redis.call('ZREM', KEY.unclaimed, id)
   elseif mine and job.state == 'running' and job.nonce == nonce then
     verdict = 'claimed'

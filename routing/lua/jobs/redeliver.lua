@@ -5,21 +5,18 @@
 -- Replies: {ok, looked (number of jobs looked at), delivered} | {cold} | {epoch, current}
 -- Cost: at most six commands a job
 -- Repeat: harmless: the claim refuses a second copy of a message; the time to the next delivery doubles each time
-local epoch, run_id, most = ARG.epoch, ARG.run_id, tonumber(ARG.most)
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
+most = tonumber(most)
 local now = clock()
 local delivered = 0
 local due = redis.call('ZRANGEBYSCORE', KEY.unclaimed, '-inf', int(now), 'LIMIT', 0, most)
 for _, id in ipairs(due) do
   local job = read_job(id)
   local queue = job and job.worker and redis.call('HGET', KEY.book .. job.worker, 'queue')
-  local message = queue and redis.call('HGET', KEY.job .. id, 'message')
-  if job and job.state == 'admitted' and message then
-    local times = redis.call('HINCRBY', KEY.job .. id, 'redelivered', 1)
+  local message = queue and message_of(id, job) or ''
+  if job and job.state == 'admitted' and message ~= '' then
+    local times = tonumber(job.redelivered or '0') + 1
+    job.redelivered = int(times)
+    write_job(id, job)
     redis.call('ZADD', KEY.unclaimed, int(now + LIMIT.start * math.pow(2, math.min(times, 6))), id)
     -- A worker whose book is only reserved has no queue before it registers.
     if queue ~= '' then

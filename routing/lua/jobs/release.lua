@@ -1,27 +1,20 @@
 #!lua flags=allow-oom
 -- Does: gives back the allocations of attempts that are over, stores their results, and admits to that worker the jobs
 --   that now fit.
--- KEYS: none; by name: epoch, book, job, held, unclaimed, counters, stream, wait, shapes, shapes_of, free, free_of,
---   view, allocated, allocated_cpus, kept, tasks
+-- KEYS: none; by name: epoch, book, job, held, unclaimed, counters, stream, wait, shapes, shapes_of, asks, free,
+--   free_of, view, allocated, allocated_cpus, kept, tasks, border, low
 -- ARGV: epoch, run_id, worker, incarnation, most_losses, admit (1: go on to admit, 0: this caller may not), nonce (not
 --   '': the worker is asking, so hand jobs over to it), then for each job: job, token, outcome (succeeded, failed,
---   cancelled, expired, replaced, retried, handed_back, lost), error, outbox, told (1: the worker tells how the job
---   ended), results (number of those kept in this Redis), and for each of these: key (of Celery's backend), seconds (to
---   live; 0: for ever), result
--- Replies: {ok, admitted, cursor (of shapes), then for each job: released | repeat | stale | unknown (the job has no
---   key), state, entry, shape, then for each job handed over: job, token, admitted, started, entry, losses, shape,
---   rerun, message} | {cold} | {epoch, current}
+--   cancelled, expired, replaced, retried, requeued, handed_back, lost), error, outbox, told (1: the worker tells how
+--   the job ended), results (number of those kept in this Redis), and for each of these: key (of Celery's backend),
+--   seconds (to live; 0: for ever), result
+-- Replies: {ok, cursor (of shapes), freed (a worker to be filled too, '': none), then for each job: released | repeat
+--   | stale | unknown (the job has no key), state, entry, shape, then for each job handed over: job, token, admitted,
+--   started, entry, losses, shape, rerun, message} | {cold} | {epoch, current}
 -- Cost: at most fifteen commands a job and two a result, a pass like that of fill, and a command for each index of free
 --   CPUs in which the worker stands
 -- Repeat: harmless: keyed by job and token; the repeated end of an attempt that ended its job is answered 'repeat', any
 --   other end 'stale'
-local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
-local most_losses, admit, nonce = ARG.most_losses, ARG.admit, ARG.nonce
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
 local now = clock()
 local book = read_book(worker, epoch)
 if not book then
@@ -31,7 +24,7 @@ if not book then
 end
 local mine = book.incarnation == incarnation
 local any = false
-local reply = {'ok', '0', ''}
+local reply = {'ok', '', ''}
 local i = EACH.first
 while i <= #ARGV do
   local id, token, outcome = ARGV[i + EACH.job], ARGV[i + EACH.token], ARGV[i + EACH.outcome]
@@ -40,10 +33,8 @@ while i <= #ARGV do
   i = results + INNER.step * tonumber(ARGV[i + EACH.results])
   local job = read_job(id)
   local verdict, state, entry = 'stale', '', ''
-  local before = job and job.state == 'ended' and token_of(job) == token
-    and redis.call('HMGET', KEY.job .. id, 'outcome', 'became', 'entry')
-  if before and before[1] == outcome then
-    verdict, state, entry = 'repeat', before[2], before[3] or ''
+  if job and job.state == 'ended' and token_of(job) == token and job.outcome == outcome then
+    verdict, state, entry = 'repeat', job.became, job.entry or ''
   elseif mine and job and token_of(job) == token and job.incarnation == incarnation
       and (job.state == 'admitted' or job.state == 'running') then
     verdict, any = 'released', true
@@ -54,7 +45,7 @@ while i <= #ARGV do
       end
       state = put_back(id, job, now, outcome, error_text, most_losses, outbox, told)
     else
-      local final = outcome ~= 'retried'
+      local final = outcome ~= 'retried' and outcome ~= 'requeued'
       state = final and outcome or 'scheduled'
       redis.call('HDEL', KEY.held .. worker, id)
       if job.state == 'admitted' then
@@ -92,9 +83,18 @@ while i <= #ARGV do
   reply[#reply + 1] = job and job.shape or ''
 end
 if any and admit == '1' then
-  local admitted, cursor = fill(worker, epoch, now, '', nonce ~= '' and nonce or nil, reply, book)
-  reply[2], reply[3] = int(admitted), cursor
+  local _
+  _, reply[2], reply[3] = fill_pass(book, now, '-inf', function(id, job, message)
+    if nonce ~= '' and #message <= LIMIT.hand_over then
+      hand_over(id, job, message, book, now, nonce, reply)
+    else
+      admit_job(id, job, message, book, now)
+    end
+  end)
 elseif any then
-  write_book(book, {})
+  redis.call('HSET', KEY.book .. worker, 'unfilled', '1')
+end
+if next(book.unwritten) then
+  write_book(book)
 end
 return reply

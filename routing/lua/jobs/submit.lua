@@ -1,27 +1,21 @@
 -- Does: admits a job whose row is durable to the best worker and delivers it, or files it in the backlog.
--- KEYS: none; by name: epoch, job, shapes, shapes_of, free, free_of, book, wait, counters, stream, held, unclaimed,
---   view, allocated, allocated_cpus, carried, tasks
--- ARGV: epoch, run_id, deadline (ms of the server), job, shape, order, message, attempt (admissions so far), losses,
+-- KEYS: none; by name: epoch, job, shapes, shapes_of, asks, free, free_of, book, wait, counters, stream, held,
+--   unclaimed, view, allocated, allocated_cpus, carried, tasks, border, left, low
+-- ARGV: epoch, run_id, deadline (ms of the server), id, shape, order, message, attempt (admissions so far), losses,
 --   submitted (ms), rerun (0: its first lost attempt ends it), digest (of the message)
 -- Replies: {admitted, worker, attempt} | {waiting, cursor_score, cursor_worker} ('' when all candidates were looked at)
---   | {exists, state (of its key, or carried)} | {late, now (ms)} | {cold} | {epoch, current}
+--   | {exists, state (of its key, or carried)} | {left} (it stays in Postgres, and waits there) | {late, now (ms)}
+--   | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.candidates books are read, and a command for each index of free CPUs in which the chosen
 --   worker stands; independent of the number of workers and of waiting jobs
 -- Repeat: harmless: a job that is known, or has a tombstone, is left as it is
-local epoch, run_id, deadline = ARG.epoch, ARG.run_id, tonumber(ARG.deadline)
-local id, shape, order, message, attempt = ARG.job, ARG.shape, ARG.order, ARG.message, ARG.attempt
-local losses, submitted, rerun, digest = ARG.losses, ARG.submitted, ARG.rerun, ARG.digest
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
+deadline = tonumber(deadline)
 local now = clock()
-if is_late(deadline, now) then
+if is_late(deadline, now, facts) then
   return {'late', int(now)}
 end
 local job = {epoch = epoch, attempt = attempt, shape = shape, order = order, losses = losses, submitted = submitted}
-local reply, batch = admit_or_file(id, job, message, digest, rerun, now)
+local reply, batch = admit_or_file(id, job, message, digest, rerun, facts, now)
 if batch then
   write_batch(batch)
 end

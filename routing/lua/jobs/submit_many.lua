@@ -1,34 +1,33 @@
 -- Does: admits or files many jobs whose rows are durable, in their order and in one step, each as submit does.
--- KEYS: none; by name: epoch, job, shapes, shapes_of, free, free_of, book, wait, counters, stream, held, unclaimed,
---   view, allocated, allocated_cpus, carried, tasks
--- ARGV: epoch, run_id, deadline (ms of the server), then for each job: job, shape, order, message, attempt (admissions
+-- KEYS: none; by name: epoch, job, shapes, shapes_of, asks, free, free_of, book, wait, counters, stream, held,
+--   unclaimed, view, allocated, allocated_cpus, carried, tasks, border, left, low
+-- ARGV: epoch, run_id, deadline (ms of the server), then for each job: id, shape, order, message, attempt (admissions
 --   so far), losses, submitted (ms), rerun (0: its first lost attempt ends it), digest (of the message)
--- Replies: {ok, taken, then for each shape that found no room among those looked at, while there were others: shape,
---   cursor_score, cursor_worker} | {late, now (ms)} | {cold} | {epoch, current}
+-- Replies: {ok, taken, left (places of the jobs that stay in Postgres, with commas; the first is 0), then for each
+--   shape that found no room among those looked at, while there were others: shape, cursor_score, cursor_worker}
+--   | {late, now (ms)} | {cold} | {epoch, current}
 -- Cost: at most six commands a job, some twenty for each batch of jobs of one shape, and at the worst LIMIT.searched
 --   books are read; a batch searches once, and again where a worker is full
 -- Repeat: harmless: a job that is known, or has a tombstone, is left as it is
-local epoch, run_id, deadline = ARG.epoch, ARG.run_id, tonumber(ARG.deadline)
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
+deadline = tonumber(deadline)
 local now = clock()
-if is_late(deadline, now) then
+if is_late(deadline, now, facts) then
   return {'late', int(now)}
 end
-local reply, taken, batch = {'ok', ''}, 0, nil
+local reply, taken, stay, place, batch = {'ok', '', ''}, 0, {}, 0, nil
 for i = EACH.first, #ARGV, EACH.step do
-  local id, shape, order = ARGV[i + EACH.job], ARGV[i + EACH.shape], ARGV[i + EACH.order]
+  local id, shape, order = ARGV[i + EACH.id], ARGV[i + EACH.shape], ARGV[i + EACH.order]
   local message, attempt, losses = ARGV[i + EACH.message], ARGV[i + EACH.attempt], ARGV[i + EACH.losses]
   local submitted, rerun, digest = ARGV[i + EACH.submitted], ARGV[i + EACH.rerun], ARGV[i + EACH.digest]
   local job = {epoch = epoch, attempt = attempt, shape = shape, order = order, losses = losses, submitted = submitted}
   local became
-  became, batch = admit_or_file(id, job, message, digest, rerun, now, batch)
-  if became[1] ~= 'exists' then
+  became, batch = admit_or_file(id, job, message, digest, rerun, facts, now, batch)
+  if became[1] == 'left' then
+    stay[#stay + 1] = int(place)
+  elseif became[1] ~= 'exists' then
     taken = taken + 1
   end
+  place = place + 1
   if became[1] == 'waiting' and became[2] ~= '' then
     local n = #reply
     reply[n + 1], reply[n + 2], reply[n + 3] = shape, became[2], became[3]
@@ -37,5 +36,5 @@ end
 if batch then
   write_batch(batch)
 end
-reply[2] = int(taken)
+reply[2], reply[3] = int(taken), table.concat(stay, ',')
 return reply

@@ -3,8 +3,8 @@
 -- True if a submission came too late: past its deadline, or with a row that was read before the epoch was opened. Such
 -- a row may no longer be true, and no tombstone says so. Where `opened` lies in the future, the clock was set back
 -- since, and only the deadline counts.
-local function is_late(deadline, now)
-  local opened = tonumber(redis.call('HGET', KEY.epoch, 'opened') or '0')
+local function is_late(deadline, now, facts)
+  local opened = tonumber(facts.opened or '0')
   if now > deadline or (opened <= now and deadline - LIMIT.submit_limit < opened) then
     count('refused.late', 1)
     return true
@@ -12,38 +12,38 @@ local function is_late(deadline, now)
   return false
 end
 
--- Bring in a job whose row is durable: admit it to the best worker and deliver it, or file it in the backlog. A job
+-- Bring in a job whose row is durable: admit it to the best worker and deliver it, or file it in the backlog. Beyond
+-- the head of the backlog it stays in Postgres, unless it was `fetched` from there. A job
 -- that is known, or has a tombstone, is left as it is. So is a job whose transition of an older epoch is still in the
 -- stream. `job` has epoch, attempt (admissions so far), shape, order, losses, submitted. Returns the reply of
 -- submit.lua, and the batch of the job. The caller passes the batch on with the next job, or writes it.
-local function admit_or_file(id, job, message, digest, rerun, now, batch)
-  local stored = redis.call('HMGET', KEY.job .. id, 'state', 'final', 'attempt', 'outcome', 'became', 'entry')
-  local attempt = tonumber(job.attempt)
-  -- A job that its last attempt ended may still go on, with a successor of which only Postgres was told. Then its row
-  -- has that attempt. A revoked or expired job does not go on, and an earlier submission has an older attempt. Until
-  -- Postgres has the end of that attempt, no row says what the job is now, whoever read it.
-  local went_on = stored[4] and stored[5] ~= 'cancelled' and stored[5] ~= 'expired' and tonumber(stored[3]) == attempt
-  if stored[1]
-      and (stored[1] ~= 'ended' or stored[6] or (stored[2] and not went_on) or tonumber(stored[3]) > attempt) then
-    return {'exists', stored[1]}, batch
-  end
-  if stored[1] then
-    redis.call('DEL', KEY.job .. id)
-  elseif redis.call('SISMEMBER', KEY.carried, id) == 1 then
+local function admit_or_file(id, job, message, digest, rerun, facts, now, batch)
+  local stored, attempt = read_job(id), tonumber(job.attempt)
+  if stored then
+    -- A job that its last attempt ended may still go on, with a successor of which only Postgres was told. Then its row
+    -- has that attempt. A revoked or expired job does not go on, and an earlier submission has an older attempt. Until
+    -- Postgres has the end of that attempt, no row says what the job is now, whoever read it.
+    local last, became = tonumber(stored.attempt), stored.became
+    local went_on = stored.outcome and became ~= 'cancelled' and became ~= 'expired' and last == attempt
+    if stored.state ~= 'ended' or stored.entry or (stored.final and not went_on) or last > attempt then
+      return {'exists', stored.state}, batch
+    end
+  elseif facts.carries and redis.call('SISMEMBER', KEY.carried, id) == 1 then
     return {'exists', 'carried'}, batch
   end
-  -- Fields that never change are written once, with all the others.
-  job.first = {'digest', digest}
-  if rerun == '0' then
-    job.first[3], job.first[4] = 'rerun', rerun
-  end
-  if not batch or batch.shape ~= job.shape or #(batch.messages or batch.waiting) == LIMIT.batch then
+  job.message, job.digest, job.rerun = message, digest, rerun == '0' and rerun or nil
+  if not batch or batch.shape ~= job.shape or #(batch.messages or batch.waiting or '') == LIMIT.batch then
     if batch then
       write_batch(batch)
     end
     -- Where a shape already waits, another job of it would find no room either: it is filed without a search.
     batch = {shape = job.shape, amounts = amounts_of(job.shape), full = redis.call('ZSCORE', KEY.shapes, job.shape),
       looked = batch and batch.looked or 0}
+    batch.border = facts.stay and redis.call('ZSCORE', KEY.border, job.shape)
+  end
+  if batch.border and not facts.fetched and tonumber(job.order) >= tonumber(batch.border) then
+    leave_behind(batch, job.order, facts)
+    return {'left'}, batch
   end
   local cursor_score, cursor_worker = '', ''
   if not batch.full then
@@ -57,7 +57,7 @@ local function admit_or_file(id, job, message, digest, rerun, now, batch)
   end
   if not batch.full then
     job.attempt = int(attempt + 1)
-    note_admission(id, job, message, batch.book, now)
+    note_admission(id, job, batch.book, now)
     local token, due, tag = token_of(job), int(now + LIMIT.start), tagged(message, id, job)
     if batch.messages then
       local n = #batch.messages
@@ -70,10 +70,14 @@ local function admit_or_file(id, job, message, digest, rerun, now, batch)
     allocate(batch.book, batch.amounts, 1)
     return {'admitted', batch.book.worker, job.attempt}, batch
   end
+  if not facts.fetched and is_beyond(batch, facts) then
+    leave_behind(batch, job.order, facts)
+    return {'left'}, batch
+  end
+  facts.waiting, batch.here = facts.waiting + 1, batch.here and batch.here + 1
+  job.state = 'waiting'
   note(id, job, 'waiting', STEP.filed, now)
-  redis.call('HSET', KEY.job .. id, 'state', 'waiting', 'epoch', job.epoch, 'attempt', job.attempt, 'shape', job.shape,
-    'order', job.order, 'losses', job.losses, 'submitted', job.submitted, 'message', message, 'entry', job.entry,
-    'noted', job.noted, unpack(job.first))
+  write_job(id, job)
   if not batch.waiting then
     batch.waiting, batch.first = {job.order, id}, job.order
     return {'waiting', cursor_score, cursor_worker}, batch

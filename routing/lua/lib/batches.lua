@@ -13,7 +13,7 @@
 -- orders.
 local function write_batch(batch)
   if batch.messages then
-    enter(batch.book, {})
+    enter(batch.book)
     redis.call('HSET', KEY.held .. batch.book.worker, unpack(batch.tokens))
     redis.call('ZADD', KEY.unclaimed, unpack(batch.due))
     redis.call('LPUSH', batch.book.queue, unpack(batch.messages))
@@ -27,30 +27,39 @@ local function write_batch(batch)
   end
 end
 
+-- True if a job of a batch that finds no room is to stay in Postgres, because the head of the backlog is full. Every
+-- shape may have LIMIT.least jobs here. `facts` are those of `refused`.
+local function is_beyond(batch, facts)
+  if not facts.tight and (LIMIT.backlog == 0 or facts.waiting < LIMIT.backlog) then
+    return false
+  end
+  batch.here = batch.here or redis.call('ZCARD', KEY.wait .. batch.shape) + #(batch.waiting or '') / 2
+  return batch.here >= LIMIT.least
+end
+
+-- Leave a job in Postgres: note the border of its shape. The runner of the duties forgets `left` before it reads the
+-- rows that stay there, so `left` has the least order of the jobs that it may not have read.
+local function leave_behind(batch, order, facts)
+  redis.call('ZADD', KEY.left, 'LT', order, batch.shape)
+  count('left', 1)
+  if batch.border and tonumber(order) >= tonumber(batch.border) then
+    return
+  end
+  write_batch(batch)
+  redis.call('ZADD', KEY.border, 'LT', order, batch.shape)
+  batch.border, facts.stay = order, '1'
+  redis.call('HSET', KEY.epoch, 'stay', '1')
+  -- Jobs here that come behind it wait until it was fetched.
+  refile(batch.shape)
+end
+
 -- Find the best worker for a batch. Returns its book, or nil and the cursor behind which there may be others. One
 -- script looks at LIMIT.searched workers. After that it looks at none, and the caller goes on from the beginning.
 local function find_worker(batch, epoch, now)
   if batch.looked >= LIMIT.searched then
     return nil, '0', ''
   end
-  local index = index_for(batch.amounts)
-  local least, looked_at, last = int(batch.amounts.cpus or 0), 0, nil
-  -- The first few are nearly always enough. The others are fetched only when they are needed.
-  for _, size in ipairs({LIMIT.few, LIMIT.candidates - LIMIT.few}) do
-    local candidates = redis.call('ZRANGEBYSCORE', index, least, '+inf', 'LIMIT', looked_at, size)
-    local book = first_with_room(index, candidates, epoch, now, batch.shape, batch.amounts)
-    if book then
-      batch.looked = batch.looked + #candidates
-      return book
-    end
-    looked_at, batch.looked = looked_at + #candidates, batch.looked + #candidates
-    if #candidates < size then
-      break
-    end
-    last = candidates[#candidates]
-  end
-  if looked_at == LIMIT.candidates then
-    return nil, redis.call('ZSCORE', index, last), last
-  end
-  return nil, '', ''
+  local book, looked, cpus, worker = search(batch.shape, batch.amounts, epoch, now, LIMIT.candidates, '', '')
+  batch.looked = batch.looked + looked
+  return book, cpus or '', worker or ''
 end

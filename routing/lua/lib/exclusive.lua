@@ -1,28 +1,39 @@
 -- A worker that is kept for a job which must be alone.
 
--- End the keeping of a worker for a shape, because no job of that shape waits any more. Returns the worker, to be
--- filled.
+-- End the keeping of a worker for a shape, because no job of that shape waits any more. Returns the worker, '' for
+-- none. The caller of the script fills that worker. Where it dies before, the worker's next heartbeat does.
 local function unkeep(shape, epoch)
   local worker = redis.call('HGET', KEY.kept, shape)
   if not worker then
-    return nil
+    return ''
   end
   redis.call('HDEL', KEY.kept, shape)
   if redis.call('HGET', KEY.book .. worker, 'kept') ~= shape then
-    return nil
+    return ''
   end
   redis.call('HDEL', KEY.book .. worker, 'kept')
+  redis.call('HSET', KEY.book .. worker, 'unfilled', '1')
   local book = read_book(worker, epoch)
   if book then
-    write_book(book, {})
+    write_book(book)
   end
   return worker
 end
 
--- True if another worker is kept for a shape. A worker that can no longer take the shape is no longer kept for it.
-local function is_kept_elsewhere(shape, amounts, worker, epoch, now)
+-- Update the place of a shape after a job left its queue other than by a pass over a worker. Returns a worker that was
+-- kept until now, '' for none, as `unkeep` does.
+local function leave_queue(shape, epoch)
+  if refile(shape) or not string.find(shape, 'alone=', 1, true) then
+    return ''
+  end
+  return unkeep(shape, epoch)
+end
+
+-- True if another worker than the asking one is kept for a shape. A worker that can no longer take the shape is no
+-- longer kept for it.
+local function is_kept_elsewhere(shape, amounts, asking, now)
   local other = redis.call('HGET', KEY.kept, shape)
-  local book = other and other ~= worker and read_book(other, epoch)
+  local book = other and other ~= asking.worker and read_book(other, asking.epoch)
   if not book or book.kept ~= shape then
     return false
   end
@@ -32,6 +43,6 @@ local function is_kept_elsewhere(shape, amounts, worker, epoch, now)
   end
   redis.call('HDEL', KEY.book .. other, 'kept')
   book.kept = nil
-  write_book(book, {})
+  write_book(book)
   return false
 end

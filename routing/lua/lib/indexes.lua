@@ -6,12 +6,13 @@ local function has_index(name)
   return name ~= 'cpus' and name ~= 'slots' and name ~= 'memory' and name ~= 'alone' and name ~= 'queue:'
 end
 
--- The resources in whose indexes of free CPUs a worker stands. A worker stands in those of all its resources. A worker
--- that takes only jobs with a label stands in those of its queues alone.
+-- The resources in whose indexes of free CPUs a worker stands. A worker stands in those of all its resources but CPUs
+-- and slots. A worker that takes only jobs with a label stands in those of its queues alone.
 local function resources_of(book)
   local names, only = {}, book.capacity['queue:']
   for name, amount in pairs(book.capacity) do
-    if has_index(name) and amount > 0 and (not only or string.sub(name, 1, 6) == 'queue:') then
+    local indexed = string.sub(name, 1, 6) == 'queue:' or not only
+    if (has_index(name) or name == 'memory') and amount > 0 and indexed then
       names[#names + 1] = name
     end
   end
@@ -39,12 +40,12 @@ local function choose_places(book)
   end
 end
 
--- Put a worker into the indexes of free CPUs in which it stands, or with free = nil take it out of them. A worker that
--- takes only jobs with a label (`only`) stands in the whole index before all others, where no search looks. Searches
--- find it in the indexes of its queues.
-local function stand(worker, free, only, places)
+-- Put a worker into the indexes of free CPUs in which it stands, or with free = nil take it out of them. `book` has its
+-- amounts of the resources in `places`. A worker that takes only jobs with a label (`only`) stands in the whole index
+-- before all others, where no search looks. Searches find it in the indexes of its queues.
+local function stand(worker, free, only, places, book)
   if free then
-    redis.call('ZADD', KEY.free, only and places and '-1' or free, worker)
+    redis.call('ZADD', KEY.free, only and places and '-1' or int(free), worker)
   else
     redis.call('ZREM', KEY.free, worker)
   end
@@ -53,25 +54,25 @@ local function stand(worker, free, only, places)
   end
   for name in string.gmatch(places, '[^,]+') do
     if free then
-      redis.call('ZADD', KEY.free_of .. name, free, worker)
+      redis.call('ZADD', KEY.free_of .. name, place_score(book, name, free), worker)
     else
       redis.call('ZREM', KEY.free_of .. name, worker)
     end
   end
 end
 
--- Take a worker out of the indexes of free CPUs before its book goes, or closes.
+-- Take a worker out of the indexes of free CPUs before its book goes, or closes. Where the book is gone already, that
+-- is the index in which nearly every worker stands.
 local function withdraw(worker)
-  stand(worker, nil, nil, redis.call('HGET', KEY.book .. worker, 'places'))
+  stand(worker, nil, nil, redis.call('HGET', KEY.book .. worker, 'places') or 'memory')
 end
 
--- Write the changes of allocations on a book, `changed` among them, to the book itself, the sums and the view for
--- people. An amount that was given back and taken again is no change.
-local function write_amounts(book, changed)
-  allocate(book, changed, 1)
+-- Write the changes of allocations on a book to the book itself, the sums and the view for people. An amount that was
+-- given back and taken again is no change.
+local function write_amounts(book)
   local fields, shown, n, m = {}, {}, 0, 0
   for name, difference in pairs(book.unwritten) do
-    if difference ~= 0 or changed[name] then
+    if difference ~= 0 then
       local allocated = book.allocated[name]
       fields[n + 1], fields[n + 2], n = 'a.' .. name, int(allocated), n + 2
       if name == 'cpus' then
@@ -95,16 +96,20 @@ local function write_amounts(book, changed)
 end
 
 -- Write the changes of allocations on a whole book, as write_amounts does, and its places in the indexes of free CPUs.
-local function write_book(book, changed)
-  write_amounts(book, changed)
+local function write_book(book)
+  write_amounts(book)
   if book.shrunk and not over(book) then
     redis.call('HDEL', KEY.book .. book.worker, 'shrunk')
   end
-  stand(book.worker, is_open(book) and int(room(book, 'cpus')), book.capacity['queue:'], book.places)
+  stand(book.worker, is_open(book) and room(book, 'cpus'), book.capacity['queue:'], book.places, book)
 end
 
--- Write all allocated amounts of a book into a view that was made just now.
-local function show(book)
-  redis.call('HSET', KEY.view .. book.worker, 'allocated_cpus', cpus_text(book.allocated.cpus or 0),
-    'allocated_memory', int(book.allocated.memory or 0), 'allocated_slots', int(book.allocated.slots or 0))
+-- Write all allocated amounts of a book into a view that was made just now, behind these fields and values.
+local function show(book, fields)
+  for _, name in ipairs({'cpus', 'memory', 'slots'}) do
+    local amount = book.allocated[name] or 0
+    fields[#fields + 1] = 'allocated_' .. name
+    fields[#fields + 1] = name == 'cpus' and cpus_text(amount) or int(amount)
+  end
+  redis.call('HSET', KEY.view .. book.worker, unpack(fields))
 end

@@ -15,29 +15,63 @@ local function shapes_beside(shape)
   return KEY.shapes_of .. LIMIT.unlabelled
 end
 
+-- Enter a shape into the indexes of asked amounts, by which a pass passes over shapes that ask for too much. A shape
+-- that must run alone stands before all others there: a worker on which it does not fit now may be kept for it.
+local function note_asked(shape)
+  local amounts = amounts_of(shape)
+  for _, name in ipairs({'cpus', 'memory'}) do
+    redis.call('ZADD', KEY.asks .. name, amounts.alone and '-1' or int(amounts[name] or 0), shape)
+  end
+end
+
+-- Count jobs that came into the backlog here, or left it (negative).
+local function count_waiting(number)
+  redis.call('HINCRBY', KEY.epoch, 'waiting', number)
+end
+
 -- File jobs under their shape. `jobs`: order, id, order, id, ...; `first`: the least of these orders. The caller writes
--- the hashes of the jobs.
+-- the hashes of the jobs. A job behind one that stays in Postgres does not make its shape wait.
 local function file(shape, jobs, first)
-  redis.call('ZADD', KEY.wait .. shape, unpack(jobs))
+  count_waiting(redis.call('ZADD', KEY.wait .. shape, unpack(jobs)))
   local head = redis.call('ZSCORE', KEY.shapes, shape)
   if not head or tonumber(first) < tonumber(head) then
+    local border = redis.call('ZSCORE', KEY.border, shape)
+    if border and tonumber(first) >= tonumber(border) then
+      return
+    end
     redis.call('ZADD', KEY.shapes, first, shape)
     redis.call('ZADD', shapes_beside(shape), first, shape)
+  end
+  if not head then
+    note_asked(shape)
+  end
+end
+
+-- Take a job out of the queue of its shape. The caller updates the place of the shape.
+local function unqueue(shape, id)
+  if redis.call('ZREM', KEY.wait .. shape, id) == 1 then
+    count_waiting(-1)
   end
 end
 
 -- Update the place of a shape among the shapes to that of its new first job, after a job left its queue. Returns that
--- job's order, or nil where no job of the shape waits any more.
+-- job's order, or nil where no job of the shape may start any more. Where the head of the shape runs low, others that
+-- stay in Postgres are asked for.
 local function refile(shape)
-  local head = redis.call('ZRANGE', KEY.wait .. shape, 0, 0, 'WITHSCORES')
-  if not head[1] then
+  local id, order, border = first_of(shape)
+  if border then
+    ask_for_more(shape, border)
+  end
+  if not id then
     redis.call('ZREM', KEY.shapes, shape)
     redis.call('ZREM', shapes_beside(shape), shape)
+    redis.call('ZREM', KEY.asks .. 'cpus', shape)
+    redis.call('ZREM', KEY.asks .. 'memory', shape)
     return nil
   end
-  redis.call('ZADD', KEY.shapes, head[2], shape)
-  redis.call('ZADD', shapes_beside(shape), head[2], shape)
-  return tonumber(head[2])
+  redis.call('ZADD', KEY.shapes, order, shape)
+  redis.call('ZADD', shapes_beside(shape), order, shape)
+  return tonumber(order)
 end
 
 -- The shape under which the next attempt of a job is filed. The job runs alone where one more loss ends it (`held_by`

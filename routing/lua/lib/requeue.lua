@@ -3,18 +3,9 @@
 -- Leave a tombstone of a job whose attempt is over, or that ended in the backlog. `job` has the entry that says so. The
 -- tombstone stays until Postgres has that entry, however long it takes. From then on `ack_transitions` lets it expire.
 local function bury(id, job, became, outcome, final)
-  local fields = {'state', 'ended', 'epoch', job.epoch, 'attempt', job.attempt}
-  for name, value in pairs({became = became, outcome = outcome, final = final and '1', entry = job.entry,
-      noted = job.entry and job.noted}) do
-    if value then
-      fields[#fields + 1], fields[#fields + 2] = name, value
-    end
-  end
-  redis.call('DEL', KEY.job .. id)
-  redis.call('HSET', KEY.job .. id, unpack(fields))
-  if not job.entry then
-    redis.call('PEXPIRE', KEY.job .. id, LIMIT.tombstone)
-  end
+  write_job(id, {state = 'ended', entry = job.entry, noted = job.entry and job.noted, epoch = job.epoch,
+    attempt = job.attempt, became = became, outcome = outcome, final = final and '1' or nil},
+    not job.entry and LIMIT.tombstone)
 end
 
 -- Put a job that held an allocation back into the backlog; the caller gives the allocation back. A job that was revoked
@@ -41,8 +32,7 @@ local function put_back(id, job, now, outcome, error_text, most_losses, outbox, 
     end
     job.shape = shape_held(job.shape, job.losses, most_losses)
   end
-  local kept = redis.call('HEXISTS', KEY.job .. id, 'message') == 1
-  if job.successor or not kept then
+  if job.successor or message_of(id, job) == '' then
     -- Postgres has the message that runs next: that of the successor, or that of an adopted job.
     local state = job.successor and 'scheduled' or 'accepted'
     note(id, job, state, STEP.back, now, {outcome = outcome, error = error_text})
@@ -50,9 +40,9 @@ local function put_back(id, job, now, outcome, error_text, most_losses, outbox, 
     return state
   end
   note(id, job, 'waiting', STEP.back, now, {outcome = outcome, error = error_text})
-  redis.call('HDEL', KEY.job .. id, 'worker', 'incarnation', 'admitted', 'started', 'nonce', 'redelivered')
-  redis.call('HSET', KEY.job .. id, 'state', 'waiting', 'shape', job.shape, 'losses', job.losses or '0',
-    'entry', job.entry, 'noted', job.noted)
+  job.state, job.worker, job.incarnation, job.admitted, job.started = 'waiting', nil, nil, nil, nil
+  job.nonce, job.redelivered = nil, nil
+  write_job(id, job)
   file(job.shape, {job.order, id}, job.order)
   return 'waiting'
 end

@@ -1,32 +1,13 @@
 -- The search for a worker.
 
--- The index of the workers that may have room for these amounts. For a queue it is the index of that queue. In the
--- default queue it is the index of the resource which the fewest workers have, of equal ones the first by name. Without
--- such a resource it is the whole index.
-local function index_for(amounts)
-  local first, fewest = nil, nil
-  for name in pairs(amounts) do
-    if has_index(name) then
-      if string.sub(name, 1, 6) == 'queue:' then
-        return KEY.free_of .. name
-      end
-      local have = redis.call('ZCARD', KEY.free_of .. name)
-      if not first or have < fewest or (have == fewest and name < first) then
-        first, fewest = name, have
-      end
-    end
-  end
-  return first and KEY.free_of .. first or KEY.free
-end
-
 -- The fields of a book that admission reads for these amounts, always in the same order. `places` is not among them,
 -- because it may be as long as the names of a hundred queues. It is read only from the book that is chosen.
 local function asked_fields(amounts)
   local fields = {'epoch', 'lease', 'incarnation', 'queue', 'c.queue:', 'tasks', 'c.cpus', 'a.cpus', 'c.slots',
-    'a.slots'}
-  local names, labelled = {'cpus', 'slots'}, false
+    'a.slots', 'c.memory', 'a.memory'}
+  local names, labelled = {'cpus', 'slots', 'memory'}, false
   for name in pairs(amounts) do
-    if name ~= 'cpus' and name ~= 'slots' and name ~= 'alone' then
+    if name ~= 'cpus' and name ~= 'slots' and name ~= 'memory' and name ~= 'alone' then
       labelled = labelled or string.sub(name, 1, 6) == 'queue:'
       names[#names + 1] = name
       fields[#fields + 1] = 'c.' .. name
@@ -58,25 +39,48 @@ local function with_room(worker, epoch, now, shape, amounts, fields, names, labe
   return book
 end
 
--- The book of the first candidate with room, or nil. The candidates come from an index. A worker outside the whole
--- index admits nothing, though a damaged index of a resource may still list it.
-local function first_with_room(index, candidates, epoch, now, shape, amounts)
+-- Search for the best worker for a shape, behind a cursor of free CPUs and worker where there is one. It looks at no
+-- more than `most` workers. Returns its book, or nil, and the number of workers looked at. Where there may be others,
+-- it also returns the cursor behind which they stand. A worker outside the whole index admits nothing, though a damaged
+-- index of a resource may still list it.
+local function search(shape, amounts, epoch, now, most, cursor_cpus, cursor_worker)
   local fields, names, labelled = asked_fields(amounts)
-  for _, worker in ipairs(candidates) do
-    if index == KEY.free or redis.call('ZSCORE', KEY.free, worker) then
+  local cpus, worker = amounts.cpus or 0, nil
+  if cursor_worker ~= '' then
+    cpus, worker = tonumber(cursor_cpus), cursor_worker
+  end
+  local walk, looked = open_walk(amounts, cpus, worker, not worker), 0
+  while looked < most do
+    worker, cpus = next_candidate(walk)
+    if not worker then
+      return nil, looked
+    end
+    looked = looked + 1
+    if walk.whole or redis.call('ZSCORE', KEY.free, worker) then
       local book = with_room(worker, epoch, now, shape, amounts, fields, names, labelled)
       if book then
-        return book
+        return book, looked
       end
     end
+    -- The first few are nearly always enough. Where they are not, workers with too little memory may be many.
+    if looked == LIMIT.few and amounts.memory and not labelled then
+      walk = open_walk(amounts, cpus, worker)
+    end
   end
-  return nil
+  return nil, looked, int(cpus), worker
 end
 
--- Write the allocations, these amounts among them, into the book that with_room returned.
-local function enter(book, amounts)
-  write_amounts(book, amounts)
+-- Write the allocations into the book that a search returned.
+local function enter(book)
+  write_amounts(book)
   local open = room(book, 'slots') >= 1 and (book.allocated.alone or 0) == 0
-  stand(book.worker, open and int(room(book, 'cpus')), book.only,
-    redis.call('HGET', KEY.book .. book.worker, 'places'))
+  local places = redis.call('HGET', KEY.book .. book.worker, 'places')
+  -- The search read the amounts of its own request only.
+  for name in string.gmatch(open and places or '', '[^,]+') do
+    if not book.capacity[name] and string.sub(name, 1, 6) ~= 'queue:' then
+      local amounts = redis.call('HMGET', KEY.book .. book.worker, 'c.' .. name, 'a.' .. name)
+      book.capacity[name], book.allocated[name] = tonumber(amounts[1] or '0'), tonumber(amounts[2] or '0')
+    end
+  end
+  stand(book.worker, open and room(book, 'cpus'), book.only, places, book)
 end

@@ -1,69 +1,120 @@
--- The shapes that a pass over a worker tries.
+-- The shapes that a pass over a worker tries, in the order of their first jobs. They are read a few at a time, because
+-- a worker is often full after the first.
 
--- The shapes behind an order that a worker may take, by the indexes of its resources: shape, order, shape, order, ...
--- There are no more than LIMIT.shapes of them. Each index is read a few shapes at a time, because there may be a
--- hundred indexes.
-local function shapes_behind(book, order)
+-- The lists in which the waiting shapes stand that a worker may take: those of its resources, and of the default queue.
+-- Where few shapes wait, the whole index is one command instead of a hundred.
+local function lists_of(book)
   local lists = {}
   for _, name in ipairs(resources_of(book)) do
-    lists[#lists + 1] = {key = KEY.shapes_of .. name}
+    if has_index(name) then
+      lists[#lists + 1] = {key = KEY.shapes_of .. name}
+    end
   end
   if not book.capacity['queue:'] then
     lists[#lists + 1] = {key = KEY.shapes_of .. LIMIT.unlabelled}
   end
-  local size = math.max(LIMIT.few, math.ceil(LIMIT.shapes / #lists))
-  local function step(list)
-    list.at = (list.at or 2 * size - 1) + 2
-    if list.at > 2 * size then
-      list.rows = redis.call('ZRANGEBYSCORE', list.key, '(' .. order, '+inf', 'WITHSCORES', 'LIMIT', list.seen or 0,
-        size)
-      list.seen, list.at = (list.seen or 0) + size, 1
-    end
-    list.order = tonumber(list.rows[list.at + 1])
+  if #lists > 1 and redis.call('ZCARD', KEY.shapes) <= LIMIT.shapes then
+    return {{key = KEY.shapes}}
   end
-  for _, list in ipairs(lists) do
-    step(list)
+  return lists
+end
+
+-- Keep a shape among those to try, in the order of their first jobs.
+local function keep_shape(tries, row)
+  local place = #tries.shapes + 1
+  while place > 1 and row.order < tries.shapes[place - 1].order do
+    place = place - 1
   end
-  local rows = {}
-  while #rows < 2 * LIMIT.shapes do
+  table.insert(tries.shapes, place, row)
+end
+
+-- Look at a shape, and keep it if a job may start here now, or may have the worker kept for it. A shape whose first job
+-- is admitted moves behind the cursor, and is met there again. Kept twice, its later jobs would come too early.
+local function look_at(tries, book, shape, order)
+  tries.looked = tries.looked + 1
+  local amounts = not tries.seen[shape] and serves(book, shape) and amounts_of(shape)
+  tries.seen[shape] = true
+  if amounts and (fits(book, amounts) or amounts.alone and fits_empty(book, amounts)) and knows(book.tasks, shape) then
+    keep_shape(tries, {shape = shape, order = order, amounts = amounts})
+  end
+end
+
+-- Look at the next shapes of the lists, merged by their orders.
+local function look_at_page(tries, book, size)
+  for _ = 1, size do
     local first
-    for _, list in ipairs(lists) do
-      if list.order and (not first or list.order < first.order) then
-        first = list
+    for _, list in ipairs(tries.lists) do
+      if not list.rows or (list.at > #list.rows and #list.rows == 2 * list.size) then
+        list.size = math.max(LIMIT.few, math.ceil(size / #tries.lists))
+        local from = '(' .. (list.rows and list.rows[#list.rows] or tries.after)
+        list.rows = redis.call('ZRANGEBYSCORE', list.key, from, '+inf', 'WITHSCORES', 'LIMIT', 0, list.size)
+        list.at = 1
+      end
+      local order = tonumber(list.rows[list.at + 1])
+      if order and (not first or order < first.order) then
+        list.order, first = order, list
       end
     end
     if not first then
-      break
+      tries.more = false
+      return
     end
-    rows[#rows + 1], rows[#rows + 2] = first.rows[first.at], first.rows[first.at + 1]
-    step(first)
+    tries.cursor = first.rows[first.at + 1]
+    look_at(tries, book, first.rows[first.at], first.order)
+    first.at = first.at + 2
   end
-  return rows
 end
 
--- The shapes that a pass tries, in order of their first jobs, and the cursor behind them. `kept_row`: the only shape to
--- try, for which the worker was kept, and its order. A shape that does not fit now cannot fit later in this pass.
-local function shapes_to_try(book, kept_row, after)
-  local first_page, second_page, cursor = kept_row or {}, {}, ''
-  if not kept_row and after == '' then
-    first_page = redis.call('ZRANGE', KEY.shapes, 0, LIMIT.shapes - 1, 'WITHSCORES')
-  end
-  -- Behind the first page there may be a thousand shapes that ask for resources which this worker does not have.
-  if not kept_row and (after ~= '' or #first_page == 2 * LIMIT.shapes) then
-    second_page = shapes_behind(book, after == '' and first_page[#first_page] or after)
-  end
-  if #second_page == 2 * LIMIT.shapes then
-    cursor = second_page[#second_page]
-  end
-  local shapes = {}
-  for _, page in ipairs({first_page, second_page}) do
-    for i = 1, #page, 2 do
-      local amounts = serves(book, page[i]) and amounts_of(page[i])
-      local possible = amounts and (fits(book, amounts) or (amounts.alone and fits_empty(book, amounts)))
-      if possible and knows(book.tasks, page[i]) then
-        shapes[#shapes + 1] = {shape = page[i], order = tonumber(page[i + 1]), amounts = amounts}
-      end
+-- Look at these shapes, as far as they stand behind the cursor. No others are left for this worker.
+local function look_at_last(tries, book, shapes)
+  tries.more = false
+  local orders = #shapes > 0 and redis.call('ZMSCORE', KEY.shapes, unpack(shapes)) or {}
+  local behind = tonumber(tries.cursor)
+  for i, shape in ipairs(shapes) do
+    local order = tonumber(orders[i] or nil)
+    if order and order > behind then
+      look_at(tries, book, shape, order)
     end
   end
-  return shapes, cursor
+end
+
+-- Look at all shapes that ask for little enough of one resource, where they are few. The worker can take no others.
+local function look_at_small(tries, book)
+  for _, name in ipairs({'cpus', 'memory'}) do
+    local key, free = KEY.asks .. name, int(room(book, name))
+    local small = redis.call('ZCOUNT', key, '-inf', free)
+    if small <= LIMIT.shapes then
+      local none = small == 0 and {}
+      look_at_last(tries, book, none or redis.call('ZRANGEBYSCORE', key, '-inf', free, 'LIMIT', 0, LIMIT.shapes))
+      return
+    end
+  end
+end
+
+-- Open the shapes that a pass tries, behind a cursor. `kept_row`: the only one, for which the worker was kept.
+local function open_tries(book, kept_row, after)
+  local tries = {shapes = {}, seen = {}, looked = 0, after = after, cursor = after, more = not kept_row}
+  tries.lists = tries.more and lists_of(book)
+  if kept_row then
+    look_at(tries, book, kept_row[1], tonumber(kept_row[2]))
+  end
+  return tries
+end
+
+-- Take the next shape to try, or nil. A pass looks at so many shapes, and the next pass goes on behind its cursor.
+local function next_shape(tries, book)
+  while tries.more and not (tries.shapes[1] and tries.shapes[1].order <= tonumber(tries.cursor)) do
+    if room(book, 'slots') < 1 then
+      -- A full worker may still be kept for a job that must be alone.
+      look_at_last(tries, book, redis.call('ZRANGEBYSCORE', KEY.asks .. 'cpus', '-inf', '(0', 'LIMIT', 0, LIMIT.shapes))
+    elseif tries.looked >= LIMIT.shapes then
+      return nil
+    elseif tries.looked == LIMIT.few then
+      look_at_small(tries, book)
+    end
+    if tries.more then
+      look_at_page(tries, book, tries.looked == 0 and LIMIT.few or LIMIT.shapes - LIMIT.few)
+    end
+  end
+  return table.remove(tries.shapes, 1)
 end

@@ -1,9 +1,28 @@
--- Transitions of a job: the note for Postgres, and the job as the ledger has it.
+-- The note of a job's transitions for Postgres, and the token and the message of an attempt.
+
+-- Drop the entry of a job, because Postgres has it. From then on the tombstone of an ended job has an expiry. A process
+-- that opens the ledger anew also drops entries of jobs in an older format, which it removes.
+local function drop_entry(id, entry)
+  local value = redis.pcall('GETRANGE', KEY.job .. id, 0, LIMIT.head - 1)
+  local state, current, rest = string.match(type(value) == 'string' and value or '', '^(%l+)\n([^\n]*)\n[^\n]*()')
+  if current ~= entry then
+    return
+  end
+  if state == 'ended' then
+    redis.call('SET', KEY.job .. id, 'ended\n\n' .. string.sub(value, rest), 'PX', LIMIT.tombstone)
+  else
+    local job = read_job(id)
+    if job then
+      job.entry, job.noted = nil, nil
+      write_job(id, job)
+    end
+  end
+end
 
 -- Note a transition for Postgres. The new entry replaces an entry of the same attempt that Postgres does not have yet,
 -- because it says all that the old one said. A change in the backlog belongs to the job's next attempt, so the entry
 -- that ended an attempt is never replaced by one of the next attempt. `job` is that of read_job; the caller writes it
--- back.
+-- back. `more`: fields that most entries lack; those without a value are left out.
 local function note(id, job, state, step, now, more)
   local span = job.attempt
   if step == STEP.filed or step == STEP.dropped then
@@ -12,29 +31,21 @@ local function note(id, job, state, step, now, more)
   if job.entry and job.noted == span then
     redis.call('XDEL', KEY.stream, job.entry)
   end
+  local rest = {}
+  for name, value in pairs(more or rest) do
+    if value ~= '' then
+      rest[#rest + 1], rest[#rest + 2] = name, value
+    end
+  end
   job.entry = redis.call('XADD', KEY.stream, '*', 'job', id, 'epoch', job.epoch, 'attempt', job.attempt,
     'state', state, 'step', step, 'worker', job.worker or '', 'incarnation', job.incarnation or '',
     'admitted', job.admitted or '', 'started', job.started or '', 'at', int(now), 'losses', job.losses or '0',
-    'outcome', more and more.outcome or '', 'error', more and more.error or '', 'outbox', more and more.outbox or '',
-    'told', more and more.told or '')
+    unpack(rest))
   job.noted = span
   -- Watchers of the job listen on the channel that has the name of its key (routing/inspect/job_events.py).
   redis.call('PUBLISH', KEY.job .. id, job.epoch .. ' ' .. job.attempt .. ' ' .. step .. ' ' .. state .. ' ' ..
     int(now) .. ' ' .. (job.worker or ''))
   return job.entry
-end
-
--- A job as the ledger has it, without its message, or nil.
-local function read_job(id)
-  local v = redis.call('HMGET', KEY.job .. id, 'state', 'epoch', 'attempt', 'worker', 'incarnation', 'shape', 'order',
-    'admitted', 'started', 'nonce', 'losses', 'entry', 'noted', 'final', 'successor', 'submitted', 'rerun', 'revoked')
-  if not v[1] then
-    return nil
-  end
-  return {state = v[1], epoch = v[2], attempt = v[3], worker = v[4] or nil, incarnation = v[5] or nil,
-    shape = v[6] or nil, order = v[7] or nil, admitted = v[8] or nil, started = v[9] or nil, nonce = v[10] or nil,
-    losses = v[11] or nil, entry = v[12] or nil, noted = v[13] or nil, final = v[14] or nil,
-    successor = v[15] or nil, submitted = v[16] or nil, rerun = v[17] or nil, revoked = v[18] or nil}
 end
 
 -- The token "<epoch>.<attempt>": a larger one is newer.

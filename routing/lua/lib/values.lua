@@ -16,13 +16,16 @@ local function parted(run_id)
   return string.match(run_id, '^([^/]*)/?(.*)$')
 end
 
--- The reply that refuses this caller, or nil where it may act on these books.
+-- The reply that refuses this caller, or nil where it may act on these books. Also returns facts about the epoch for
+-- those that ask: `opened` (ms), `carries` ('1': jobs are carried over from an older one), `waiting` (jobs that wait
+-- here), `stay` ('1': others stay in Postgres), `tight` ('1': memory is short).
 local function refused(epoch, run_id)
-  local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'format', 'database')
+  local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'format', 'database', 'opened', 'carries',
+    'waiting', 'stay', 'tight')
   local server_run, database = parted(run_id)
   -- A process of an older release may not act on books of a newer format. The jobs that it accepted wait in Postgres
-  -- for a process that knows the format.
-  if not current[1] or current[2] ~= server_run or tonumber(current[3] or 1) > LIMIT.format then
+  -- for a process that knows the format. That process finds books of an older format cold, and opens them anew.
+  if not current[1] or current[2] ~= server_run or tonumber(current[3] or 1) ~= LIMIT.format then
     return {'cold'}
   end
   if current[4] and database ~= '' and current[4] ~= database then
@@ -31,7 +34,8 @@ local function refused(epoch, run_id)
   if current[1] ~= epoch then
     return {'epoch', current[1]}
   end
-  return nil
+  return nil, {opened = current[5], carries = current[6], waiting = tonumber(current[7] or 0), stay = current[8],
+    tight = current[9]}
 end
 
 local function count(what, by)

@@ -6,31 +6,24 @@
 -- Replies: {ok, then for each job that differs: job} | {cold} | {epoch, current}
 -- Cost: at most four commands a job, and one for each of their workers
 -- Repeat: harmless: nothing is written
-local epoch, run_id, rows = ARG.epoch, ARG.run_id, ARG.rows
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
 local reply, incarnations = {'ok'}, {}
 for id, state, token, worker in string.gmatch(rows, '(%S+) (%S+) (%S+) (%S+)') do
-  local v = redis.call('HMGET', KEY.job .. id, 'state', 'epoch', 'attempt', 'worker', 'shape', 'order', 'entry',
-    'incarnation')
-  local standing, holder, entry, right = v[1], v[4], v[7], false
-  local held_token = v[2] and v[3] and v[2] .. '.' .. v[3]
+  local job = read_job(id) or {}
+  local standing, holder, entry, right = job.state, job.worker, job.entry, false
+  local held_token = standing and token_of(job)
   if standing == 'ended' then
     -- The end of the job may be on its way to Postgres, as below.
     right = entry or state == standing
-  elseif standing == 'waiting' and v[5] then
-    local place = redis.call('ZSCORE', KEY.wait .. v[5], id)
-    right = place and tonumber(place) == tonumber(v[6])
+  elseif standing == 'waiting' and job.shape then
+    local place = redis.call('ZSCORE', KEY.wait .. job.shape, id)
+    right = place and tonumber(place) == tonumber(job.order)
   elseif (standing == 'admitted' or standing == 'running') and holder then
     if incarnations[holder] == nil then
       local book = redis.call('HMGET', KEY.book .. holder, 'epoch', 'lease', 'incarnation')
       incarnations[holder] = book[1] == epoch and book[2] and book[3]
     end
     -- The book may be that of the next incarnation of the worker.
-    right = incarnations[holder] and incarnations[holder] == v[8]
+    right = incarnations[holder] and incarnations[holder] == job.incarnation
       and redis.call('HGET', KEY.held .. holder, id) == held_token
       and (redis.call('ZSCORE', KEY.unclaimed, id) ~= false) == (standing == 'admitted')
   end

@@ -6,19 +6,14 @@
 --   | {epoch, current}
 -- Cost: one command a place
 -- Repeat: harmless: nothing is written
-local epoch, run_id, shape, seen, most = ARG.epoch, ARG.run_id, ARG.shape, tonumber(ARG.seen), tonumber(ARG.most)
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
+seen, most = tonumber(seen), tonumber(most)
 -- Places are counted from the end, because jobs leave a queue at its front, which moves no place counted from the end.
 -- The script `compare_jobs` asks each job that waits under this shape if it has the right place.
 local places = redis.call('ZRANGE', KEY.wait .. shape, int(-seen - most), int(-seen - 1))
 local reply = {'ok', int(#places)}
 for _, id in ipairs(places) do
-  local job = redis.call('HMGET', KEY.job .. id, 'state', 'shape')
-  if job[1] ~= 'waiting' or job[2] ~= shape then
+  local job = read_job(id)
+  if not job or job.state ~= 'waiting' or job.shape ~= shape then
     reply[#reply + 1] = id
   end
 end

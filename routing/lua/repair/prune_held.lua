@@ -6,12 +6,6 @@
 -- Replies: {ok, taken (entries taken out of the list)} | {cold} | {epoch, current}
 -- Cost: at most three commands an entry
 -- Repeat: harmless
-local epoch, run_id, worker = ARG.epoch, ARG.run_id, ARG.worker
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
 local taken = 0
 for i = EACH.first, #ARGV, EACH.step do
   local token = redis.call('HGET', KEY.held .. worker, ARGV[i + EACH.job])

@@ -6,12 +6,7 @@
 --   | {epoch, current}
 -- Cost: at most two commands a place
 -- Repeat: harmless
-local epoch, run_id, resource, seen, most = ARG.epoch, ARG.run_id, ARG.resource, tonumber(ARG.seen), tonumber(ARG.most)
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
+seen, most = tonumber(seen), tonumber(most)
 local index, taken = KEY.free_of .. resource, 0
 local workers = redis.call('ZRANGE', index, int(seen), int(seen + most - 1))
 for _, worker in ipairs(workers) do

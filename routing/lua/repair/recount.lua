@@ -8,24 +8,16 @@
 -- Cost: at the worst LIMIT.held jobs are looked at, and four commands for each index of free CPUs in which the worker
 --   stands
 -- Repeat: harmless
-local epoch, run_id, worker, counted = ARG.epoch, ARG.run_id, ARG.worker, ARG.counted
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
 local sums, strays = sum_held(worker, counted)
 if not sums then
   return {'many'}
 end
-for _, id in ipairs(strays) do
-  redis.call('HDEL', KEY.held .. worker, id)
-end
-local different = #strays
+local different = strays
 local book = read_book(worker, epoch)
 if not book then
   -- Nothing may be admitted to a worker without a book.
   local removed = redis.call('ZREM', KEY.free, worker) + redis.call('ZREM', KEY.leases, worker)
+  removed = removed + redis.call('ZREM', KEY.free_of .. 'memory', worker)
   return {'unknown', int(different + removed)}
 end
 local changed = {}
@@ -53,7 +45,8 @@ end
 if #indexes > 1 then
   choose_places(book)
 end
-write_book(book, changed)
+allocate(book, changed, 1)
+write_book(book)
 local moved = false
 for i, index in ipairs(indexes) do
   moved = moved or redis.call('ZSCORE', index, worker) ~= before[i]

@@ -1,17 +1,11 @@
 #!lua flags=allow-oom
 -- Does: repairs the places of one job: in the list of its worker, with the book, and among the deliveries to come.
 -- KEYS: none; by name: epoch, job, book, held, unclaimed, free, free_of, view, allocated, allocated_cpus
--- ARGV: epoch, run_id, job
+-- ARGV: epoch, run_id, id (of the job)
 -- Replies: {ok, differed (number of places)} | {no_book, worker} where its worker has no book | {cold}
 --   | {epoch, current}
 -- Cost: constant, and a command for each index of free CPUs in which the worker stands
 -- Repeat: harmless
-local epoch, run_id, id = ARG.epoch, ARG.run_id, ARG.job
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
 local job, different = read_job(id), 0
 if job and (job.state == 'admitted' or job.state == 'running') then
   local book = read_book(job.worker, epoch)
@@ -23,7 +17,8 @@ if job and (job.state == 'admitted' or job.state == 'running') then
     different = 1
     redis.call('HSET', KEY.held .. job.worker, id, token_of(job))
     if not token then
-      write_book(book, amounts_of(job.shape))
+      allocate(book, amounts_of(job.shape), 1)
+      write_book(book)
     end
   end
 end

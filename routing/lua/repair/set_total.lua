@@ -5,12 +5,6 @@
 -- Replies: {ok} | {changed} | {cold} | {epoch, current}
 -- Cost: constant
 -- Repeat: harmless
-local epoch, run_id, expected, sum = ARG.epoch, ARG.run_id, ARG.expected, ARG.sum
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
 if (redis.call('GET', KEY.allocated) or '') ~= expected then
   return {'changed'}
 end

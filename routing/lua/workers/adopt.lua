@@ -1,23 +1,18 @@
 #!lua flags=allow-oom
 -- Does: enters the jobs that a worker holds since an older epoch into the books of a new epoch.
--- KEYS: none; by name: epoch, book, job, held, wait, shapes, shapes_of, counters, stream, free, free_of, view,
---   allocated, allocated_cpus, unclaimed, kept, tasks
+-- KEYS: none; by name: epoch, book, job, held, wait, shapes, shapes_of, asks, counters, stream, free, free_of, view,
+--   allocated, allocated_cpus, kept, border, low
 -- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, shape, order, admitted (ms), started (ms),
 --   nonce, losses, rerun (0: its first lost attempt ends it)
--- Replies: {ok, then for each job: adopted | stale} | {unknown} | {cold} | {epoch, current}
--- Cost: at most ten commands a job; LIMIT.freed passes like that of fill where a worker was kept for one of them
+-- Replies: {ok, freed (a worker that was kept for one of them, and is to be filled; '': none), then for each job:
+--   adopted | stale} | {unknown} | {cold} | {epoch, current}
+-- Cost: at most thirteen commands a job
 -- Repeat: harmless: a job that the worker holds already is answered 'adopted'
-local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
 local book = read_book(worker, epoch)
 if not book or book.incarnation ~= incarnation then
   return {'unknown'}
 end
-local reply, changed, left = {'ok'}, {}, {}
+local reply, left = {'ok', ''}, {}
 for i = EACH.first, #ARGV, EACH.step do
   local id, token, shape, order = ARGV[i + EACH.job], ARGV[i + EACH.token], ARGV[i + EACH.shape], ARGV[i + EACH.order]
   local admitted, started, nonce = ARGV[i + EACH.admitted], ARGV[i + EACH.started], ARGV[i + EACH.nonce]
@@ -27,27 +22,23 @@ for i = EACH.first, #ARGV, EACH.step do
   local verdict = 'adopted'
   if job and job.state == 'waiting' and tonumber(job.attempt) < tonumber(token_attempt) then
     -- The backlog was read before this claim reached Postgres.
-    redis.call('ZREM', KEY.wait .. job.shape, id)
+    unqueue(job.shape, id)
     left[#left + 1] = job.shape
     if job.entry then
       redis.call('XDEL', KEY.stream, job.entry)
     end
-    redis.call('DEL', KEY.job .. id)
     job = nil
   end
   if job and job.state == 'ended' and not job.final and tonumber(job.attempt) < tonumber(token_attempt) then
-    redis.call('DEL', KEY.job .. id)
     job = nil
   end
   if not job then
-    redis.call('HSET', KEY.job .. id, 'state', 'running', 'epoch', token_epoch, 'attempt', token_attempt,
-      'worker', worker, 'incarnation', incarnation, 'shape', shape, 'order', order, 'admitted', admitted,
-      'started', started, 'nonce', nonce, 'losses', losses, unpack(rerun == '0' and {'rerun', '0'} or {}))
+    write_job(id, {state = 'running', epoch = token_epoch, attempt = token_attempt, worker = worker,
+      incarnation = incarnation, shape = shape, order = order, admitted = admitted, started = started, nonce = nonce,
+      losses = losses, rerun = rerun == '0' and rerun or nil})
     -- 0: the job stood there already, and only its own key was lost.
     if redis.call('HSET', KEY.held .. worker, id, token) == 1 then
-      for name, amount in pairs(amounts_of(shape)) do
-        changed[name] = (changed[name] or 0) + amount
-      end
+      allocate(book, amounts_of(shape), 1)
     end
     count('adopted', 1)
   elseif token_of(job) ~= token or job.incarnation ~= incarnation or job.state == 'ended' then
@@ -55,23 +46,18 @@ for i = EACH.first, #ARGV, EACH.step do
     count('stale.adopt', 1)
   elseif redis.call('HSET', KEY.held .. worker, id, token) == 1 then
     -- The job's place in the list was lost, perhaps with the book. The book then does not count the job.
-    for name, amount in pairs(amounts_of(job.shape)) do
-      changed[name] = (changed[name] or 0) + amount
-    end
+    allocate(book, amounts_of(job.shape), 1)
   end
   reply[#reply + 1] = verdict
 end
-write_book(book, changed)
+write_book(book)
 if over(book) then
   redis.call('HSET', KEY.book .. worker, 'shrunk', '1')
 end
-local freed
 for _, shape in ipairs(left) do
-  -- Of several workers that are no longer kept, which is rarer still, only one is filled here. The others are filled
+  -- Of several workers that are no longer kept, which is rarer still, the caller fills only one. The others are filled
   -- with their heartbeats.
-  freed = leave_queue(shape, epoch) or freed
-end
-if freed then
-  fill_freed(freed, epoch, clock())
+  local freed = leave_queue(shape, epoch)
+  reply[2] = freed ~= '' and freed or reply[2]
 end
 return reply

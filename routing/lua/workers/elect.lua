@@ -1,17 +1,14 @@
 #!lua flags=allow-oom
 -- Does: gives the lease on the duties to one worker at a time, renews it, and brings its holder the duties that others
---   asked for. Counts what the caller counted meanwhile.
--- KEYS: none; by name: runner, asked, epoch, book, counters
+--   asked for.
+-- KEYS: none; by name: runner, asked, epoch, book
 -- ARGV: caller (an incarnation), worker (its name), database (of the caller, '' where it is not known), fence (of the
---   caller's lease, 0: it has none), term (ms; 0: give it back), counts (the name of a counter and the number to add,
---   for each of them, with blanks between), then for each duty that it asks for: duty
+--   caller's lease, 0: it has none), term (ms; 0: give it back), then for each duty that it asks for: duty
 -- Replies: {elected, epoch (of the ledger, 0: none), book (1: its worker has one), fence, then for each duty that was
 --   asked for: duty} | {other (has the lease, or nobody has), epoch, book}
--- Cost: constant, a command for each duty asked for and for each counter, and at most LIMIT.shapes duties in the reply
--- Repeat: harmless: the holder keeps its lease and its fence; each request for a duty is handed over once; counters are
---   added to again
-local caller, worker, database = ARG.caller, ARG.worker, ARG.database
-local fence, term, counts = tonumber(ARG.fence), tonumber(ARG.term), ARG.counts
+-- Cost: constant, a command for each duty asked for, and at most LIMIT.shapes duties in the reply
+-- Repeat: harmless: the holder keeps its lease and its fence; each request for a duty is handed over once
+fence, term = tonumber(fence), tonumber(term)
 local now = clock()
 local lease = redis.call('HMGET', KEY.runner, 'incarnation', 'fence', 'until')
 local number, over = tonumber(lease[2] or '0'), tonumber(lease[3] or '0')
@@ -20,9 +17,6 @@ local book = int(redis.call('EXISTS', KEY.book .. worker))
 local mine = fence > 0 and lease[1] == caller and number == fence
 for i = EACH.first, #ARGV, EACH.step do
   redis.call('SADD', KEY.asked, ARGV[i + EACH.duty])
-end
-for what, by in string.gmatch(counts, '(%S+) (%d+)') do
-  count(what, by)
 end
 if term == 0 then
   if mine then

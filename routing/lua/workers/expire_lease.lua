@@ -5,12 +5,6 @@
 -- Replies: {ok} | {unknown} | {cold} | {epoch, current}
 -- Cost: constant, and a command for each index of free CPUs in which the worker stands
 -- Repeat: harmless
-local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
 if redis.call('HGET', KEY.book .. worker, 'incarnation') ~= incarnation then
   return {'unknown'}
 end

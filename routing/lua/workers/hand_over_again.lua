@@ -6,12 +6,6 @@
 --   | {cold} | {epoch, current}
 -- Cost: at most three commands a job
 -- Repeat: harmless: the same jobs are returned again
-local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
 if redis.call('HGET', KEY.book .. worker, 'incarnation') ~= incarnation then
   return {'unknown'}
 end
@@ -20,12 +14,9 @@ for i = EACH.first, #ARGV, EACH.step do
   local id = ARGV[i + EACH.job]
   local job = read_job(id)
   local mine = job and job.state == 'running' and redis.call('HGET', KEY.held .. worker, id) == token_of(job)
-  local message = mine and redis.call('HGET', KEY.job .. id, 'message')
-  if message then
-    local n = #reply
-    reply[n + 1], reply[n + 2], reply[n + 3], reply[n + 4] = id, token_of(job), job.admitted, job.started
-    reply[n + 5], reply[n + 6], reply[n + 7] = job.entry or '', job.losses or '0', job.shape
-    reply[n + 8], reply[n + 9] = job.rerun or '', tagged(message, id, job)
+  local message = mine and message_of(id, job) or ''
+  if message ~= '' then
+    append_handed_over(reply, id, job, message)
   end
 end
 return reply

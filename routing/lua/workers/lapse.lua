@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
 -- Does: closes a worker whose lease ran out. Once the grace is over too, it takes the named jobs back as new attempts,
 --   and removes the book of a worker that holds no job any more.
--- KEYS: none; by name: epoch, book, held, job, unclaimed, missing, counters, stream, wait, shapes, shapes_of, free,
---   free_of, leases, view, allocated, allocated_cpus
+-- KEYS: none; by name: epoch, book, held, job, unclaimed, missing, counters, stream, wait, shapes, shapes_of, asks,
+--   free, free_of, leases, view, allocated, allocated_cpus, border
 -- ARGV: epoch, run_id, worker, grace (ms after the end of the lease, and after this script first saw that end: the
 --   clock may have been set meanwhile), most_losses, take (1: take back, 0: only say if it is time), ttl (ms: a lease
 --   with more time left was written before the clock was set back, and is shortened to this), then for each job: job
@@ -10,13 +10,7 @@
 --   | {more | gone, incarnation, then for each job taken back: shape} | {unknown} | {cold} | {epoch, current}
 -- Cost: at most fifteen commands a job, and two for each index of free CPUs in which the worker stands
 -- Repeat: harmless: goes on from its last step
-local epoch, run_id, worker = ARG.epoch, ARG.run_id, ARG.worker
-local grace, most_losses, take, ttl = tonumber(ARG.grace), ARG.most_losses, ARG.take, tonumber(ARG.ttl)
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
+grace, ttl = tonumber(grace), tonumber(ttl)
 local now = clock()
 local book = read_book(worker, epoch)
 if not book then
@@ -50,14 +44,12 @@ end
 if take ~= '1' then
   return {'due', book.incarnation or ''}
 end
-local reply, changed = {'gone', book.incarnation or ''}, {}
+local reply = {'gone', book.incarnation or ''}
 for i = EACH.first, #ARGV, EACH.step do
   local id = ARGV[i + EACH.job]
   local job = read_job(id)
   if job and job.worker == worker and (job.state == 'admitted' or job.state == 'running') then
-    for name, amount in pairs(amounts_of(job.shape)) do
-      changed[name] = (changed[name] or 0) - amount
-    end
+    allocate(book, amounts_of(job.shape), -1)
     -- Only an attempt that started counts as lost. An attempt that did not start is innocent, and one that is adopted
     -- from a row may not have started.
     local outcome = tonumber(job.started or '') and job.started ~= '0' and 'lost' or 'taken_back'
@@ -73,7 +65,7 @@ for i = EACH.first, #ARGV, EACH.step do
     redis.call('HDEL', KEY.held .. worker, id)
   end
 end
-write_book(book, changed)
+write_book(book)
 if redis.call('EXISTS', KEY.held .. worker) == 1 then
   reply[1] = 'more'
 else

@@ -5,12 +5,6 @@
 -- Replies: {ok} | {held, number (of jobs)} | {unknown} | {cold} | {epoch, current}
 -- Cost: constant, and a command for each index of free CPUs in which the worker stands
 -- Repeat: harmless
-local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
 local book = redis.call('HMGET', KEY.book .. worker, 'incarnation', 'queue')
 if book[1] ~= incarnation then
   return {'unknown'}

@@ -1,25 +1,17 @@
 #!lua flags=allow-oom
--- Does: opens a worker's book with its capacity, or changes the capacity of this incarnation, and admits the jobs that
---   fit.
--- KEYS: none; by name: epoch, book, held, missing, view, leases, free, free_of, allocated, allocated_cpus, shapes,
---   shapes_of, wait, job, unclaimed, counters, stream, kept, tasks
+-- Does: opens a worker's book with its capacity, or changes the capacity of this incarnation. The caller fills the
+--   worker, if it may admit.
+-- KEYS: none; by name: epoch, book, held, missing, view, leases, free, free_of, allocated, allocated_cpus, job, tasks
 -- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), tasks (catalogue of the tasks that
 --   it has registered; '': it takes any), names (of these tasks, with blanks between), status (ready, or closed until
---   the worker has named the jobs it holds and renews), admit (1: go on to admit, 0: this caller may not), counted (the
---   sum of its jobs' amounts, as a shape; '': count here), then for each field of the view: name, value
--- Replies: {ok, admitted, cursor (of shapes)} | {taken, incarnation, lease_left (ms, negative when it ran out), held}
+--   the worker has named the jobs it holds and renews), counted (the sum of its jobs' amounts, as a shape; '': count
+--   here), then for each field of the view: name, value
+-- Replies: {ok} | {taken, incarnation, lease_left (ms, negative when it ran out), held}
 --   | {many} where too much is held to be counted here | {cold} | {epoch, current}
--- Cost: a pass like that of fill, LIMIT.held jobs where the book went missing, two commands for each index of free CPUs
+-- Cost: LIMIT.held jobs where the book went missing, two commands for each index of free CPUs
 --   in which the worker stands, and one for each LIMIT.batch tasks of a new catalogue
 -- Repeat: harmless: the same incarnation keeps its allocations
-local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
-local queue, ttl, capacity, status, admit = ARG.queue, tonumber(ARG.ttl), ARG.capacity, ARG.status, ARG.admit
-local counted, tasks = ARG.counted, ARG.tasks
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
+ttl = tonumber(ttl)
 local now = clock()
 local key = KEY.book .. worker
 local before = redis.call('HMGET', key, 'incarnation', 'lease', 'queue')
@@ -35,13 +27,9 @@ if before[1] and before[1] ~= incarnation then
   end
 elseif not before[1] then
   -- The book is new, or went missing: a missing book is not a free worker.
-  local sums, strays = sum_held(worker, counted)
+  local sums = sum_held(worker, counted)
   if not sums then
     return {'many'}
-  end
-  -- A job whose own key was lost too is in no sum. It leaves the list, so that it counts when it is adopted.
-  for _, id in ipairs(strays) do
-    redis.call('HDEL', KEY.held .. worker, id)
   end
   for name, sum in pairs(sums) do
     redis.call('HSET', key, 'a.' .. name, int(sum))
@@ -59,12 +47,12 @@ for name, amount in pairs(amounts_of(capacity)) do
   fields[#fields + 1] = int(amount)
   redis.call('HSETNX', key, 'a.' .. name, '0')
 end
-redis.call('HSET', key, unpack(fields))
+redis.call('HSET', key, 'unfilled', '1', unpack(fields))
 redis.call('HDEL', key, 'lapsed')
 if tasks == '' then
   redis.call('HDEL', key, 'tasks')
 else
-  keep_catalogue(tasks, ARG.names)
+  keep_catalogue(tasks, names)
   redis.call('HSET', key, 'tasks', tasks)
 end
 redis.call('ZADD', KEY.leases, int(now + ttl), worker)
@@ -79,11 +67,7 @@ local book = read_book(worker, epoch)
 if over(book) then
   redis.call('HSET', key, 'shrunk', '1')
 end
-show(book)
+show(book, {})
 choose_places(book)
-write_book(book, {})
-local admitted, cursor = 0, ''
-if admit == '1' then
-  admitted, cursor = fill(worker, epoch, now, '')
-end
-return {'ok', int(admitted), cursor}
+write_book(book)
+return {'ok'}

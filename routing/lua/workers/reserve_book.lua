@@ -9,24 +9,14 @@
 -- Cost: at the worst LIMIT.held jobs are looked at, and a command for each index of free CPUs in which the worker
 --   stood; nothing of that where the book is open
 -- Repeat: harmless
-local epoch, run_id, worker, incarnation, capacity = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation, ARG.capacity
-local counted = ARG.counted
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
 if read_book(worker, epoch) then
   return {'open'}
 end
-local now, sums, strays = clock(), sum_held(worker, counted)
+local now, sums = clock(), sum_held(worker, counted)
 if not sums then
   return {'many'}
 end
 -- A job whose own key was lost too leaves the list, as in register.lua.
-for _, id in ipairs(strays) do
-  redis.call('HDEL', KEY.held .. worker, id)
-end
 -- The lease ends now, so the jobs of a dead worker are lost after the usual grace.
 local fields = {'epoch', epoch, 'incarnation', incarnation, 'status', 'closed', 'queue', '', 'lease', int(now)}
 for name, amount in pairs(amounts_of(capacity)) do

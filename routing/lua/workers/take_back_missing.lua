@@ -2,25 +2,19 @@
 -- Does: takes back running jobs that the lists of their worker have not named for so long. It looks only at the named
 --   jobs.
 -- KEYS: none; by name: epoch, book, held, missing, free, free_of, allocated, allocated_cpus, view, job, unclaimed,
---   counters, stream, wait, shapes, shapes_of
--- ARGV: epoch, run_id, worker, incarnation, most_losses, missing (ms for which no list has named a job before it is
+--   counters, stream, wait, shapes, shapes_of, asks, border
+-- ARGV: epoch, run_id, worker, incarnation, most_losses, missing_for (ms for which no list has named a job before it is
 --   taken back; 0: at once, because the list is known to be whole), then for each job that its list does not name: job
 -- Replies: {ok, then for each job taken back: shape} | {unknown} | {cold} | {epoch, current}
 -- Cost: at most eighteen commands a job, and a command for each index of free CPUs in which the worker stands
 -- Repeat: harmless: judged by the time since the first list that lacked a job, not by the number of lists
-local epoch, run_id, worker, incarnation = ARG.epoch, ARG.run_id, ARG.worker, ARG.incarnation
-local most_losses, missing_for = ARG.most_losses, tonumber(ARG.missing)
-
-local no = refused(epoch, run_id)
-if no then
-  return no
-end
+missing_for = tonumber(missing_for)
 local now = clock()
 local book = read_book(worker, epoch)
 if not book or book.incarnation ~= incarnation then
   return {'unknown'}
 end
-local reply, changed = {'ok'}, {}
+local reply = {'ok'}
 for i = EACH.first, #ARGV, EACH.step do
   local id = ARGV[i + EACH.job]
   local job = read_job(id)
@@ -35,9 +29,7 @@ for i = EACH.first, #ARGV, EACH.step do
         redis.call('HSET', KEY.missing .. worker, attempt, int(now))
       end
     else
-      for name, amount in pairs(amounts_of(job.shape)) do
-        changed[name] = (changed[name] or 0) - amount
-      end
+      allocate(book, amounts_of(job.shape), -1)
       -- A job that never started, because it was adopted from a row, is not lost.
       local started = job.started and job.started ~= '0' and job.started ~= ''
       put_back(id, job, now, started and 'lost' or 'taken_back', 'the worker no longer held it', most_losses)
@@ -48,6 +40,8 @@ for i = EACH.first, #ARGV, EACH.step do
   end
 end
 if #reply > 1 then
-  write_book(book, changed)
+  write_book(book)
+  -- The caller fills the worker, unless it may not admit now.
+  redis.call('HSET', KEY.book .. worker, 'unfilled', '1')
 end
 return reply

@@ -13,12 +13,11 @@ from sqlalchemy import Engine
 
 from celery_capacity import create_app, install
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.workers.app.install import platform_of
 from celery_capacity.workers.broker import beat_messages
-from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.process.stores import Stores, platform_of
 from celery_capacity.workers.submit.router import Router, declaration
 from celery_capacity.workers.submit.task import PlatformTask
-from tests.fixtures.processes import Platform
+from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import until
 from tests.tasks import adopted
 

@@ -15,9 +15,9 @@ from celery_capacity import SettingsError, create_app
 from celery_capacity.routing.config import task_rules
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.model.request import Request
-from celery_capacity.workers.app.install import platform_of
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter
+from celery_capacity.workers.process.stores import platform_of
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import Platform
 from tests.tasks import declared
 
 Write = Callable[[str], Path]

@@ -13,9 +13,9 @@ import pytest
 from celery import Celery, chain
 
 from celery_capacity import NoServers, Unsupported, install
-from celery_capacity.workers.app.install import platform_of
-from tests.fixtures.examples import move_into, python
-from tests.fixtures.processes import Platform
+from celery_capacity.workers.process.stores import platform_of
+from tests.fixtures.documents.examples import move_into, python
+from tests.fixtures.processes.platforms import Platform
 
 #: A project's tests where Celery makes the app, and the project calls `install` on it.
 CONFTEST = """
@@ -41,6 +41,7 @@ TESTS = """
 import os
 import pytest
 from celery.contrib.testing.worker import start_worker
+from celery.utils.nodenames import anon_nodename
 from tests.fixtures.tasks import add
 from celery_capacity import create_app
 
@@ -62,9 +63,12 @@ def test_defined_in_the_test(celery_app, celery_worker):
 def test_with_settings_of_its_own(celery_app, celery_worker):
     result = add.delay(1, 2)
     assert result.get(timeout=20) == 3 and result.name == add.name
+    # The worker of the first test had this name, and has left.
+    assert celery_worker.hostname == anon_nodename()
+    assert [*celery_app.control.ping(timeout=20, limit=1)[0]] == [anon_nodename()]
 
 def test_one_of_all_tests_beside_one_of_this_test(celery_session_app, celery_session_worker, celery_app, celery_worker):
-    assert celery_session_worker.hostname != celery_worker.hostname
+    assert celery_session_worker.hostname == anon_nodename() != celery_worker.hostname
     assert add.delay(2, 3).get(timeout=20) == 5
 
 @pytest.mark.parametrize("pool", ["threads", "prefork"])
@@ -79,7 +83,7 @@ ONE_APP = {
 import threading
 from celery.contrib.testing import tasks
 from celery_capacity import create_app
-from celery_capacity.workers.app.install import platform_of
+from celery_capacity.workers.process.stores import platform_of
 
 app = create_app("proj")
 both = threading.Barrier(2)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tests.fixtures.examples import move_into, python
-from tests.fixtures.processes import READY, Platform
+from tests.fixtures.documents.examples import move_into, python
+from tests.fixtures.processes.platforms import READY, Platform
 from tests.fixtures.waiting import until
 
 #: Program that orders by HTTP: one order is taken, and the transaction of another is rolled back. It prints the orders

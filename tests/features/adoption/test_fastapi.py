@@ -6,8 +6,8 @@ import json
 
 from sqlalchemy import text
 
-from tests.fixtures.examples import move_into, python
-from tests.fixtures.processes import Platform
+from tests.fixtures.documents.examples import move_into, python
+from tests.fixtures.processes.platforms import Platform
 
 #: Program that asks for work and looks until it is done. Then it asks for work that no platform accepts.
 REQUESTS = """

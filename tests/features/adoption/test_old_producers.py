@@ -18,9 +18,9 @@ from kombu.utils.uuid import uuid
 
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.workers.execute.enroll import with_arguments
-from tests.fixtures.processes import Platform
-from tests.fixtures.setting_aside import until_set_aside
-from tests.fixtures.submitting import RESULT_WITHIN, Submitter, standing_platform
+from tests.fixtures.jobs.setting_aside import until_set_aside
+from tests.fixtures.jobs.submitting import RESULT_WITHIN, Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform
 
 ADD = "tests.fixtures.tasks.add"
 FAIL = "tests.fixtures.tasks.fail"

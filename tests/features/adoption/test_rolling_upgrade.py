@@ -19,12 +19,12 @@ from celery_capacity import InvalidRequest, migrations
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model import message as messages
-from celery_capacity.workers.app.install import platform_of
 from celery_capacity.workers.process import identity
+from celery_capacity.workers.process.stores import platform_of
 from tests.fixtures import tasks
-from tests.fixtures.processes import READY, Platform, Process
-from tests.fixtures.setting_aside import counter, set_aside
-from tests.fixtures.submitting import Submitter
+from tests.fixtures.jobs.setting_aside import counter, set_aside
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import READY, Platform, Process
 from tests.fixtures.waiting import until
 from tests.tasks import rolling
 
@@ -49,7 +49,7 @@ class Producer:
         while not self._stop.wait(EVERY):
             number = self._first + len(self.sent)
             # Some tasks are for later: a worker of plain Celery holds them until then.
-            self.sent.append(self.app.tasks["rolling.count"].apply_async([number], countdown=number % 7 or None))
+            self.sent.append(self.app.tasks["rolling.count"].apply_async([number], countdown=number % 3 or None))
 
     def reaches(self, more: int) -> None:
         """Wait until this producer has sent `more` further tasks."""

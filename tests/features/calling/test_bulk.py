@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,10 +21,12 @@ from celery_capacity.routing.model.message import Tag
 from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.attempts import Attempt
+from celery_capacity.workers.submit import chunk_writer
+from celery_capacity.workers.submit.message_cache import MessageCache
 from celery_capacity.workers.submit.router import Router
 from celery_capacity.workers.submit.task import PlatformTask
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import until
 from tests.tasks.bulky import double, spread
 from tests.tasks.canvas import total
@@ -45,11 +49,10 @@ def app(submitter: Submitter) -> Any:
     return submitter.app
 
 
-def rows(platform: Platform, name: str = double.name) -> int:
+def rows(platform: Platform, name: str = double.name, state: str = "%") -> int:
+    query = text("SELECT count(*) FROM jobs WHERE name = :name AND state LIKE :state")
     with platform.engine.connect() as connection:
-        return int(
-            connection.execute(text("SELECT count(*) FROM jobs WHERE name = :name"), {"name": name}).scalar_one()
-        )
+        return int(connection.execute(query, {"name": name, "state": state}).scalar_one())
 
 
 def headers(submitter: Submitter, job: str) -> dict[str, Any]:
@@ -192,6 +195,72 @@ def test_while_one_chunk_is_stored_only_the_next_one_is_built(app: Any, submitte
     assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(100)]
 
 
+def test_next_chunk_is_stored_while_the_ledger_takes_one(
+    app: Any, submitter: Submitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, bring = bulk.copy_jobs, chunk_writer.to_ledger
+    stored: list[str] = []
+    brought: list[str] = []
+    stored_before: list[int] = []
+    second = threading.Event()
+
+    def copied(connection: Any, jobs: Any, *more: Any) -> bool:
+        done = copy(connection, jobs, *more)
+        stored.extend(job.id for job in jobs)
+        if len(stored) > 5:
+            second.set()
+        return done
+
+    def taken(sender: Any, jobs: Any, *more: Any) -> None:
+        assert second.wait(10), "no chunk is stored beside the one that the ledger takes"
+        stored_before.append(len(stored) - len(brought))
+        brought.extend(job.id for job in jobs)
+        bring(sender, jobs, *more)
+
+    monkeypatch.setattr(bulk, "copy_jobs", copied)
+    monkeypatch.setattr(chunk_writer, "to_ledger", taken)
+    handle = app.submit_many(double, ((n,) for n in range(40)), chunk=5)
+    assert brought == stored == list(handle.ids())
+    assert max(stored_before) <= 10, "there are two chunks of rows at the most on their way"
+    assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(40)]
+
+
+def test_a_listener_that_comes_late_hears_of_later_messages(app: Any, submitter: Submitter) -> None:
+    heard: list[str] = []
+
+    def hear(headers: Any = None, **_: Any) -> None:
+        heard.append(headers["id"])
+
+    def numbers() -> Iterator[tuple[int]]:
+        for number in range(12):
+            if number == 6:
+                after_task_publish.connect(hear)
+            yield (number,)
+
+    try:
+        handle = app.submit_many(double, numbers(), chunk=5)
+    finally:
+        after_task_publish.disconnect(hear)
+    assert heard == list(handle.ids())[6:]
+    assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(12)]
+
+
+def test_a_filled_message_is_the_one_that_celery_makes(
+    app: Any, submitter: Submitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [(1,), ('"', {"%(id)s": "\\"}), ({"password": "x"}, "é")]
+    filled = app.submit_many(double, calls, cpus=900, priority=3)
+    monkeypatch.setattr(MessageCache, "like", lambda *_: None)
+    made = app.submit_many(double, calls, cpus=900, priority=3)
+    for job, other in zip(filled.ids(), made.ids(), strict=True):
+        text = bytes(submitter.row(job).message)
+        assert text.replace(job.encode(), other.encode()) == bytes(submitter.row(other).message)
+        shapes = [(row.shape, row.priority, row.name, row.declared) for row in map(submitter.row, (job, other))]
+        assert shapes[0] == shapes[1]
+    for job in (*filled.ids(), *made.ids()):
+        app.control.revoke(job)
+
+
 def test_what_is_wrong_with_all_is_refused_before_anything_is_written(app: Any, platform: Platform) -> None:
     before = rows(platform)
     endless = iter(lambda: (1,), None)
@@ -304,7 +373,7 @@ def test_a_large_group_goes_in_chunks_and_keeps_its_order(
         return copy(connection, jobs, by)
 
     monkeypatch.setattr(bulk, "copy_jobs", counted)
-    result = group(double.s(n) for n in range(1050)).apply_async(priority=2)
+    result = group([double.s(n) for n in range(1050)]).apply_async(priority=2)
     assert chunks == [1000, 50]
     assert result.get(timeout=60) == [2 * n for n in range(1050)]
     job_rows = [submitter.row(part.id) for part in result.results]
@@ -317,6 +386,86 @@ def test_a_chord_whose_header_goes_in_chunks_counts_each_part(app: Any, submitte
     body = chord([*(double.s(n) for n in range(1020)), nested, double.s(1) | double.s()])(total.s())
     assert body.get(timeout=60) == 2 * sum(range(1020)) + 12 + 4
     assert submitter.ended(body.id).attempt == 1
+
+
+@pytest.mark.parametrize("kind", ["group", "chord"])
+def test_the_first_parts_run_while_a_generator_makes_the_others(app: Any, platform: Platform, kind: str) -> None:
+    def parts() -> Iterator[Any]:
+        for number in range(5):
+            if number == 4:
+                until(lambda: rows(platform, state="succeeded") > before, "the first has run")
+            yield double.s(number)
+
+    before = rows(platform, state="succeeded")
+    if kind == "group":
+        assert group(parts()).apply_async().get(timeout=20) == [0, 2, 4, 6, 8]
+    else:
+        assert chord(parts(), total.s()).apply_async().get(timeout=20) == 20
+
+
+def test_jobs_added_while_an_aged_chunk_is_stored_are_stored_at_their_age(
+    app: Any, platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, added, copy = threading.Event(), threading.Event(), bulk.copy_jobs
+    before, chunks = rows(platform), []
+
+    def slow(connection: Connection, jobs: Any, by: Any = None) -> bool:
+        chunks.append(len(jobs))
+        began.set()
+        assert added.wait(20)
+        return copy(connection, jobs, by)
+
+    def parts() -> Iterator[Any]:
+        yield double.s(0)
+        yield double.s(1)
+        assert began.wait(20)
+        yield double.s(2)
+        yield double.s(3)
+        added.set()
+        until(lambda: rows(platform) > before + chunks[0], "a job that came during the store is stored")
+
+    monkeypatch.setattr(bulk, "copy_jobs", slow)
+    assert group(parts()).apply_async().get(timeout=20) == [0, 2, 4, 6]
+
+
+def test_signals_are_sent_while_a_generator_goes_on(app: Any, platform: Platform) -> None:
+    """Jobs come faster than they are stored, so that the thread finds some each time."""
+    sent: list[str] = []
+
+    def look(headers: dict[str, Any], **_: Any) -> None:
+        sent.append(headers["id"])
+
+    def parts() -> Iterator[Any]:
+        for number in range(900):
+            if sent:
+                return
+            time.sleep(0.005)
+            yield double.s(number)
+
+    after_task_publish.connect(look)
+    try:
+        together = group(parts()).apply_async()
+    finally:
+        after_task_publish.disconnect(look)
+    ids = [result.id for result in together.results]
+    assert sent == ids
+    assert len(ids) < 900
+    together.get(timeout=20)
+
+
+def test_an_error_of_a_generator_leaves_the_parts_that_run(app: Any, submitter: Submitter, platform: Platform) -> None:
+    def parts() -> Iterator[Any]:
+        for number in range(9):
+            yield double.s(number)
+            if number == 3:
+                until(lambda: rows(platform) > before, "the first is stored")
+        raise RuntimeError("no more")
+
+    before = rows(platform)
+    with pytest.raises(PartlyAccepted, match="no more") as raised:
+        group(parts()).apply_async()
+    assert raised.value.accepted == rows(platform) - before
+    assert raised.value.accepted in range(1, 9)
 
 
 def test_a_group_that_was_sent_before_is_not_doubled(app: Any, platform: Platform) -> None:

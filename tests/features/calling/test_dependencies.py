@@ -17,8 +17,8 @@ from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.inspect.explain import explain
 from celery_capacity.routing.model.reasons import Reason
 from tests.fixtures import tasks
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import until
 
 ADD = "tests.fixtures.tasks.add"

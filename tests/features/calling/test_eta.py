@@ -14,8 +14,8 @@ from sqlalchemy import text
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.config.settings import Settings
 from tests.fixtures import tasks
-from tests.fixtures.processes import Platform, Process
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform, Process
 
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"

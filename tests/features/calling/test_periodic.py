@@ -14,7 +14,7 @@ from celery import Celery
 from celery.beat import PersistentScheduler
 from sqlalchemy import text
 
-from tests.fixtures.processes import ENDING, Platform
+from tests.fixtures.processes.platforms import ENDING, Platform
 from tests.fixtures.waiting import until
 from tests.tasks.periodic import SCHEDULE
 

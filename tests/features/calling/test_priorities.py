@@ -11,8 +11,8 @@ from celery import Celery, group
 from celery_capacity import InvalidRequest
 from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures import tasks
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform
 
 HOLD = "tests.fixtures.tasks.hold"
 WHERE = "tests.tasks.routed.where"

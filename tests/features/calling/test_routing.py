@@ -20,8 +20,8 @@ from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.reasons import Reason
 from tests.fixtures import tasks
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import until
 from tests.tasks import routed
 

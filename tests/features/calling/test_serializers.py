@@ -22,9 +22,9 @@ from kombu import serialization as serialize
 
 from celery_capacity import InvalidRequest
 from celery_capacity.routing.config.embedded import Pair
-from tests.fixtures.processes import ROOT, Platform
-from tests.fixtures.setting_aside import number_set_aside, set_aside, until_set_aside
-from tests.fixtures.submitting import RESULT_WITHIN, Submitter, standing_platform
+from tests.fixtures.jobs.setting_aside import number_set_aside, set_aside, until_set_aside
+from tests.fixtures.jobs.submitting import RESULT_WITHIN, Submitter, standing_platform
+from tests.fixtures.processes.platforms import ROOT, Platform
 
 ADD = "tests.fixtures.tasks.add"
 CONFIGURED = "tests.tasks.configured"

@@ -24,9 +24,9 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.attempts import Attempt
 from celery_capacity.workers.runner.commit_listener import NAME
-from tests.fixtures.processes import Platform
-from tests.fixtures.servers import empty_database
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform
+from tests.fixtures.servers.pair import empty_database
 from tests.fixtures.waiting import until
 from tests.tasks.bulky import double, total
 

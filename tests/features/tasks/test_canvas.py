@@ -18,8 +18,8 @@ from sqlalchemy import text
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.model.states import FINAL
 from tests.fixtures import tasks
-from tests.fixtures.processes import Platform, Pool
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform, Pool
 from tests.fixtures.tasks import add
 from tests.fixtures.waiting import until
 from tests.tasks.canvas import (

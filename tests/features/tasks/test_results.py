@@ -17,8 +17,8 @@ from celery.result import GroupResult
 
 from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures import tasks
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.tasks import add
 from tests.fixtures.waiting import until
 from tests.tasks import bodies, canvas, retrying
@@ -179,3 +179,37 @@ def test_a_program_that_waits_for_nothing_is_told_nothing(platform: Platform, wa
     assert waiter.ended(job).state == "succeeded"
     with pytest.raises(NotImplementedError, match="No result backend"):
         waiter.result(job).get(timeout=1)
+
+
+def test_an_errback_finds_the_result_of_the_job_that_failed(platform: Platform, waiter: Submitter) -> None:
+    if is_rpc(waiter):
+        pytest.skip("a reply is no stored result")
+    for _ in range(3):
+        errback = bodies.state_of.s()
+        errback.freeze()
+        failed = bodies.throwing.apply_async((True,), link_error=errback)
+        assert waiter.app.AsyncResult(errback.id).get(timeout=20) == states.FAILURE
+        assert failed.state == states.FAILURE
+
+
+def channels(platform: Platform, job: str) -> list[Any]:
+    return list(platform.redis.execute_command("PUBSUB", "CHANNELS", f"*{job}"))  # type: ignore[no-untyped-call]
+
+
+def test_get_and_forget_end_the_subscription_of_a_result(platform: Platform, waiter: Submitter) -> None:
+    if "redis" not in waiter.app.conf.result_backend:
+        pytest.skip("only Redis has channels")
+    held = tasks.hold.delay("subscribed")
+    waiting = Thread(target=held.get, kwargs={"timeout": 20})
+    waiting.start()
+    until(lambda: channels(platform, held.id), "the result is waited for")
+    tasks.let_go(platform.redis, "subscribed")
+    waiting.join()
+    until(lambda: not channels(platform, held.id), "nobody waits any more")
+    left = tasks.hold.delay("left")
+    with pytest.raises(NotInTime):
+        left.get(timeout=0.2)
+    left.forget()
+    until(lambda: not channels(platform, left.id), "nobody waits any more")
+    tasks.let_go(platform.redis, "left")
+    waiter.ended(left.id)

@@ -19,8 +19,8 @@ from celery.result import ResultSet
 
 from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures import tasks
-from tests.fixtures.processes import Platform, Process
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform, Process
 from tests.fixtures.waiting import until
 from tests.tasks.heard import HEARD
 

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from celery import states
+from celery import group, states
 from celery.exceptions import InvalidTaskError, Reject, SoftTimeLimitExceeded
 
+from celery_capacity import InvalidRequest
 from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures import tasks
-from tests.fixtures.processes import Platform, Pool
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform, Pool
 from tests.fixtures.tasks import add
 from tests.fixtures.waiting import until
 from tests.tasks import bodies
@@ -54,6 +55,26 @@ def test_a_message_carries_headers_and_a_shadow_to_the_body(platform: Platform, 
     platform.processes[0].wait_for(f"Task a name for people[{result.id}] succeeded")
     assert submitter.ended(result.id).name == bodies.seen.name
     assert bodies.shadowed.delay(7).get(timeout=20) == "adding 7"
+
+
+def test_the_body_sees_the_properties_of_its_message(submitter: Submitter) -> None:
+    properties = {"app_id": "shop", "message_id": "m-1", "type": "order", "user_id": "ann", "color": ["red", 1]}
+    single = bodies.properties.apply_async(**properties, expiration=60)
+    (of_group,) = group([bodies.properties.s().set(app_id="shop")]).apply_async()
+    (of_chunk,) = submitter.app.submit_many(bodies.properties, [()], **properties)
+    for result in (single, of_chunk):
+        assert properties.items() <= result.get(timeout=20).items()
+    assert (single.get()["expiration"], single.get()["correlation_id"]) == ("60000", single.id)
+    assert of_group.get(timeout=20)["app_id"] == "shop"
+    when = datetime.now(UTC)
+    assert bodies.properties.apply_async(timestamp=when).get(timeout=20)["timestamp"] == when
+
+
+def test_a_property_that_is_not_json_is_refused(submitter: Submitter) -> None:
+    before = submitter.jobs()
+    with pytest.raises(InvalidRequest, match="the property app_id of the message"):
+        bodies.properties.apply_async(app_id=object())
+    assert submitter.jobs() == before
 
 
 def test_a_task_that_was_put_off_sees_to_when(submitter: Submitter) -> None:
@@ -114,6 +135,27 @@ def test_a_task_that_rejects_its_message_has_failed(platform: Platform, submitte
     with pytest.raises(Reject):
         result.get(timeout=20)
     assert result.state == states.FAILURE
+
+
+def test_a_message_that_a_task_puts_back_is_redelivered(platform: Platform, submitter: Submitter) -> None:
+    result = bodies.rejecting_until_redelivered.delay()
+    assert result.get(timeout=20) == [2, True]
+    assert submitter.ended(result.id).state == "succeeded"
+    assert submitter.outcomes(result.id) == ["requeued", "succeeded"]
+    assert [attempt.error for attempt in submitter.attempts(result.id)] == ["rejected: not now", None]
+    assert bodies.redelivered.delay().get(timeout=20) == [False, False]
+
+
+def test_a_task_that_always_puts_its_message_back_starves_nobody(platform: Platform, submitter: Submitter) -> None:
+    hopeless = bodies.rejecting_for_ever.apply_async(cpus=2, priority=9)
+    until(lambda: len(submitter.attempts(hopeless.id)) > 2, "it was put back")
+    assert add.apply_async((1, 1), cpus=2).get(timeout=20) == 2
+    row = submitter.until(hopeless.id, "scheduled")
+    ends = [attempt.ended_at for attempt in submitter.attempts(hopeless.id)]
+    # The third pause is of two seconds.
+    assert (row.due_at - ends[-1]).total_seconds() > 1.5
+    hopeless.revoke()
+    assert submitter.ended(hopeless.id).state == "cancelled"
 
 
 def test_errors_that_a_task_may_raise_are_no_alarm(platform: Platform, submitter: Submitter) -> None:

@@ -10,13 +10,13 @@ import pytest
 from sqlalchemy import event, text
 
 import celery_capacity
-from celery_capacity import InvalidRequest, Job, JobEvent, PlatformError
+from celery_capacity import AsyncJob, InvalidRequest, JobEvent, PlatformError
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.ledger import keys
 from celery_capacity.workers.process.job_watcher import NAME
 from tests.fixtures import tasks
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import until
 
 ADD, FAIL, HOLD = (f"tests.fixtures.tasks.{name}" for name in ("add", "fail", "hold"))
@@ -32,8 +32,8 @@ def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield running
 
 
-def watched(submitter: Submitter, job: str) -> Job:
-    return celery_capacity.job(job, app=submitter.app)
+def watched(submitter: Submitter, job: str) -> AsyncJob:
+    return celery_capacity.job(job, app=submitter.app).aio
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def listening(platform: Platform) -> list[dict[str, Any]]:
     return [client for client in clients if client["name"] == NAME and client["db"] == database]
 
 
-async def all_of(job: Job, begun: asyncio.Event | None = None) -> list[JobEvent]:
+async def all_of(job: AsyncJob, begun: asyncio.Event | None = None) -> list[JobEvent]:
     events = []
     async for seen in job.events():
         events.append(seen)
@@ -104,7 +104,7 @@ def test_what_has_ended_is_told_at_once_and_waits_for_nothing(submitter: Submitt
     job = submitter.send(FAIL, "no")
     submitter.ended(job)
     result = submitter.result(job)
-    ending = asyncio.run(celery_capacity.job(result).wait("running", timeout=LONG))
+    ending = asyncio.run(celery_capacity.job(result).aio.wait("running", timeout=LONG))
     assert (ending.state, ending.job) == ("failed", job)
     assert [seen.state for seen in asyncio.run(all_of(watched(submitter, job)))] == ["failed"]
     assert asyncio.run(watched(submitter, job).now()).final
@@ -173,6 +173,29 @@ def test_after_a_gap_the_job_is_looked_at_again(
         # Between the two connections the program looks, and then listens again.
         await asyncio.to_thread(until, lambda: len(looks) > before and listening(platform), "it listens again")
         tasks.let_go(platform.redis, "gap")
+        return await ended
+
+    assert asyncio.run(follow()).state == "succeeded"
+
+
+def test_job_that_ended_is_awaited_while_the_ledger_is_left_alone(
+    submitter: Submitter, platform: Platform, looks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = watched(submitter, submitter.send(HOLD, "unwritten", cpus=1))
+    sending = submitter.app.platform.sending
+
+    async def follow() -> JobEvent:
+        await job.wait("running", timeout=LONG)
+        with platform.engine.begin() as connection:
+            # Postgres hears of the end only after the message on the job's channel and the look below.
+            connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": job.id})
+            first = asyncio.create_task(job.wait(timeout=LONG))
+            tasks.let_go(platform.redis, "unwritten")
+            assert (await first).final
+            monkeypatch.setattr(sending, "ask", lambda _: None)
+            before = len(looks)
+            ended = asyncio.create_task(job.wait(timeout=LONG))
+            await asyncio.to_thread(until, lambda: len(looks) > before, "it looked in Postgres")
         return await ended
 
     assert asyncio.run(follow()).state == "succeeded"

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.processes import PATIENCE, READY, Platform
-from tests.fixtures.submitting import Submitter
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import PATIENCE, READY, Platform
 from tests.fixtures.waiting import until
 
 ADD = "tests.fixtures.tasks.add"

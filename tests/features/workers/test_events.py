@@ -15,11 +15,12 @@ from celery import Celery, states
 from celery.events.state import State
 
 from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.workers.results.events import READ_UP_TO
 from tests.fixtures import tasks
-from tests.fixtures.ear import Ear
-from tests.fixtures.plain_workers import start_plain
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.ear import Ear
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.plain_workers import start_plain
+from tests.fixtures.processes.platforms import Platform
 from tests.tasks.plain import plain_app
 
 HOLD: Final = "tests.fixtures.tasks.hold"
@@ -43,6 +44,37 @@ def ear(submitter: Submitter) -> Iterator[Ear]:
     ear.close()
 
 
+def test_the_event_of_a_sent_task_waits_for_the_broker(submitter: Submitter, monkeypatch: pytest.MonkeyPatch) -> None:
+    def publish(*_: Any, **__: Any) -> None:
+        raise OSError("the broker is away")
+
+    app: Any = submitter.app
+    app.conf.update(task_send_sent_event=True, task_publish_retry_policy={"max_retries": 0})
+    with app.connection_for_write() as connection:
+        producer = app.amqp.Producer(connection)
+        monkeypatch.setattr(producer.channel, "basic_publish", publish)
+        result = app.send_task(f"{TASKS}.done", (1,), producer=producer)
+    ((event, _),) = app.amqp._event_dispatcher._outbound_buffer
+    assert (event["type"], event["uuid"]) == ("task-sent", result.id)
+    # A dispatcher that keeps nothing raises, and the job is accepted all the same.
+    monkeypatch.setattr(app.amqp._event_dispatcher, "buffer_while_offline", False)
+    with app.connection_for_write() as connection:
+        producer = app.amqp.Producer(connection)
+        monkeypatch.setattr(producer.channel, "basic_publish", publish)
+        assert app.send_task(f"{TASKS}.done", (1,), producer=producer).get(timeout=20) == result.get(timeout=20)
+
+
+def test_event_of_a_large_job_that_waits_has_no_arguments(platform: Platform, submitter: Submitter, ear: Ear) -> None:
+    full = submitter.send(HOLD, "full")
+    tasks.started(platform.redis, "full")
+    job = submitter.send(f"{TASKS}.done", "x" * READ_UP_TO, memory="1GiB")
+    waiting = ear.until(job, "task-waiting")[-1]
+    assert (waiting["name"], waiting["args"], waiting["kwargs"]) == (f"{TASKS}.done", None, None)
+    tasks.let_go(platform.redis, "full")
+    for ended in (full, job):
+        assert submitter.ended(ended).state == "succeeded"
+
+
 def test_a_job_that_waits_is_told_of(platform: Platform, submitter: Submitter, ear: Ear) -> None:
     full = submitter.send(HOLD, "full")
     tasks.started(platform.redis, "full")
@@ -50,7 +82,8 @@ def test_a_job_that_waits_is_told_of(platform: Platform, submitter: Submitter, e
     waiting = ear.until(job, "task-waiting")[-1]
     request = {"cpus": 1, "memory": 2**30, "slots": 1}
     facts = {"name": f"{TASKS}.done", "request": request, "queue": "celery"}
-    assert {**facts, "attempt": 0, "allocation": None}.items() <= waiting.items()
+    call = {"args": "(1,)", "kwargs": "{}", "root_id": job, "parent_id": None}
+    assert {**facts, **call, "attempt": 0, "allocation": None, "hostname": "backlog"}.items() <= waiting.items()
     tasks.let_go(platform.redis, "full")
     events = ear.until(job, "task-succeeded")
     assert [event["type"] for event in events] == [
@@ -66,6 +99,8 @@ def test_a_job_that_waits_is_told_of(platform: Platform, submitter: Submitter, e
     for event in events:
         state.event(dict(event))
         seen = state.tasks[job]
+        if event["type"] == "task-waiting":
+            assert (seen.worker.hostname, seen.args) == ("backlog", "(1,)")
         assert (
             seen.state
             == {
@@ -78,7 +113,7 @@ def test_a_job_that_waits_is_told_of(platform: Platform, submitter: Submitter, e
             }[event["type"]]
         )
     assert (seen.name, seen.worker.hostname.partition("@")[0], seen.result) == (f"{TASKS}.done", "a", "1")
-    assert [node.partition("@")[0] for node in state.workers] == ["a"]
+    assert [node.partition("@")[0] for node in state.workers] == ["backlog", "a"]
     assert seen.as_dict()["uuid"] == job
     assert [key for key, _ in state.tasks_by_time()][:1] == [job]
     # In any order of the events, a job that was seen to run is not seen to wait again.

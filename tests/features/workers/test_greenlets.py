@@ -14,8 +14,8 @@ from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.ledger import keys
 from tests.features.workers.test_pools import control, hold, running, slots
 from tests.fixtures import tasks
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import until
 from tests.tasks import greenlets
 
@@ -59,6 +59,17 @@ def test_many_jobs_that_wait_run_at_once_on_one_cpu(platform: Platform, submitte
     until(lambda: submitter.allocated_cpus() == "0", "all is released")
     rows = [submitter.row(result.id) for result in sent]
     assert {(row.state, row.attempt, row.losses) for row in rows} == {("succeeded", 1, 0)}
+
+
+def test_greenlets_that_wait_for_a_job_stop_no_others(platform: Platform, submitter: Submitter) -> None:
+    held = send(tasks.hold, "awaited")
+    tasks.started(platform.redis, "awaited")
+    waiting = [send(greenlets.awaiting, held.id) for _ in range(3)]
+    ids = [result.id for result in waiting]
+    until(lambda: running(submitter, ids) == 3, "three jobs wait for one")
+    assert send(tasks.add, 1, 2).get(timeout=30) == 3
+    tasks.let_go(platform.redis, "awaited")
+    assert [result.get(timeout=30) for result in waiting] == ["succeeded"] * 3
 
 
 def test_greenlet_that_computes_beyond_a_lease_costs_its_worker_nothing(

@@ -9,8 +9,8 @@ import pytest
 
 from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures import tasks
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import until
 
 HOLD = "tests.fixtures.tasks.hold"

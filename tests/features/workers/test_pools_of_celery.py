@@ -12,8 +12,8 @@ from celery_capacity.routing.errors import Unsupported
 from celery_capacity.workers.execute.gevent_pool import check_pool
 from celery_capacity.workers.process.exit_codes import Exit
 from tests.fixtures import tasks
-from tests.fixtures.processes import Platform, Process
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform, Process
 from tests.fixtures.waiting import until
 from tests.tasks import bodies
 

@@ -20,10 +20,10 @@ from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model.message import HEADER
 from tests.fixtures import tasks
-from tests.fixtures.ear import Ear
-from tests.fixtures.plain_workers import start_plain
-from tests.fixtures.processes import Platform, Process
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.ear import Ear
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.plain_workers import start_plain
+from tests.fixtures.processes.platforms import Platform, Process
 from tests.fixtures.waiting import until
 from tests.tasks.heard import HEARD, OF_WORKERS
 from tests.tasks.plain import plain_app

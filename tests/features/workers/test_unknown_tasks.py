@@ -10,8 +10,8 @@ from sqlalchemy import text
 from celery_capacity.routing.inspect import explain, overview
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.reasons import Reason
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import until
 
 ADD = "tests.fixtures.tasks.add"
@@ -106,6 +106,6 @@ def test_message_of_a_task_that_was_taken_away_is_handed_back(platform: Platform
     until(lambda: "handed_back" in submitter.outcomes(job), lambda: f"it goes back: {submitter.outcomes(job)}")
     platform.redis.srem(catalogue, ADD)
     until(lambda: why(platform, job) is Reason.NO_TASK, "it waits")
-    assert submitter.row(job).state == "waiting"
+    until(lambda: submitter.row(job).state == "waiting", lambda: f"its row says so: {submitter.row(job).state}")
     platform.worker("knowing", 4, "threads")
     assert submitter.value(job) == 2

@@ -24,13 +24,14 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import Unsupported
 from celery_capacity.routing.inspect import verify
 from celery_capacity.workers.app.install import create_app, install
-from celery_capacity.workers.dispatch.submission_queue import Submissions
+from celery_capacity.workers.dispatch.submission_queue import SubmissionQueue
 from celery_capacity.workers.membership.preflight import shares_ledger
-from tests.fixtures import garbage, tasks
-from tests.fixtures.processes import FOREIGN, Platform, Pool
-from tests.fixtures.proxy import Proxy
-from tests.fixtures.setting_aside import epoch_of, job_states, number_set_aside
-from tests.fixtures.submitting import RESULT_WITHIN, Submitter, platform_with_broker
+from tests.fixtures import tasks
+from tests.fixtures.jobs import garbage
+from tests.fixtures.jobs.setting_aside import epoch_of, job_states, number_set_aside
+from tests.fixtures.jobs.submitting import RESULT_WITHIN, Submitter, platform_with_broker
+from tests.fixtures.processes.platforms import FOREIGN, Platform, Pool
+from tests.fixtures.servers.proxy import Proxy
 from tests.fixtures.waiting import until
 from tests.tasks.work import read as events_of
 
@@ -130,7 +131,7 @@ def test_a_waiting_job_and_one_too_large_for_a_reply_are_delivered(platform: Pla
     assert submitter.ended(running).state == "succeeded"
 
 
-def test_garbage_and_forged_messages_in_the_mailbox_are_set_aside(platform: Platform, submitter: Submitter) -> None:
+def test_garbage_and_forged_messages_in_the_ledger_queue_go_aside(platform: Platform, submitter: Submitter) -> None:
     platform.worker("a", 2, "threads")
     queue = submitter.view("a")["queue"]
     pushed = garbage.malformed("own", epoch_of(platform))
@@ -234,11 +235,11 @@ def test_a_ledger_that_dies_and_comes_back_empty_loses_and_doubles_nothing(
     all_succeeded(platform, len(labels))
     once_each(trace, set(labels))
     assert all(worker.alive for worker in workers)
-    until(lambda: verify.check(platform.engine, platform.redis).ok, "the books are right")
+    until(lambda: verify.check(platform.engine, platform.redis).holds, "the books are right")
     submitter.close()
 
 
-def test_a_mailbox_whose_connection_is_half_open_finds_its_messages_again(
+def test_a_half_open_connection_of_the_ledger_queue_loses_nothing(
     platform: Platform, submitter: Submitter, proxied: Any
 ) -> None:
     path: Proxy = proxied(str(platform.settings.redis_url))
@@ -246,7 +247,7 @@ def test_a_mailbox_whose_connection_is_half_open_finds_its_messages_again(
     assert submitter.value(submitter.send(ADD, 1, 1)) == 2
     path.swallow()
     job = submitter.send(ADD, 1, 2)
-    worker.wait_for("mailbox: the ledger's Redis does not answer")
+    worker.wait_for("ledger queue: the ledger's Redis does not answer")
     path.restore()
     assert submitter.value(job) == 3
     assert submitter.ended(job).attempt >= 1
@@ -260,16 +261,16 @@ def test_job_of_a_sender_dead_after_its_commit_is_left_to_the_workers(
 ) -> None:
     platform.worker("a", 2, "threads")
     with monkeypatch.context() as dying:
-        dying.setattr(Submissions, "add", lambda *_, **__: None)
+        dying.setattr(SubmissionQueue, "add", lambda *_, **__: None)
         job = submitter.send(ADD, 1, 2)
     # The sweep brings the job in, or a listener that has just begun.
     assert submitter.value(job) == 3
 
 
-def test_a_drain_hands_back_what_is_in_the_mailbox(platform: Platform, submitter: Submitter) -> None:
+def test_a_drain_hands_back_what_is_in_the_ledger_queue(platform: Platform, submitter: Submitter) -> None:
     first = platform.worker("a", 2, "prefork")
     os.killpg(first.pid, signal.SIGSTOP)
-    # The worker's mailbox holds the jobs, and nobody reads it.
+    # The worker's queue holds the jobs, and nobody reads it.
     jobs = [submitter.send(ADD, number, 1) for number in range(2)]
     queue = submitter.view("a")["queue"]
     until(lambda: {submitter.row(job).state for job in jobs} <= {"accepted", "admitted"}, "they are admitted")

@@ -13,8 +13,8 @@ import pytest
 from sqlalchemy import text
 
 from celery_capacity import NotAccepted, OutcomeUnknown
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import until
 from tests.tasks.work import peaks, read, starts
 

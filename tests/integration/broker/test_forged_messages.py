@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from celery_capacity.routing.ledger import keys
-from tests.fixtures.processes import Platform
-from tests.fixtures.setting_aside import counter, epoch_of, queue_of, set_aside, until_set_aside
-from tests.fixtures.stopping import stop_deaf
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.setting_aside import counter, epoch_of, queue_of, set_aside, until_set_aside
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform
+from tests.fixtures.processes.stopping import stop_deaf
 from tests.fixtures.waiting import until
 from tests.tasks.work import read as events_of
 
@@ -75,7 +75,9 @@ def test_message_that_differs_from_its_row_is_refused_and_the_own_one_runs(
     (kept,) = until_set_aside(platform, 1)
     assert f"the message is not that of attempt {row.epoch}.1" in kept.reason
     assert json.loads(kept.raw) == forged
+    assert kept.reason.startswith("foreign: ")
     assert counter(platform, "refused.forged") == 1
+    until(lambda: counter(platform, "set_aside.foreign") == 1, "the worker told the ledger")
 
 
 def test_what_is_put_behind_the_tag_does_not_count(platform: Platform, stopped: Any, submitter: Submitter) -> None:
@@ -140,5 +142,5 @@ def test_copy_of_a_message_whose_job_was_forgotten_is_no_news(
     platform.redis.rpush(queue, message, foreign)
     # The message of an unknown job is kept. Messages are read in the order in which they came.
     (kept,) = until_set_aside(platform, 1)
-    assert (kept.raw, kept.reason) == (foreign, "there is no job nobody")
+    assert (kept.raw, kept.reason) == (foreign, "foreign: there is no job nobody")
     stopped.wait_for(f"job {job}: a doubled message of an attempt that ended long ago is dropped")

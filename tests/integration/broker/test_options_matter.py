@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.faults.servers import Servers, own_servers
-from tests.fixtures.processes import Platform, Process
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.faults.breaking.servers import Servers, own_servers
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform, Process
 from tests.fixtures.waiting import until
 
 ADD = "tests.fixtures.tasks.add"

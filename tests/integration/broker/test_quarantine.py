@@ -14,12 +14,14 @@ import pytest
 from celery import Celery
 from sqlalchemy import text
 
+from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.states import FINAL, State
 from celery_capacity.routing.store import quarantine
 from celery_capacity.workers.submit.encode import RawMessage
-from tests.fixtures import garbage, tasks
-from tests.fixtures.processes import Platform, Pool
-from tests.fixtures.setting_aside import (
+from tests.fixtures import tasks
+from tests.fixtures.jobs import garbage
+from tests.fixtures.jobs.setting_aside import (
+    counter,
     epoch_of,
     job_states,
     number_set_aside,
@@ -27,7 +29,8 @@ from tests.fixtures.setting_aside import (
     set_aside,
     until_set_aside,
 )
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform, Pool
 from tests.fixtures.waiting import until
 
 ADD = "tests.fixtures.tasks.add"
@@ -96,14 +99,16 @@ def test_what_was_set_aside_is_seen_in_the_cluster(platform: Platform, submitter
     until_set_aside(platform, 3)
     seen = json.loads(platform.celery("cluster", "--json").stdout)["quarantine"]
     assert seen["messages"] == 3
-    assert {(reason["reason"], reason["messages"]) for reason in seen["reasons"]} == {
-        ("JSON, but no message: an array", 2),
-        ("not JSON: Expecting value: line 1 column 1 (char 0)", 1),
+    assert {(reason["reason"], reason["detail"], reason["messages"]) for reason in seen["reasons"]} == {
+        ("no_message", "JSON, but no message: an array", 2),
+        ("not_json", "not JSON: Expecting value: line 1 column 1 (char 0)", 1),
     }
     assert {reason["queue"] for reason in seen["reasons"]} == {"celery"}
     output = platform.celery("cluster").stdout
     assert "3 messages were set aside" in output
-    assert "JSON, but no message: an array" in output
+    assert "no_message" in output
+    until(lambda: counter(platform, "set_aside.no_message") == 2, "the worker told the ledger")
+    assert counter(platform, "set_aside.not_json") == 1
     assert [row.raw for row in set_aside(platform)] == [b"garbage", b"[]", b"[]"]
 
 
@@ -111,8 +116,8 @@ def test_only_the_newest_are_kept_and_all_are_counted(platform: Platform, monkey
     monkeypatch.setattr(quarantine, "MAX_KEPT", 5)
     with platform.engine.begin() as connection:
         for number in range(4):
-            messages = [quarantine.SetAside.of(b"%d" % number, "q\0", "bad \ud800", "w") for _ in range(3)]
-            quarantine.write(connection, messages)
+            message = quarantine.SetAside.of(b"%d" % number, "q\0", Refusal.NO_MESSAGE, "bad \ud800", "w")
+            quarantine.write(connection, [message] * 3)
         summary = quarantine.read(connection)
     assert summary.messages == 12
     assert sum(reason.messages for reason in summary.reasons) == 5

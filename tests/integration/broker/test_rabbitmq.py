@@ -11,11 +11,12 @@ from celery.exceptions import TaskRevokedError
 from sqlalchemy import text
 
 from celery_capacity.routing.model.states import FINAL
-from tests.fixtures import garbage, tasks
-from tests.fixtures.processes import Platform, Pool
-from tests.fixtures.rabbitmq import RabbitMQ, own_rabbitmq
-from tests.fixtures.setting_aside import job_states, number_set_aside
-from tests.fixtures.submitting import RESULT_WITHIN, Submitter, platform_with_broker
+from tests.fixtures import tasks
+from tests.fixtures.jobs import garbage
+from tests.fixtures.jobs.setting_aside import job_states, number_set_aside
+from tests.fixtures.jobs.submitting import RESULT_WITHIN, Submitter, platform_with_broker
+from tests.fixtures.processes.platforms import Platform, Pool
+from tests.fixtures.servers.rabbitmq import RabbitMQ, own_rabbitmq
 from tests.fixtures.waiting import until
 
 pytestmark = pytest.mark.installed

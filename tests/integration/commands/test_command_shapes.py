@@ -21,11 +21,11 @@ from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.states import State
 from celery_capacity.workers.process.exit_codes import Exit
 from tests.fixtures import tasks
-from tests.fixtures.commanding import Run, in_process
-from tests.fixtures.processes import Platform
-from tests.fixtures.shapes import assert_shape, commands, prints_json
-from tests.fixtures.staged import Stage
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.documents.shapes import assert_shape, commands, prints_json
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.commanding import Run, in_process
+from tests.fixtures.processes.platforms import Platform
+from tests.fixtures.stores.staged import Stage
 from tests.fixtures.waiting import until
 
 ADD, FAIL, HOLD = "tests.fixtures.tasks.add", "tests.fixtures.tasks.fail", "tests.fixtures.tasks.hold"
@@ -124,6 +124,7 @@ def test_the_list_of_jobs_in_every_state(at_work: Run, jobs: Mapping[str, str]) 
     assert {job["state"] for job in listed.values()} >= {
         "succeeded", "failed", "running", "waiting", "scheduled", "cancelled", "expired",
     }  # fmt: skip
+    assert answer(at_work, "jobs", "--set-aside") == answer(at_work, "cluster")["quarantine"]
     for state in State:
         assert all(job["state"] == state for job in answer(at_work, "jobs", "--state", state.value))
 
@@ -143,6 +144,7 @@ def test_each_job_whatever_became_of_it(at_work: Run, jobs: Mapping[str, str]) -
 def test_verify_and_reconcile_while_work_runs(at_work: Run) -> None:
     seen = answer(at_work, "verify")
     assert (seen["passed"], seen["ok"], seen["invariants"]["at_rest"]) == (4, True, False)
+    assert len(seen["quarantine"]["reasons"]) == 2
     assert answer(at_work, "reconcile")["all_repaired"] is True
 
 
@@ -163,7 +165,7 @@ def test_a_demo_in_which_jobs_failed() -> None:
         records=(record, record),
         submitted={0: 0.5},
         summary=trace.summarise((record, record), {0: 0.5}),
-        workers=(WorkerLine("gone", None, 1000, 2),),
+        workers=(WorkerLine("gone", None, 1000, 1000, 2),),
         doubled=(0,),
         delay=0.0,
         invariants=verify.Report(False, tuple(verify.Verdict(n, "x", None, True, 0, ()) for n in verify.INVARIANTS)),
@@ -240,6 +242,22 @@ def test_a_redis_that_does_not_answer(stage: Stage, run: Run) -> None:
     assert problem(run, "reconcile", code=Exit.UNAVAILABLE, REDIS_URL=NO_REDIS)["reference"] == "store-unavailable"
 
 
+def test_jobs_are_acted_on_while_redis_is_away(stage: Stage, run: Run) -> None:
+    stage.sql("UPDATE authority SET authority = 'postgres', changed_at = now()")
+    stage.sql('INSERT INTO declarations (name, request) VALUES (\'task\', \'{"cpus": 3, "slots": 1, "licence": 2}\')')
+    made = answer(run, "submit", "task", "--priority", "4", REDIS_URL=NO_REDIS)
+    # Postgres tells what the task declares, since the ledger does not.
+    assert made["request"] == {"cpus": 3, "licence": 2, "slots": 1}
+    job = made["id"]
+    waited = answer(run, "wait", job, "--timeout", "0.5", code=Exit.TIMED_OUT, REDIS_URL=NO_REDIS)
+    assert (waited[0]["state"], waited[0]["ended"]) == ("accepted", False)
+    assert answer(run, "cancel", job, REDIS_URL=NO_REDIS)[0]["became"] == "cancelled"
+    assert answer(run, "wait", job, code=Exit.CANCELLED, REDIS_URL=NO_REDIS)[0]["state"] == "cancelled"
+    new = answer(run, "retry", job, REDIS_URL=NO_REDIS)[0]["retried_as"]
+    assert answer(run, "job", new, REDIS_URL=NO_REDIS)["retry_of"] == job
+    assert answer(run, "cancel", "--task", "task", "--yes", REDIS_URL=NO_REDIS)[0]["id"] == new
+
+
 def test_postgres_admits_instead_of_the_ledger(stage: Stage, run: Run) -> None:
     waiting = stage.submit(cpus=9000)
     stage.sql("UPDATE authority SET authority = 'postgres'")
@@ -280,22 +298,33 @@ def test_a_postgres_that_does_not_answer(stage: Stage, run: Run) -> None:
     stage.worker("a", cpus=4000)
     # The command shows the ledger's books without Postgres. The number of messages in quarantine is unknown then.
     assert answer(run, "cluster", DATABASE_URL=NO_POSTGRES)["quarantine"] is None
-    for words in (("jobs",), ("job", "x"), ("reconcile",), ("db", "current"), ("db", "upgrade"), ("db", "downgrade")):
+    acts = (
+        ("wait", "x"),
+        ("cancel", "x"),
+        ("cancel", "--task", "x"),
+        ("retry", "x"),
+        ("retry", "--failed"),
+        ("submit", "x"),
+    )
+    looks = (("jobs",), ("job", "x"), ("reconcile",), ("db", "current"), ("db", "upgrade"), ("db", "downgrade"))
+    for words in (*looks, *acts, ("submit", "x")):
         error = problem(run, *words, code=Exit.UNAVAILABLE, DATABASE_URL=NO_POSTGRES)
         assert error["reference"] == "store-unavailable"
         assert "127.0.0.1" in error["detail"]
         assert "secret" not in json.dumps(error)
 
 
-@pytest.mark.parametrize("name", ["cluster", "jobs", "verify", "reconcile"])
-def test_without_tables_it_is_the_error_that_says_so(run: Run, database_url: str, name: str) -> None:
+@pytest.mark.parametrize(
+    "line", ["cluster", "jobs", "verify", "reconcile", "wait x", "cancel x", "retry x", "submit x"]
+)
+def test_without_tables_it_is_the_error_that_says_so(run: Run, database_url: str, line: str) -> None:
     downgrade(database_url, "base")
-    assert problem(run, name, code=Exit.CONFIGURATION)["reference"] == "not-migrated"
+    assert problem(run, *line.split(), code=Exit.CONFIGURATION)["reference"] == "not-migrated"
 
 
 def test_wrong_settings_are_listed(run: Run) -> None:
-    for name in sorted({"db current", *commands()} - {"dashboard", "db"}):
-        words = [*name.split(), *(["x"] if name == "job" else [])]
+    for name in sorted({"db current", *commands()} - {"dashboard", "db", "settings"}):
+        words = [*name.split(), *(["x"] if name in ("job", "wait", "cancel", "retry", "submit") else [])]
         error = problem(run, *words, code=Exit.CONFIGURATION, PLATFORM_CPUS="many", PLATFORM_WORKER_TTL="soon")
         assert len(error["problems"]) == 2
 

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import Result
 
 from celery_capacity import migrations
+from celery_capacity.platform.commands.job import command as job_command
+from celery_capacity.platform.console.job_ids import complete_id
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.reasons import Refusal
+from celery_capacity.routing.store import quarantine
 from celery_capacity.workers.process.exit_codes import Exit
-from tests.fixtures.commanding import Run, in_process
-from tests.fixtures.processes import Platform
-from tests.fixtures.staged import Stage
+from tests.fixtures.processes.commanding import Run, in_process
+from tests.fixtures.processes.platforms import Platform
+from tests.fixtures.stores.books import job_field
+from tests.fixtures.stores.staged import Stage
+
+#: The reasons for which a message is set aside.
+SET_ASIDE = [refusal for refusal in Refusal if refusal.startswith("set_aside.")]
 
 
 @pytest.fixture
@@ -77,6 +89,39 @@ def test_cluster_without_a_ledger_answers_from_postgres_and_says_so(stage: Stage
     assert "The ledger cannot be asked: " in result.stderr
 
 
+def test_cluster_before_the_first_worker_says_so(run: Run) -> None:
+    result = run("cluster")
+    assert result.stdout.splitlines()[0] == "no workers yet"
+    assert result.stderr == "No worker has started yet. Start one: `celery -A platform worker`.\n"
+
+
+def test_cluster_lists_blocked_jobs_first_with_the_reason(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    stage.submit(cpus=4000)
+    stage.submit(cpus=3000, priority=9)
+    stage.submit(cpus=64_000)
+    stage.submit(cpus=1000, gpus=1)
+    backlog = _json(run("cluster", "--json"))["backlog"]
+    assert [line["blocked"] for line in backlog] == ["too-large", "unknown-resource", None]
+    lines = run("cluster").stdout.splitlines()
+    assert lines[-4].split() == ["request", "waiting", "oldest", "blocked"]
+    assert lines[-3].startswith("64 CPUs")
+    assert lines[-3].endswith("larger than every worker")
+    assert lines[-2].endswith("no worker has such a resource")
+
+
+def test_cluster_marks_a_silent_worker(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    stage.worker("b", cpus=4000)
+    late = (datetime.now(UTC) - timedelta(seconds=40)).isoformat(timespec="milliseconds")
+    stage.redis.hset(keys.view("b"), "heartbeat_at", late)
+    lines = {line.split()[0]: line for line in run("cluster").stdout.splitlines() if line}
+    assert re.search(r"silent 4\d s$", lines["b"])
+    assert lines["a"].endswith(" ago")
+    patient = run("cluster", PLATFORM_RENEW_INTERVAL="30").stdout
+    assert "silent" not in patient
+
+
 # -- jobs, job
 # -------------------------------------------------------------------------------------------------------
 
@@ -101,6 +146,137 @@ def test_jobs_of_one_state(stage: Stage, run: Run) -> None:
     assert running in text
     assert ended not in text
     assert run("jobs", "--state", "sleeping").exit_code == Exit.USAGE
+
+
+def test_jobs_are_filtered_and_counted(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=1000)
+    stage.worker("b", cpus=2000)
+    first, second, third = (stage.submit(cpus=cpus) for cpus in (1000, 2000, 1000))
+    stage.end(second, "failed")
+
+    def ids(*options: str) -> set[str]:
+        return {job["id"] for job in _json(run("jobs", "--json", *options))}
+
+    assert ids("--worker", "b") == {second, third}
+    assert ids("--worker", "*", "--state", "admitted") == {first, third}
+    assert ids("--failed") == {second}
+    assert ids("--failed", "--state", "admitted", "--worker", "b") == {second, third}
+    assert ids("--task", "ta*") == {first, second, third}
+    assert ids("--task", "ta") == set()
+    assert ids("--task", "t_sk") == set()
+    assert ids("--queue", "celery", "--since", "1h", "--limit", "2") == {second, third}
+    assert ids("--group", first) == set()
+    assert run("jobs", "--count").stdout == "3\n"
+    assert run("jobs", "--count", "--failed", "--since", "15min").stdout == "1\n"
+    assert _json(run("jobs", "--count", "--worker", "a", "--json")) == 1
+
+
+@pytest.mark.parametrize("text", ["soon", "0s", "-1h", "1 year", "99999999d", "1e3"])
+def test_jobs_refuses_what_is_no_time(run: Run, text: str) -> None:
+    result = run("jobs", f"--since={text}")
+    assert result.exit_code == Exit.USAGE
+    assert f"'{text}' is no time. Write 30s, 15min" in result.stderr
+
+
+def test_jobs_shows_age_waited_ran_and_no_empty_column(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    job = stage.submit(cpus=1000)
+    header = run("jobs").stdout.splitlines()[0].split()
+    assert header == ["id", "task", "state", "age", "waited", "ran", "worker", "request"]
+    stage.start(job)
+    stage.end(job, "failed")
+    stage.sql("UPDATE jobs SET error = 'ValueError: no' WHERE id = :job", job=job)
+    header, line = (line.split() for line in run("jobs").stdout.splitlines())
+    assert header[-1] == "error"
+    assert line[-2:] == ["ValueError:", "no"]
+
+
+def test_job_takes_the_beginning_of_an_id(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    jobs = [stage.submit(cpus=1000) for _ in range(2)]
+    ambiguous = run("job", "job-")
+    assert ambiguous.exit_code == Exit.FAILED
+    assert f"more than one job id begins with job-. Type more of the id. Some of them: {', '.join(jobs)}." in (
+        ambiguous.stderr
+    )
+    stage.sql("UPDATE jobs SET id = 'e4855c54-e3fb' WHERE id = :job", job=jobs[1])
+    assert _json(run("job", "e485", "--json"))["id"] == "e4855c54-e3fb"
+    assert run("job", "e48").exit_code == Exit.FAILED
+    stage.sql("UPDATE jobs SET id = :job WHERE id = 'e4855c54-e3fb'", job=jobs[1])
+
+
+def test_ids_of_jobs_are_completed(
+    stage: Stage, platform_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = stage.submit(cpus=1000), stage.submit(cpus=1000)
+    context, parameter = click.Context(job_command), job_command.params[0]
+    for name, value in platform_environment.items():
+        monkeypatch.setenv(name, value)
+    assert complete_id(context, parameter, "") == [second, first]
+    assert complete_id(context, parameter, first) == [first]
+    assert complete_id(context, parameter, "x") == []
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me@127.0.0.1:1/platform")
+    assert complete_id(context, parameter, "") == []
+
+
+def test_job_that_waits_again_shows_no_worker_and_no_times_of_the_attempt(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    job = stage.submit(cpus=4000)
+    stage.start(job)
+    other = stage.submit(cpus=4000, priority=9)
+    stage.end(job, "handed_back")
+    assert stage.row(other).state == "admitted"
+    lines = run("job", job).stdout.splitlines()
+    labels = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+    assert labels[:7] == ["id", "task", "state", "request", "priority", "submitted", "waits:"]
+    assert lines[-1].split()[0] == "1"
+
+
+def test_job_shows_its_error_indented_and_last(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    job = stage.submit(cpus=1000)
+    stage.start(job)
+    stage.end(job, "failed")
+    stage.sql("UPDATE jobs SET error = :error WHERE id = :job", job=job, error="Traceback:\n  File a\nValueError: no")
+    assert run("job", job).stdout.endswith("\nerror\n    Traceback:\n      File a\n    ValueError: no\n")
+
+
+def set_aside(stage: Stage) -> None:
+    """Set a message aside for each reason of the quarantine; the last reason is the newest."""
+    for refusal in SET_ASIDE:
+        with stage.engine.begin() as connection:
+            quarantine.write(connection, [quarantine.SetAside.of(b"?", "celery", refusal, f"it is {refusal.word}")])
+
+
+def test_jobs_lists_messages_that_were_set_aside_by_reason(stage: Stage, run: Run) -> None:
+    assert run("jobs", "--set-aside").stdout == "no message was set aside\n"
+    set_aside(stage)
+    words = [refusal.word for refusal in reversed(SET_ASIDE)]
+    assert len(words) == 9
+    first, header, *rows = run("jobs", "--set-aside").stdout.splitlines()
+    assert (first[:24], header.split()[0]) == ("9 messages were set asid", "reason")
+    assert [row.split()[0] for row in rows if row.strip("─- ")] == words
+    listed = _json(run("jobs", "--set-aside", "--json"))
+    assert [(entry["reason"], entry["detail"]) for entry in listed["reasons"]] == [(w, f"it is {w}") for w in words]
+    assert run("jobs", "--set-aside", "--count").stdout == "9\n"
+    assert len(_json(run("jobs", "--set-aside", "--limit", "2", "--json"))["reasons"]) == 2
+
+
+def test_jobs_names_reasons_of_messages_set_aside_since_its_oldest(stage: Stage, run: Run) -> None:
+    set_aside(stage)
+    named = (
+        "messages were set aside meanwhile: outbox, unwritable, no_transition, foreign, no_job; more with --set-aside"
+    )
+    assert run("jobs").stdout.splitlines() == ["no jobs", named]
+    stage.submit()
+    assert "set aside" not in run("jobs").stdout
+
+
+def test_jobs_refuses_conditions_on_messages_that_were_set_aside(run: Run) -> None:
+    refused = run("jobs", "--set-aside", "--failed")
+    assert (refused.exit_code, "no condition on jobs" in refused.stderr) == (Exit.USAGE, True)
+    refused = run("jobs", "--set-aside", "--failed", "--json")
+    assert (refused.exit_code, "no condition on jobs" in _json(refused)["detail"]) == (Exit.USAGE, True)
 
 
 def test_no_jobs_is_an_answer(run: Run) -> None:
@@ -158,6 +334,18 @@ def test_verify_ends_with_four_of_four_and_the_invariants(stage: Stage, run: Run
     assert "100% answered by Redis" in result.stdout
 
 
+def test_verify_shows_messages_that_were_set_aside_by_reason(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    set_aside(stage)
+    result = run("verify")
+    assert result.exit_code == Exit.OK, result.stdout
+    assert "9 messages were set aside" in result.stdout
+    assert "it is unwritable" in result.stdout
+    seen = _json(run("verify", "--json"))["quarantine"]
+    assert (seen["messages"], seen["reasons"][0]["reason"]) == (9, "outbox")
+    assert _json(run("verify", "--worker", "a", "--json"))["quarantine"] is None
+
+
 def test_verify_names_what_holds_only_at_rest_while_work_runs(stage: Stage, run: Run) -> None:
     stage.worker("a", cpus=4000)
     stage.submit(cpus=1000)
@@ -173,6 +361,19 @@ def test_verify_without_a_live_worker_fails_and_says_so(stage: Stage, run: Run) 
     assert result.exit_code == Exit.FAILED
     assert "no live worker" in result.stdout
     assert result.stdout.splitlines()[-2] == "1/4"
+
+
+def test_verify_during_a_lapse_names_what_silent_workers_hold(stage: Stage, run: Run) -> None:
+    stage.worker("a", cpus=4000)
+    stage.worker("b", cpus=8000)
+    job = stage.submit(cpus=4000)
+    assert stage.row(job).worker == "a"
+    lease = stage.redis.hget(keys.book("a"), "lease") or b""
+    stage.redis.hset(keys.book("a"), "lease", "1")
+    lines = run("verify").stdout.splitlines()
+    stage.redis.hset(keys.book("a"), "lease", lease)
+    assert "total 8 CPUs, allocated 0, available 8, utilisation 0%; 4 more on workers that went silent" in lines[3]
+    assert "(4 CPUs allocated, 4 of them on workers that went silent, until their jobs are taken back)" in lines[7]
 
 
 @pytest.mark.leaves("I6", because="the command has to see it")
@@ -207,7 +408,7 @@ def test_verify_of_one_worker_asks_about_no_other(stage: Stage, run: Run) -> Non
     assert (result.exit_code, result.stdout.splitlines()[-1]) == (Exit.OK, "2/2")
     late = run("verify", "--worker", "b")
     assert late.exit_code == Exit.FAILED
-    assert "2 FAILED the heartbeat of b is fresh" in late.stdout
+    assert "2 FAILED: the heartbeat of worker 'b' is late" in late.stdout
     value = _json(run("verify", "--worker", "a", "--json"))
     assert (value["ok"], value["passed"], value["invariants"]) == (True, 2, None)
     assert value["not_judged"] == "only a was asked about"
@@ -218,7 +419,7 @@ def test_verify_of_a_worker_that_is_not_there_fails(stage: Stage, run: Run) -> N
     stage.redis.delete(keys.view("a"))
     result = run("verify", "--worker", "a")
     assert (result.exit_code, result.stdout.splitlines()[-1]) == (Exit.FAILED, "0/2")
-    assert "no live worker is named a" in result.stdout
+    assert "1 FAILED: worker 'a' is not registered\n         no live worker is named a" in result.stdout
 
 
 def test_verify_of_one_worker_needs_no_postgres(stage: Stage, run: Run) -> None:
@@ -250,8 +451,8 @@ def test_reconcile_opens_a_cold_ledger(stage: Stage, run: Run) -> None:
     stage.redis.flushdb()
     result = run("reconcile")
     assert result.exit_code == Exit.OK, result.stdout
-    assert "the ledger was cold: epoch 2 was opened with 0 workers, 0 held and 1 waiting jobs" in result.stdout
-    assert stage.redis.hget(keys.job(job), "state") == b"waiting"
+    assert "scheduler state rebuilt: epoch 2 was opened with 0 workers, 0 held and 1 waiting jobs" in result.stdout
+    assert job_field(stage.redis, job, "state") == b"waiting"
 
 
 # -- db, errors
@@ -274,6 +475,8 @@ def test_db_goes_down_and_up_and_says_where_it_is(run: Run) -> None:
 def test_db_downgrade_takes_one_step_back_unless_told_otherwise(run: Run) -> None:
     assert run("db", "downgrade", "-1", "--force").exit_code == Exit.OK
     assert run("db", "current").stdout == f"{int(migrations.HEAD) - 1:04}\n"
+    # The books are read after each test, in the tables of today.
+    assert run("db", "upgrade").exit_code == Exit.OK
 
 
 def test_db_downgrade_without_a_terminal_needs_force(stage: Stage, run: Run) -> None:
@@ -314,6 +517,28 @@ def test_wrong_settings_are_told_together(run: Run) -> None:
     assert result.exit_code == Exit.CONFIGURATION
     assert "PLATFORM_CPUS" in result.stderr
     assert "PLATFORM_WORKER_TTL" in result.stderr
+
+
+def test_settings_lists_values_defaults_and_what_is_wrong(run: Run) -> None:
+    result = run("settings", PLATFORM_CPUS="many", CELERY_BROKER_URL="amqp://me:secret@host/x")
+    assert result.exit_code == Exit.FAILED
+    assert "PLATFORM_CPUS = many (CPUs)   default: detected\n    CPUs that this worker publishes.\n    wrong: " in (
+        result.stdout
+    )
+    assert "amqp://me:***@host/x" in result.stdout
+    assert "secret" not in result.output
+    lines = _json(run("settings", "--set", "--json", PLATFORM_CPUS="4"))
+    (cpus,) = [line for line in lines if line["name"] == "PLATFORM_CPUS"]
+    assert (cpus["value"], cpus["problem"], cpus["unit"]) == ("4", None, "CPUs")
+    assert all(line["value"] is not None for line in lines)
+
+
+def test_settings_never_shows_the_content_of_a_file(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "url").write_text("postgresql://me:secret@host/x")
+    words = ("settings", "--set")
+    result = run(*words, DATABASE_URL="", DATABASE_URL_FILE=str(tmp_path / "url"))
+    assert f"DATABASE_URL = the URL in the file {tmp_path / 'url'}" in result.stdout
+    assert "me:" not in result.stdout
 
 
 def test_a_slip_in_the_name_of_a_setting_is_told_beside_the_facts(run: Run) -> None:

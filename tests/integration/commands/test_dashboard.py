@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import socket
 import threading
@@ -19,8 +20,8 @@ from tornado.netutil import bind_sockets
 from celery_capacity.platform import dashboard
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.inspect import overview
-from tests.fixtures.processes import Platform
-from tests.fixtures.staged import Stage
+from tests.fixtures.processes.platforms import Platform
+from tests.fixtures.stores.staged import Stage
 
 Fetch = Callable[..., Awaitable[HTTPResponse]]
 
@@ -204,6 +205,13 @@ def test_the_command_serves_until_it_is_told_to_end(platform: Platform, number: 
         assert json.load(answer)["resources"]["active_workers"] == 0
     process.signal(number)
     assert process.process.wait(10) == 0
+    assert not any("login" in line for line in process.lines)
+
+
+def test_an_address_for_others_warns_that_there_is_no_login(platform: Platform) -> None:
+    process = platform.start("open", "dashboard", "--host", "0.0.0.0", "--port", "0", says="no login yet")
+    (warning,) = (line for line in process.lines if "no login" in line)
+    assert re.fullmatch(r"Warning: .* Whoever reaches 0\.0\.0\.0:\d+ sees the cluster: .*127\.0\.0\.1\.", warning)
 
 
 def test_a_port_that_is_taken_is_told(platform: Platform) -> None:

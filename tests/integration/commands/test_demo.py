@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from sqlalchemy import text
 
-from tests.fixtures.processes import Platform
+from tests.fixtures.processes.commanding import in_process
+from tests.fixtures.processes.left_over import left_over
+from tests.fixtures.processes.platforms import Platform
 
 #: Ten jobs on 4 + 2 CPUs: they wait for each other, and one fills the larger worker.
 TRACE = """\
@@ -50,18 +53,6 @@ def demo(trace: Path, *more: str) -> tuple[str, ...]:
     return ("demo", "--trace", str(trace), "--scale", "4", *workers, *more)
 
 
-def left_over(mark: str) -> list[str]:
-    """Return the command lines of live processes that inherited the mark from a demo."""
-    command_lines = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("DEMO_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                command_lines.append(" ".join(process.cmdline()))
-        except psutil.Error:
-            continue  # the process ended meanwhile, or belongs to somebody else
-    return command_lines
-
-
 def most_at_once(rows: list[dict[str, Any]], worker: str) -> float:
     """Return the most CPUs that ran at once on a worker, by adding up the jobs at the start of each job."""
     spans = [(float(row["start"]), float(row["end"]), CPUS[int(row["job"])]) for row in rows if row["worker"] == worker]
@@ -91,6 +82,7 @@ def test_demo_runs_a_trace_on_a_private_pair_and_reports_it(platform: Platform, 
         most = most_at_once(rows, worker["name"])
         assert worker["cpus"] == CAPACITY[worker["name"]]
         assert most == worker["peak_cpus"] <= worker["cpus"]
+        assert 0 < worker["average_cpus"] <= worker["peak_cpus"]
         assert worker["jobs"] == sum(row["worker"] == worker["name"] for row in rows)
     # Two jobs want all of the larger worker.
     assert {w["name"]: w["peak_cpus"] for w in report["workers"]}["wide"] == 4
@@ -112,9 +104,10 @@ def test_on_given_servers_it_makes_the_tables_and_takes_away_what_it_made(platfo
     output = done.stdout
     assert "jobs      10: 10 succeeded" in output
     assert "makespan" in output
-    assert "4 of 4 CPUs" in output
+    assert re.search(r"^worker +allocated on average +peak +jobs$", output, re.MULTILINE)
+    assert re.search(r"^wide +[0-3]\.\d of 4 CPUs +4 +\d+$", output, re.MULTILINE)
     assert "invariants: I1, I2, I3, I4, I6 hold, at rest" in output
-    assert "celery -A platform up" in output
+    assert f"{Path(sys.executable).parent}/celery -A platform up" in output or "  celery -A platform up" in output
     assert "10/10 finished" in done.stderr
     assert list(platform.redis.scan_iter("demo:*")) == []
     assert list(platform.redis.scan_iter("worker:*")) == []
@@ -127,8 +120,8 @@ def test_a_job_wider_than_every_worker_is_refused_before_anything_starts(
     platform: Platform, trace: Path, more: tuple[str, ...]
 ) -> None:
     trace.write_text(TRACE + "6,dan,1,5\n")
-    done = platform.celery(*demo(trace, *more))
-    assert done.returncode == 1
+    done = in_process(platform.environment)(*demo(trace, *more))
+    assert done.exit_code == 1
     message = json.loads(done.stdout)["detail"] if more else done.stderr
     assert "job 10 (line 13 of the trace) needs 5 CPUs" in message
     assert "--worker NAME=5" in message
@@ -141,8 +134,8 @@ def test_a_job_wider_than_every_worker_is_refused_before_anything_starts(
 )
 def test_a_bad_row_is_refused_with_its_line_and_value(platform: Platform, trace: Path, row: str, said: str) -> None:
     trace.write_text(TRACE + row + "\n")
-    done = platform.celery(*demo(trace))
-    assert done.returncode == 1
+    done = in_process(platform.environment)(*demo(trace))
+    assert done.exit_code == 1
     assert said in done.stderr
     assert row.split(",")[2] in done.stderr
 
@@ -158,14 +151,14 @@ def test_a_bad_row_is_refused_with_its_line_and_value(platform: Platform, trace:
     ],
 )
 def test_a_wrong_option_is_refused_with_its_value(platform: Platform, wrong: tuple[str, str]) -> None:
-    done = platform.celery("demo", *wrong)
-    assert done.returncode == 2
+    done = in_process(platform.environment)("demo", *wrong)
+    assert done.exit_code == 2
     assert wrong[1].partition("=")[0] in done.stderr
 
 
 def test_a_log_that_cannot_be_written_is_told_before_anything_starts(platform: Platform, trace: Path) -> None:
-    done = platform.celery(*demo(trace, "--log", str(trace.parent / "nowhere" / "log.csv")))
-    assert done.returncode == 1
+    done = in_process(platform.environment)(*demo(trace, "--log", str(trace.parent / "nowhere" / "log.csv")))
+    assert done.exit_code == 1
     assert "log.csv cannot be written" in done.stderr
     assert "Starting" not in done.stderr
 

@@ -20,10 +20,10 @@ import pytest
 from sqlalchemy import create_engine, make_url, text
 
 from celery_capacity.routing.config.embedded import Pair
-from celery_capacity.routing.config.redis_urls import numbered
 from celery_capacity.workers.process.exit_codes import Exit
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import standing_platform
+from tests.fixtures.jobs.submitting import standing_platform
+from tests.fixtures.processes.platforms import Platform
+from tests.fixtures.servers.given import numbered
 from tests.fixtures.waiting import until
 
 UNKNOWN = "00000000-0000-0000-0000-000000000000"
@@ -109,7 +109,7 @@ MISTAKES = [
     Mistake(
         "-A platform jobs",
         Exit.UNAVAILABLE,
-        ('"127.0.0.1", port 1', "Connection refused Is the server running", "DATABASE_URL"),
+        ('"127.0.0.1", port 1', "Connection refused. Is the server running", "DATABASE_URL"),
         {"DATABASE_URL": f"postgresql://me:hunter2@{NOWHERE}/platform"},
     ),
     Mistake("-A platform reconcile", Exit.CONFIGURATION, ("invalid username", "password."), {"REDIS_URL": "{guarded}"}),
@@ -225,7 +225,8 @@ def test_a_question_is_not_asked_where_there_is_no_standard_input(platform: Plat
         timeout=60,
     )
     assert done.returncode == Exit.FAILED, done.stderr
-    assert done.stderr.startswith("Error: 0 jobs are in the tables, and there is no terminal to ask on")
+    assert done.stderr.startswith("Error: 0 jobs are in the tables, and what a later revision made is dropped.")
+    assert "There is no terminal to ask on: nothing was changed" in done.stderr
 
 
 def test_ctrl_c_ends_a_command_that_waits_for_postgres(platform: Platform) -> None:

@@ -21,9 +21,9 @@ from celery_capacity.routing.config import redaction
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect import overview
 from tests.fixtures import tasks
-from tests.fixtures.guarded import guarded_server
-from tests.fixtures.processes import ROOT, Platform
-from tests.fixtures.servers import environment_of
+from tests.fixtures.processes.platforms import ROOT, Platform
+from tests.fixtures.servers.guarded import guarded_server
+from tests.fixtures.servers.pair import environment_of
 from tests.fixtures.waiting import until
 from tests.integration.commands.test_dashboard import _serve
 
@@ -121,7 +121,7 @@ def test_the_canary_is_nowhere(platform: Platform, app: Celery, engine: Engine) 
     for result in sent:
         result.get(timeout=30, propagate=False)
     waiting = app.send_task(LOGIN, kwargs=ARGUMENTS, cpus=64)
-    _plain_producer(app)
+    foreign = _plain_producer(app)
     app.send_task(STAY, ["gate"], ARGUMENTS)
     tasks.started(platform.redis, "gate")
     until(lambda: sum(event["type"] == "task-received" for event in events.heard) >= 3, "the events are heard")
@@ -137,12 +137,19 @@ def test_the_canary_is_nowhere(platform: Platform, app: Celery, engine: Engine) 
         ("jobs", "--json"),
         ("jobs",),
         ("job", waiting.id, "--json"),
+        ("job", waiting.id),
+        ("job", sent[0].id),
+        ("job", sent[0].id, "--json"),
         ("job", sent[1].id),
+        ("job", foreign),
+        ("settings",),
+        ("settings", "--json"),
         ("verify", "--json"),
     ):
         done = platform.celery(*words)
         lines |= {f"{' '.join(words)}: {line}" for line in (done.stdout + done.stderr).splitlines()}
     assert "'password': '***'" in "".join(line for line in lines if line.startswith("inspect active"))
+    assert "result    7" in "".join(line for line in lines if line.startswith(f"job {sent[0].id}: "))
     tasks.let_go(platform.redis, "gate")
     lines |= {f"event: {event}" for event in map(json.dumps, events.heard)}
     lines |= {f"processes: {line}" for line in _titles(worker.pid, beat.pid)}
@@ -156,11 +163,13 @@ def test_the_canary_is_nowhere(platform: Platform, app: Celery, engine: Engine) 
     assert (sent[0].result, sent[1].state) == (7, "FAILURE")
 
 
-def _plain_producer(app: Celery) -> None:
-    """Send the arguments as a producer that knows nothing of the platform, and hides nothing."""
+def _plain_producer(app: Celery) -> str:
+    """Return the id of a job with the arguments as a producer that knows nothing of the platform, and hides nothing."""
     plain = Celery("plain", broker=app.conf.broker_url, backend=app.conf.result_backend, set_as_current=False)
-    assert plain.send_task(LOGIN, kwargs=ARGUMENTS).get(timeout=30) == len(ARGUMENTS)
+    sent = plain.send_task(LOGIN, kwargs=ARGUMENTS)
+    assert sent.get(timeout=30) == len(ARGUMENTS)
     plain.close()
+    return str(sent.id)
 
 
 def _titles(*roots: int) -> list[str]:

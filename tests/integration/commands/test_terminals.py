@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
+import signal
+import subprocess
 import sys
+import threading
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +19,12 @@ import pytest
 
 from celery_capacity import migrations
 from celery_capacity.workers.process.exit_codes import Exit
-from tests.fixtures.commanding import in_process
-from tests.fixtures.processes import Platform
-from tests.fixtures.shapes import assert_shape
-from tests.fixtures.staged import Stage
-from tests.fixtures.terminals import Shown, on_terminal
+from tests.fixtures.documents.shapes import assert_shape
+from tests.fixtures.processes.commanding import in_process
+from tests.fixtures.processes.platforms import Platform
+from tests.fixtures.processes.terminals import Shown, on_terminal
+from tests.fixtures.stores.books import FOR_EVER
+from tests.fixtures.stores.staged import Stage
 
 ESCAPE = "\x1b"
 #: A terminal's codes for colour: 30 to 37 and 90 to 97, alone or with bold.
@@ -32,8 +40,15 @@ def show(platform: Platform, *words: str, **options: Any) -> Shown:
 
 
 @pytest.fixture
+def platform_environment(platform_environment: dict[str, str]) -> dict[str, str]:
+    """Return the usual variables with leases that outlast a slow command: nobody renews the staged worker's lease."""
+    return {**platform_environment, "PLATFORM_WORKER_TTL": str(FOR_EVER), "PLATFORM_LOST_AFTER": str(FOR_EVER)}
+
+
+@pytest.fixture
 def stage(platform: Platform) -> Any:
-    stage = Stage(platform.engine, platform.settings)
+    # The lease outlives the start of a command on a busy machine.
+    stage = Stage(platform.engine, replace(platform.settings, worker_ttl=60.0, lost_after=75.0))
     stage.worker("big", cpus=72_000)
     stage.submit(cpus=36_000)
     yield stage
@@ -43,11 +58,35 @@ def stage(platform: Platform) -> Any:
 def test_a_terminal_gets_bars_and_colours(platform: Platform, stage: Stage) -> None:
     shown = show(platform, "-A", "platform", "cluster")
     assert shown.code == Exit.OK
-    assert "████████████░░░░░░░░░░░░" in shown.screen
+    assert "████░░░░" in shown.screen
     assert ESCAPE in shown.screen
     missing = show(platform, "-A", "platform", "job", "nothing")
     assert missing.code == Exit.FAILED
     assert COLOUR.search(missing.screen)
+
+
+def test_ctrl_c_ends_a_watch_and_leaves_the_screen_as_it_was(platform: Platform, stage: Stage) -> None:
+    master, slave = pty.openpty()
+    arguments = [sys.executable, "-m", "celery", "-A", "platform", "cluster", "--watch", "0.3"]
+    environment = {**platform.environment, "TERM": "xterm-256color"}
+    process = subprocess.Popen(arguments, env=environment, cwd=platform.folder, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    screen = b""
+    while screen.count(b"backlog 0 waiting") < 2:  # drawn twice
+        screen += os.read(master, 4096)
+    process.send_signal(signal.SIGINT)
+    reader = threading.Thread(target=_drain, args=(master, rest := bytearray()))
+    reader.start()
+    assert process.wait(timeout=60) == Exit.INTERRUPTED
+    reader.join(timeout=60)
+    assert b"\x1b[?1049l" in rest
+    os.close(master)
+
+
+def _drain(descriptor: int, into: bytearray) -> None:
+    with suppress(OSError):  # the end of a terminal without a process
+        while part := os.read(descriptor, 4096):
+            into.extend(part)
 
 
 @pytest.mark.parametrize(("option", "environment"), [((), {"NO_COLOR": "1"}), (("--no-color",), {})])

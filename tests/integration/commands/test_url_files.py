@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from celery_capacity.routing.config.secret_files import FROM_FILES
-from tests.fixtures.processes import Platform
+from tests.fixtures.processes.platforms import Platform
 
 
 def in_files(platform: Platform, folder: Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import configparser
 import fnmatch
 import json
 import os
@@ -9,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
@@ -21,13 +24,23 @@ import redis
 import yaml
 from check_jsonschema.builtin_schemas import get_builtin_schema
 from jsonschema import Draft7Validator
+from packaging.requirements import Requirement
 
 from celery_capacity import create_app
 from celery_capacity.platform.embedded import valkey
 from celery_capacity.routing.config.settings import Settings
-from tests.fixtures import deployed
-from tests.fixtures.composed import Composed, before, compose, entrypoint, health_check, instructions, is_platform
-from tests.fixtures.processes import READY, ROOT, Platform
+from tests.fixtures.documents import deployed
+from tests.fixtures.processes.composed import (
+    Composed,
+    before,
+    compose,
+    entrypoint,
+    health_check,
+    instructions,
+    interpolated,
+    is_platform,
+)
+from tests.fixtures.processes.platforms import READY, ROOT, Platform
 from tests.fixtures.waiting import until
 
 SERVICES: Final = compose()["services"]
@@ -56,14 +69,14 @@ def test_each_command_and_setting_of_a_service_exists(name: str) -> None:
     service = SERVICES[name]
     assert deployed.wrong_command([*entrypoint(), *service["command"]]) == []
     assert deployed.wrong_settings(service["environment"]) == []
-    values = {key: value for key, value in service["environment"].items() if not key.endswith("_FILE")}
-    Settings.from_environ(values)
+    values = {key: value for key, value in service["environment"].items() if value and not key.endswith("_FILE")}
+    Settings.from_environ({key: interpolated(value) for key, value in values.items()})
 
 
 @pytest.mark.parametrize("name", sorted(SERVICES))
 def test_a_service_is_published_on_this_machine_only(name: str) -> None:
     for port in SERVICES[name].get("ports", []):
-        assert re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port)
+        assert re.fullmatch(r"127\.0\.0\.1:\$\{\w+_PORT:-\d+\}:\d+", port)
     assert SERVICES[name].get("network_mode") is None
 
 
@@ -95,10 +108,11 @@ def test_what_a_service_waits_for_can_come_about() -> None:
             assert name not in before(other, SERVICES), "they wait for each other"
     for name in set(OURS) - {"migrations"}:
         wanted = {"redis": "service_healthy", "postgres": "service_healthy"}
-        assert before(name, SERVICES) == {**wanted, "migrations": "service_completed_successfully"}
+        assert before(name, SERVICES) == {**wanted, "roles": "service_completed_successfully"}
+    assert before("roles", SERVICES) == {"migrations": "service_completed_successfully"}
 
 
-@pytest.mark.parametrize("name", sorted(set(SERVICES) - {"migrations"}))
+@pytest.mark.parametrize("name", sorted(set(SERVICES) - {"migrations", "roles"}))
 def test_each_service_that_stays_has_a_health_check_that_can_be_read(name: str) -> None:
     words = health_check(SERVICES[name])
     if words[0] == "/bin/sh":
@@ -110,8 +124,42 @@ def test_each_service_that_stays_has_a_health_check_that_can_be_read(name: str) 
 
 def test_volumes_are_named() -> None:
     document = compose()
-    used = [volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])]
-    assert sorted(used) == sorted(document["volumes"])
+    used = {volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])}
+    assert used == set(document["volumes"])
+    # The locks of workers are in a volume, which outlives their containers.
+    for name in ("worker-01", "worker-02", "worker"):
+        (volume,) = SERVICES[name]["volumes"]
+        assert SERVICES[name]["environment"]["PLATFORM_LOCK_DIR"].startswith(volume.split(":")[1] + "/")
+
+
+def test_a_worker_is_held_to_limits_and_promises_nothing_beside_them() -> None:
+    for name in ("worker-01", "worker-02", "worker"):
+        service = SERVICES[name]
+        assert not {"PLATFORM_CPUS", "PLATFORM_MEMORY"} & set(service["environment"])
+        assert float(interpolated(service["cpus"])) > 0
+        assert interpolated(service["mem_limit"]) == "2g"
+        assert int(interpolated(service["pids_limit"])) > 0
+
+
+def test_the_cold_end_comes_before_the_kill_and_leaves_it_time() -> None:
+    for name in ("worker-01", "worker-02", "worker"):
+        grace = float(interpolated(SERVICES[name]["environment"]["PLATFORM_SHUTDOWN_GRACE"]))
+        assert interpolated(SERVICES[name]["stop_grace_period"]) == "60s"
+        assert 0 < grace <= 60 - 10
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_the_log_of_a_service_does_not_grow_for_ever(name: str) -> None:
+    logging = SERVICES[name]["logging"]
+    assert (logging["driver"], set(logging["options"])) == ("json-file", {"max-size", "max-file"})
+
+
+def test_only_the_migrations_have_the_rights_of_an_owner() -> None:
+    for name in OURS:
+        used = set(SERVICES[name]["secrets"])
+        assert ("database_url_owner" in used) == (name == "migrations"), name
+        assert "postgres_password" not in used
+    assert set(SERVICES["dashboard"]["secrets"]) == {"redis_url_dashboard", "database_url_dashboard"}
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -132,8 +180,9 @@ def test_the_image_is_made_in_stages_and_runs_as_a_user_with_a_number() -> None:
     stages = [rest for name, rest in steps if name == "FROM"]
     assert len(stages) == 2
     assert stages[0].endswith(" AS build")
-    for stage in stages:
-        assert re.fullmatch(r"python:3\.\d+-slim( AS build)?", stage)
+    assert all(stage.removesuffix(" AS build") == "${PYTHON_IMAGE}" for stage in stages)
+    (base,) = [rest for name, rest in steps if name == "ARG" and rest.startswith("PYTHON_IMAGE=")]
+    assert re.fullmatch(r"PYTHON_IMAGE=python:3\.\d+-slim", base)
     last = steps[max(index for index, (name, _) in enumerate(steps) if name == "FROM") :]
     assert [rest for name, rest in last if name == "USER"] == [USER]
     assert all(rest.startswith("--from=build ") for name, rest in last if name == "COPY")
@@ -164,6 +213,7 @@ def test_what_goes_into_the_build_is_enough_to_install_all(tmp_path: Path) -> No
         if path.is_dir():
             shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
         else:
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, source / name)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), "."]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False, timeout=300)
@@ -180,6 +230,24 @@ def test_what_goes_into_the_build_is_enough_to_install_all(tmp_path: Path) -> No
     assert packed == sources | {"celery_capacity/__init__.py", "celery_capacity/py.typed"}
 
 
+def test_one_service_builds_so_that_an_image_of_a_user_is_not_built_over() -> None:
+    assert [name for name, service in SERVICES.items() if "build" in service] == ["migrations"]
+    assert SERVICES["migrations"]["image"] == "celery-capacity"
+    for name in set(OURS) - {"migrations"}:
+        assert SERVICES[name]["image"] == "${TASKS_IMAGE:-celery-capacity}"
+
+
+def test_the_image_pins_a_version_within_the_range_of_each_requirement() -> None:
+    pinned = re.findall(r"^([\w.-]+)==(\S+) \\\n +--hash=sha256:", (ROOT / "deploy/requirements.txt").read_text(), re.M)
+    versions = {name.lower().replace("_", "-"): version for name, version in pinned}
+    declared = configparser.ConfigParser()
+    declared.read(ROOT / "setup.cfg")
+    for line in declared["options"]["install_requires"].splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            assert requirement.specifier.contains(versions[requirement.name.lower()]), line
+
+
 # -- secrets
 
 
@@ -192,17 +260,35 @@ def secrets(tmp_path: Path) -> Path:
 
 
 def test_secrets_that_are_made_are_those_of_the_file_and_fit_together(secrets: Path) -> None:
-    assert {path.name for path in secrets.iterdir()} == set(compose()["secrets"])
+    # Those of submitters are for services of a user's own.
+    of_users = {"redis_url_submitter", "database_url_submitter"}
+    assert {path.name for path in secrets.iterdir()} == set(compose()["secrets"]) | of_users
     settings = Settings.from_environ(
         {"REDIS_URL_FILE": str(secrets / "redis_url"), "DATABASE_URL_FILE": str(secrets / "database_url")}
     )
-    password = (secrets / "redis_conf").read_text().split()[1]
-    assert settings.redis_url == f"redis://:{password}@redis:6379/0"
+    passwords = dict(re.findall(r"^user (\w+) on >(\w{48}) ", (secrets / "redis_acl").read_text(), re.M))
+    assert settings.redis_url == f"redis://worker:{passwords['worker']}@redis:6379/0"
+    logins = dict(
+        re.findall(r"^ALTER ROLE (\w+) LOGIN PASSWORD '(\w{48})';$", (secrets / "postgres_logins").read_text(), re.M)
+    )
+    assert settings.database_url == (
+        f"postgresql+psycopg2://platform_worker:{logins['platform_worker']}@postgres:5432/platform"
+    )
+    for part in ("dashboard", "submitter"):
+        assert (secrets / f"redis_url_{part}").read_text() == f"redis://{part}:{passwords[part]}@redis:6379/0\n"
+        login = f"platform_{part}:{logins[f'platform_{part}']}"
+        assert (secrets / f"database_url_{part}").read_text() == f"postgresql://{login}@postgres:5432/platform\n"
     postgres = SERVICES["postgres"]["environment"]
-    wanted = (postgres["POSTGRES_USER"], (secrets / "postgres_password").read_text(), postgres["POSTGRES_DB"])
-    assert settings.database_url == "postgresql+psycopg2://{}:{}@postgres:5432/{}".format(*wanted)
-    assert len(password) == len(wanted[1]) == 48
-    assert password != wanted[1]
+    owner = (postgres["POSTGRES_USER"], (secrets / "postgres_password").read_text(), postgres["POSTGRES_DB"])
+    assert (secrets / "database_url_owner").read_text() == "postgresql://{}:{}@postgres:5432/{}\n".format(*owner)
+    assert "change-me" not in (secrets / "redis_acl").read_text()
+    assert len({*passwords.values(), *logins.values(), owner[1]}) == 8, "each is another"
+
+
+def test_the_roles_get_their_rights_and_their_logins() -> None:
+    assert compose()["configs"]["roles"] == {"file": "deploy/postgres-roles.sql"}
+    (command,) = SERVICES["roles"]["command"]
+    assert command.endswith("--file /roles.sql --file /run/secrets/postgres_logins")
 
 
 def test_the_secrets_are_closed_to_others_by_their_folder(secrets: Path) -> None:
@@ -218,10 +304,31 @@ def test_secrets_are_made_once_and_a_lost_password_takes_its_url_along(secrets: 
 
     first = again()
     assert again() == first
-    (secrets / "redis_conf").unlink()
-    second = again()
-    assert {name for name in first if first[name] != second[name]} == {"redis_conf", "redis_url"}
-    assert second["redis_conf"].split()[1] in second["redis_url"]
+    for lost, made_of in (("redis_acl", "redis_url"), ("postgres_logins", "database_url")):
+        (secrets / lost).unlink()
+        second = again()
+        urls = {made_of, f"{made_of}_dashboard", f"{made_of}_submitter"}
+        assert {name for name in first if first[name] != second[name]} == {lost, *urls}
+        first = second
+    (secrets / "postgres_password").unlink()
+    third = again()
+    assert {name for name in second if second[name] != third[name]} == {"postgres_password", "database_url_owner"}
+
+
+def test_secrets_of_an_older_file_are_made_anew(tmp_path: Path) -> None:
+    """They were those of a Redis without users, and of the superuser of Postgres."""
+    older = {
+        "redis_url": "redis://:old@redis:6379/0\n",
+        "postgres_password": "old",
+        "database_url": "postgresql://platform:old@postgres:5432/platform\n",
+    }
+    for name, content in older.items():
+        (tmp_path / name).write_text(content)
+    subprocess.run([str(ROOT / "deploy" / "make-secrets"), str(tmp_path)], check=True, capture_output=True)
+    assert (tmp_path / "redis_url").read_text().startswith("redis://worker:")
+    assert (tmp_path / "database_url").read_text().startswith("postgresql://platform_worker:")
+    assert (tmp_path / "postgres_password").read_text() == "old", "the volume was made with it"
+    assert (tmp_path / "database_url_owner").read_text() == older["database_url"]
 
 
 def test_an_url_of_a_server_of_ones_own_stays_as_it_was_written(tmp_path: Path) -> None:
@@ -233,6 +340,9 @@ def test_an_url_of_a_server_of_ones_own_stays_as_it_was_written(tmp_path: Path) 
         (tmp_path / name).write_text(url)
     subprocess.run([str(ROOT / "deploy" / "make-secrets"), str(tmp_path)], check=True, capture_output=True)
     assert {name: (tmp_path / name).read_text() for name in urls} == urls
+    # All parts have it, until each has a user of its own there.
+    for name in ("redis_url_dashboard", "database_url_dashboard", "database_url_owner"):
+        assert (tmp_path / name).read_text() == urls["_".join(name.split("_")[:2])]
 
 
 # -- the two servers
@@ -244,8 +354,9 @@ def test_redis_starts_and_its_health_check_passes_with_a_password(secrets: Path,
     words = [word.replace("/run/secrets", str(secrets)) for word in SERVICES["redis"]["command"]]
     options = ["--port", port, "--dir", str(tmp_path), "--bind", "127.0.0.1"]
     server = subprocess.Popen([valkey.binary(), *words[1:], *options], stdout=subprocess.DEVNULL)
-    password = (secrets / "redis_conf").read_text().split()[1]
-    client = redis.Redis(port=int(port), password=password)
+    acl = (secrets / "redis_acl").read_text()
+    (password,) = re.findall(r"^user admin on >(\w+)", acl, re.M)
+    client = redis.Redis(port=int(port), username="admin", password=password)
     try:
         until(lambda: _answers(client), "an answer of Redis")
         assert client.config_get("maxmemory-policy")["maxmemory-policy"] == "noeviction"
@@ -254,14 +365,16 @@ def test_redis_starts_and_its_health_check_passes_with_a_password(secrets: Path,
         program = programs / "redis-cli"
         program.write_text(
             f"#!{sys.executable}\nimport os, redis, sys\n"
-            f"client = redis.Redis(port={port}, password=os.environ['REDISCLI_AUTH'], decode_responses=True)\n"
+            "assert sys.argv[1:] == ['--user', 'dashboard', 'ping']\n"
+            f"client = redis.Redis(port={port}, username='dashboard', password=os.environ['REDISCLI_AUTH'],"
+            " decode_responses=True)\n"
             "try:\n    print('PONG' if client.ping() else '')\nexcept redis.RedisError as error:\n    print(error)\n"
         )
         program.chmod(0o755)
         check = [word.replace("/run/secrets", str(secrets)) for word in health_check(SERVICES["redis"])]
         environment = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
         assert subprocess.run(check, env=environment, check=False).returncode == 0
-        client.config_set("requirepass", "another")
+        client.acl_setuser("dashboard", enabled=True, reset_passwords=True, passwords=["+another"])
         assert subprocess.run(check, env=environment, check=False).returncode != 0
     finally:
         client.close()
@@ -292,12 +405,28 @@ def test_health_check_of_postgres_asks_whether_it_takes_connections(tmp_path: Pa
 
 # -- the platform's services
 
+#: User and password of Flower.
+LOGIN: Final = "admin:secret"
+
+
+def status(address: str, login: str = "") -> int:
+    """Return the status of an answer, asked with `user:password` or without."""
+    request = urllib.request.Request(address)
+    if login:
+        request.add_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
 
 @pytest.fixture
 def composed(platform: Platform, tmp_path: Path) -> Iterator[Composed]:
     """Yield the services as processes on the test's servers. The books are checked afterwards, as for any platform."""
     urls = {"redis_url": platform.environment["REDIS_URL"], "database_url": platform.environment["DATABASE_URL"]}
-    running = Composed(urls, _empty(tmp_path, "composed"))
+    urls |= {f"{name}_dashboard": url for name, url in urls.items()} | {"database_url_owner": urls["database_url"]}
+    running = Composed({**urls, "flower_conf": f'basic_auth = ["{LOGIN}"]'}, _empty(tmp_path, "composed"))
     yield running
     # The platform ends these processes after the check of the books. A failed test shows their output.
     platform.processes.extend(running.processes.values())
@@ -315,7 +444,9 @@ def test_all_services_of_ours_come_up_healthy_work_and_end(composed: Composed, p
 
     with urllib.request.urlopen(composed.address("dashboard", "/api/v1/dashboard"), timeout=10) as answer:
         seen: Any = json.load(answer)
-    assert {worker["name"]: worker["cpus"] for worker in seen["workers"]} == {"worker-01": 2, "worker-02": 2}
+    assert {worker["name"] for worker in seen["workers"]} == {"worker-01", "worker-02"}
+    assert status(composed.address("flower", "/workers")) == 401
+    assert status(composed.address("flower", "/workers"), LOGIN) == 200
     app = create_app("submitter", resolve=lambda _: platform.settings)
     assert app.send_task("demo.sleep", args=[0.05]).get(timeout=60)["worker"] in ("worker-01", "worker-02")
 
@@ -329,11 +460,11 @@ def test_all_services_of_ours_come_up_healthy_work_and_end(composed: Composed, p
 
 @pytest.mark.long
 def test_a_worker_that_was_added_by_scale_has_the_name_of_its_host(composed: Composed) -> None:
-    assert SERVICES["worker"]["scale"] == 0
+    assert SERVICES["worker"]["scale"] == "${WORKERS:-0}"
     composed.run_up("worker")
     output = composed.processes["worker"].wait_for(READY)
     assert os.uname().nodename in output
-    assert composed.health("worker").returncode == 0
+    until(lambda: composed.health("worker").returncode == 0, "the worker is healthy")
 
 
 # -- the document
@@ -349,8 +480,15 @@ def test_what_the_how_to_adds_fits_the_file() -> None:
     for service in added["services"].values():
         assert deployed.wrong_settings(service["environment"]) == []
         assert all(volume.split(":")[1].startswith("/app/") for volume in service["volumes"])
-    cells = " ".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))
+    services, variables = page.split("## Set its variables")
+    cells = " ".join(re.findall(r"^\| (`.*?) \|", services, re.MULTILINE))
     assert set(re.findall(r"`([\w-]+)`", cells)) == set(SERVICES)
+    cells = " ".join(re.findall(r"^\| (`.*?) \|", variables, re.MULTILINE))
+    text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+    used = set(re.findall(r"(?<!\$)\$\{(\w+)", text)) | set(re.findall(r"^ +(\w+):$", text, re.M)) & {
+        "PLATFORM_IMPORTS"
+    }
+    assert set(re.findall(r"`([\w-]+)`", cells)) == used
 
 
 def test_tests_that_need_an_engine_run_by_a_target_of_their_own() -> None:

@@ -1,6 +1,6 @@
 """docker-compose.yml on a real engine (`make test-docker`): it comes up, works, grows by a worker, and goes.
 
-The ports of the file, 8000 and 5555, must be free on this machine.
+DASHBOARD_PORT and FLOWER_PORT name other ports than 8000 and 5555, if these are taken on this machine.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any, Final
 
 import pytest
 
-from tests.fixtures.processes import ROOT
+from tests.fixtures.processes.platforms import ROOT
 from tests.fixtures.waiting import until
 
 pytestmark = [pytest.mark.docker, pytest.mark.long]
@@ -26,6 +27,9 @@ PROJECT: Final = f"celery-capacity-test-{os.getpid()}"
 BUILDING: Final = 1200
 #: Seconds for a command in a container.
 ANSWERING: Final = 120
+
+#: Seconds that jobs have when their worker stops.
+GRACE: Final = 5
 
 #: Five jobs of one CPU that wait for each other, so they need more than one worker of the file.
 SUBMIT: Final = """
@@ -40,6 +44,7 @@ def compose(*arguments: str, given: str = "", seconds: float = ANSWERING) -> str
     done = subprocess.run(
         ["docker", "compose", "--project-name", PROJECT, *arguments],
         cwd=ROOT,
+        env={**os.environ, "SHUTDOWN_GRACE": str(GRACE)},
         input=given,
         capture_output=True,
         text=True,
@@ -67,9 +72,18 @@ def containers() -> dict[str, dict[str, Any]]:
     return {container["Service"]: container for container in map(json.loads, lines)}
 
 
-def workers() -> list[str]:
+def described() -> list[dict[str, Any]]:
+    """Return the workers of the cluster."""
     seen = json.loads(compose("exec", "-T", "dashboard", "celery", "-A", "platform", "cluster", "--json"))
-    return [worker["name"] for worker in seen["workers"]]
+    return list(seen["workers"])
+
+
+def workers() -> list[str]:
+    return [worker["name"] for worker in described()]
+
+
+def jobs() -> list[dict[str, Any]]:
+    return list(json.loads(compose("exec", "-T", "dashboard", "celery", "-A", "platform", "jobs", "--json")))
 
 
 def test_all_services_are_healthy_and_the_migrations_are_done(cluster: None) -> None:
@@ -81,9 +95,12 @@ def test_all_services_are_healthy_and_the_migrations_are_done(cluster: None) -> 
 
 
 def test_pages_answer_on_this_machine(cluster: None) -> None:
-    for url in ("http://127.0.0.1:8000/api/v1/dashboard", "http://127.0.0.1:5555/healthcheck"):
+    dashboard, flower = os.environ.get("DASHBOARD_PORT") or "8000", os.environ.get("FLOWER_PORT") or "5555"
+    for url in (f"http://127.0.0.1:{dashboard}/api/v1/dashboard", f"http://127.0.0.1:{flower}/healthcheck"):
         with urllib.request.urlopen(url, timeout=10) as answer:
             assert answer.status == 200
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"http://127.0.0.1:{flower}/workers", timeout=10)
 
 
 def test_no_process_is_root_and_no_password_is_in_an_environment(cluster: None) -> None:
@@ -98,5 +115,54 @@ def test_jobs_run_and_one_more_worker_takes_its_part(cluster: None) -> None:
     added = set(workers()) - {"worker-01", "worker-02"}
     assert len(added) == 1
     assert added < set(compose("exec", "-T", "worker-01", "python", "-", given=SUBMIT).split())
-    compose("up", "--detach", "--wait", "--scale", "worker=0", seconds=BUILDING)
+    # Without --scale: back to WORKERS, which is 0.
+    compose("up", "--detach", "--wait", seconds=BUILDING)
     until(lambda: workers() == ["worker-01", "worker-02"], "the worker that went is not in the cluster", 90)
+
+
+def test_orphans_are_buried_and_a_worker_publishes_its_limits(cluster: None) -> None:
+    assert compose("exec", "-T", "worker-01", "cat", "/proc/1/comm").strip() == "tini"
+    (worker,) = [worker for worker in described() if worker["name"] == "worker-01"]
+    assert worker["cpus"] == 2
+    # 2 GiB, less 128 MiB and 32 MiB for each of two processes.
+    assert worker["memory"] == 2 * 2**30 - 192 * 2**20
+
+
+def test_no_command_is_refused_to_the_user_of_a_part(cluster: None) -> None:
+    """CONFIG is excepted: a worker tries it, to learn the eviction policy."""
+    script = """REDISCLI_AUTH="$(sed -n 's/^user admin on >\\([^ ]*\\).*/\\1/p' /run/secrets/redis_acl)" """
+    refused = compose("exec", "-T", "redis", "sh", "-c", f"{script} redis-cli --user admin --json acl log 100")
+    assert [entry for entry in json.loads(refused) if "config" not in str(entry["object"])] == []
+
+
+def test_killed_container_takes_its_jobs_back_at_once(cluster: None) -> None:
+    """Without the lock it would wait for the rest of its lease, 50 s at least."""
+    submit = SUBMIT.partition("print")[0].replace("2.0", "60.0").replace("range(5)", "range(4)")
+    ids = compose("exec", "-T", "worker-02", "python", "-", given=f"{submit}\nprint(*(job.id for job in jobs))").split()
+    until(lambda: [job["state"] for job in jobs() if job["id"] in ids] == ["running"] * 4, "all run")
+    pid = subprocess.run(
+        ["docker", "inspect", "--format", "{{.State.Pid}}", f"{PROJECT}-worker-01-1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    # `docker kill` would count as a wish of the user's, and the engine would not start the container again.
+    image = ["--privileged", "--pid", "host", "--user", "0", "--entrypoint", "sh", "celery-capacity"]
+    subprocess.run(["docker", "run", "--rm", *image, "-c", f"kill -9 {pid}"], check=True, timeout=ANSWERING)
+    until(lambda: {job["attempt"] for job in jobs() if job["id"] in ids} == {1, 2}, "its jobs run again", 40)
+    until(lambda: {job["state"] for job in jobs() if job["id"] in ids} == {"succeeded"}, "all have ended", 180)
+
+
+def test_job_that_outlasts_the_grace_goes_on_elsewhere(cluster: None) -> None:
+    submit = """
+from celery_capacity import create_app
+app = create_app()
+print(*(app.send_task("demo.sleep", args=[100.0], cpus=2).id for _ in range(2)))
+"""
+    ids = compose("exec", "-T", "worker-01", "python", "-", given=submit).split()
+    until(lambda: [job["state"] for job in jobs() if job["id"] in ids] == ["running"] * 2, "both run")
+    compose("stop", "worker-01")
+    assert containers()["worker-01"]["ExitCode"] == 0
+    until(lambda: {job["state"] for job in jobs() if job["id"] in ids} == {"succeeded"}, "both have ended", 300)
+    assert sorted(job["attempt"] for job in jobs() if job["id"] in ids) == [1, 2]
+    compose("up", "--detach", "--wait", seconds=BUILDING)

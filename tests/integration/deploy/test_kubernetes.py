@@ -1,34 +1,36 @@
 """The manifests of deploy/kubernetes: Kubernetes understands them, and all names in them exist.
 
-Their probes and hooks have the documented effect on a real worker.
+Their probes have the documented effect on a real worker.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
-import shutil
-import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any, Final
 
 import kubernetes_validate
 import pytest
-import redis
 import yaml
+from sqlalchemy import text
 
-from celery_capacity.routing.config.settings import Settings
-from tests.fixtures import deployed
-from tests.fixtures import tasks as held
-from tests.fixtures.composed import programs, with_path
-from tests.fixtures.processes import ROOT, Platform, Process
-from tests.fixtures.submitting import Submitter
+from celery_capacity.routing.config.machine import needed_by_worker
+from celery_capacity.workers.process.exit_codes import Exit
+from tests.fixtures.documents import deployed
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import ROOT, Platform
+from tests.fixtures.waiting import until
 
 FOLDER: Final = ROOT / "deploy" / "kubernetes"
 PAGE: Final = (ROOT / "docs" / "how-to" / "kubernetes.md").read_text(encoding="utf-8")
-MANIFESTS: Final = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+KUSTOMIZATION: Final = FOLDER / "kustomization.yaml"
+MANIFESTS: Final = {path.stem: path for path in sorted(FOLDER.glob("*.yaml")) if path != KUSTOMIZATION}
+KEDA: Final = FOLDER / "autoscale" / "keda.yaml"
+#: Manifests with pods.
+WITH_PODS: Final = ("beat", "dashboard", "migrate", "worker")
 
 #: Versions of Kubernetes whose schemas the manifests must match.
 VERSIONS: Final = ("1.28", "1.37")
@@ -65,16 +67,40 @@ def quantity(text: str) -> float:
     return float(match[1]) * FACTORS[match[2]]
 
 
-each = pytest.mark.parametrize("name", sorted(MANIFESTS))
+each = pytest.mark.parametrize("name", WITH_PODS)
+every = pytest.mark.parametrize("name", sorted(MANIFESTS))
 
 
 def test_there_are_workers_beat_migrations_and_a_dashboard() -> None:
     kinds = {name: manifest(name)["kind"] for name in MANIFESTS}
-    assert kinds == {"beat": "Deployment", "dashboard": "Deployment", "migrate": "Job", "worker": "Deployment"}
+    with_pods = {"beat": "Deployment", "dashboard": "Deployment", "migrate": "Job", "worker": "Deployment"}
+    assert kinds == {**with_pods, "disruption": "PodDisruptionBudget", "network": "NetworkPolicy"}
+
+
+def test_one_file_names_the_image_and_all_others() -> None:
+    kustomization = yaml.safe_load(KUSTOMIZATION.read_text(encoding="utf-8"))
+    assert sorted(kustomization["resources"]) == sorted(path.name for path in MANIFESTS.values())
+    (image,) = kustomization["images"]
+    assert {container(name)["image"] for name in WITH_PODS} == {image["name"]}
+    assert isinstance(image["newTag"], str)
+
+
+@each
+def test_shared_parts_of_the_files_are_equal(name: str) -> None:
+    """Each file stands alone, so what they share is in all of them."""
+    assert pod(name)["securityContext"] == pod("worker")["securityContext"]
+    assert container(name)["securityContext"] == container("worker")["securityContext"]
+    urls = {key: value for key, value in environment("worker").items() if key.endswith("_URL_FILE")}
+    assert urls.items() <= environment(name).items()
+    # A folder in memory or on the node's disk that fills must not take the node with it.
+    for volume in pod(name)["volumes"]:
+        assert "secret" in volume or volume["emptyDir"]["sizeLimit"]
+    resources = container(name)["resources"]
+    assert resources["limits"]["ephemeral-storage"] == resources["requests"]["ephemeral-storage"]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@each
+@every
 def test_a_manifest_keeps_to_the_schemas(name: str, version: str) -> None:
     assert kubernetes_validate.validate(manifest(name), version, strict=True) == version
     assert f" {version} " in " ".join(PAGE.split())
@@ -92,7 +118,7 @@ def test_each_command_and_setting_exists(name: str) -> None:
     assert "command" not in container(name), "the image's entrypoint is `celery -A platform`"
     assert deployed.wrong_command(container(name)["args"]) == []
     assert deployed.wrong_settings(environment(name)) == []
-    for kind in ("readinessProbe", "livenessProbe"):
+    for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
         words = container(name).get(kind, {}).get("exec", {}).get("command", [])
         called = re.search(r"celery -A platform [^|]*", " ".join(words))
         if called is not None:
@@ -151,6 +177,10 @@ def test_the_migrations_are_run_to_their_end_and_not_for_ever() -> None:
     spec = manifest("migrate")["spec"]
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
     assert spec["backoffLimit"] < 10
+    assert spec["activeDeadlineSeconds"] <= 900
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [Exit.CONFIGURATION])
+    assert rule["onExitCodes"]["containerName"] == container("migrate")["name"]
 
 
 def test_the_dashboard_listens_inside_its_pod_only() -> None:
@@ -158,99 +188,109 @@ def test_the_dashboard_listens_inside_its_pod_only() -> None:
     assert "ports" not in container("dashboard")
 
 
-def test_a_worker_publishes_exactly_what_its_container_may_use() -> None:
-    """The texts are made as the kubelet makes them: the limit divided by the divisor, rounded up to a whole number."""
-    limits = container("worker")["resources"]["limits"]
-    published = {}
-    for variable in ("PLATFORM_CPUS", "PLATFORM_MEMORY"):
-        source = environment("worker")[variable]["resourceFieldRef"]
-        limit = limits[source["resource"].removeprefix("limits.")]
-        published[variable] = str(math.ceil(quantity(limit) / quantity(source["divisor"])))
-    settings = Settings.from_environ(published)
-    assert settings.cpus == quantity(limits["cpu"]) * 1000
-    assert settings.memory == quantity(limits["memory"])
+def test_a_worker_publishes_the_limits_of_its_container() -> None:
+    """The worker reads its cgroup. A setting would publish the whole limit, of which the worker takes its part."""
+    assert not {"PLATFORM_CPUS", "PLATFORM_MEMORY"} & set(environment("worker"))
+    resources = container("worker")["resources"]
+    assert resources["limits"] == resources["requests"]
+    assert quantity(resources["limits"]["memory"]) > needed_by_worker(int(resources["limits"]["cpu"]))
     assert environment("worker")["NODE_NAME"] == {"fieldRef": {"fieldPath": "metadata.name"}}
 
 
+def test_a_new_version_leaves_the_number_of_workers_as_it_is() -> None:
+    assert "replicas" not in manifest("worker")["spec"]
+    assert manifest("worker")["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 1}
+
+
+def test_workers_are_spread_and_drained_one_after_the_other() -> None:
+    labels = manifest("worker")["spec"]["selector"]["matchLabels"]
+    (spread,) = pod("worker")["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["labelSelector"]["matchLabels"]) == ("kubernetes.io/hostname", labels)
+    budget = manifest("disruption")["spec"]
+    assert (budget["maxUnavailable"], budget["selector"]["matchLabels"]) == (1, labels)
+
+
+def test_nobody_connects_to_a_pod() -> None:
+    spec = manifest("network")["spec"]
+    assert (spec["policyTypes"], spec["ingress"]) == (["Ingress"], [])
+    for name in WITH_PODS:
+        labels = manifest(name)["spec"]["template"]["metadata"]["labels"]
+        assert spec["podSelector"]["matchLabels"].items() <= labels.items()
+
+
+def test_the_files_of_a_worker_are_in_volumes_that_outlive_its_container() -> None:
+    mounts = {mount["mountPath"]: mount["name"] for mount in container("worker")["volumeMounts"]}
+    for variable in ("PLATFORM_HEALTH_DIR", "PLATFORM_LOCK_DIR"):
+        assert str(Path(environment("worker")[variable]).parent) in mounts
+
+
+def test_the_autoscaler_asks_for_as_many_workers_as_the_jobs_need(submitter: Submitter, platform: Platform) -> None:
+    authentication, scaled = yaml.safe_load_all(KEDA.read_text(encoding="utf-8"))
+    assert scaled["spec"]["scaleTargetRef"]["name"] == manifest("worker")["metadata"]["name"]
+    (trigger,) = scaled["spec"]["triggers"]
+    assert trigger["authenticationRef"]["name"] == authentication["metadata"]["name"]
+    (reference,) = authentication["spec"]["secretTargetRef"]
+    assert (reference["name"], reference["key"]) == ("celery-capacity", "database_url")
+    query = trigger["metadata"]["query"]
+    # A whole worker for each of its CPUs' worth of jobs.
+    assert f"/ {quantity(container('worker')['resources']['limits']['cpu']):g})" in query
+
+    def wanted() -> int:
+        with platform.engine.connect() as connection:
+            return int(connection.execute(text(query)).scalar_one())
+
+    assert wanted() == 0
+    jobs = [submitter.send("tests.fixtures.tasks.add", 1, 2, cpus=cpus) for cpus in (4, 4, 0.5)]
+    assert wanted() == 3
+    platform.worker("a", cpus=4, pool="threads")
+    assert [submitter.ended(job).state for job in jobs] == ["succeeded"] * 3
+    assert wanted() == 0
+
+
 def test_there_is_time_for_the_warm_end_and_then_for_the_cold_one() -> None:
-    waits = re.search(r"timeout (\d+)", hook())
-    assert waits is not None
-    grace = pod("worker")["terminationGracePeriodSeconds"]
-    assert int(waits[1]) + 30 <= grace
-    assert f"`terminationGracePeriodSeconds` ({grace}," in PAGE
+    grace, kill = int(environment("worker")["PLATFORM_SHUTDOWN_GRACE"]), pod("worker")["terminationGracePeriodSeconds"]
+    assert grace + 30 <= kill
+    assert f"`terminationGracePeriodSeconds` ({kill}," in PAGE
+    assert "lifecycle" not in container("worker"), "TERM alone is enough"
 
 
 def test_the_how_to_applies_every_file() -> None:
-    assert set(re.findall(r"-f deploy/kubernetes/([\w-]+)\.yaml", PAGE)) == set(MANIFESTS)
+    assert "kubectl apply -k deploy/kubernetes\n" in PAGE
+    assert "kubectl apply -k deploy/kubernetes -l app.kubernetes.io/component=migrate" in PAGE
+    assert manifest("migrate")["metadata"]["labels"]["app.kubernetes.io/component"] == "migrate"
+    for path in re.findall(r"deploy/kubernetes/[\w./-]+\.yaml", PAGE):
+        assert (ROOT / path).is_file(), path
     names = set(re.findall(r"(?:job/|job |deploy/)(celery-capacity-\w+)", PAGE))
     assert names <= {manifest(name)["metadata"]["name"] for name in MANIFESTS}
 
 
-# -- probes and hooks on a real worker
+# -- probes on a real worker
 
 
-def hook() -> str:
-    """Return the shell text that preStop runs."""
-    shell, option, text = container("worker")["lifecycle"]["preStop"]["exec"]["command"]
-    assert (shell, option) == ("sh", "-c")
-    return str(text)
-
-
-def probe(kind: str, environ: dict[str, str], **replaced: str) -> int:
-    """Return the exit code of a probe of the worker."""
-    words = container("worker")[kind]["exec"]["command"]
-    for old, new in replaced.items():
-        words = [word.replace(old, new) for word in words]
-    return subprocess.run(words, env=environ, check=False, capture_output=True, timeout=60).returncode
+def probe(kind: str, folder: Path) -> int:
+    """Return the exit code of a probe of the worker, with this folder for that of its health."""
+    words = [word.replace("/tmp/health", str(folder)) for word in container("worker")[kind]["exec"]["command"]]
+    return subprocess.run(words, env={"PATH": "/usr/bin:/bin"}, check=False, capture_output=True, timeout=60).returncode
 
 
 @pytest.mark.long
-def test_worker_is_ready_while_the_ledger_has_it(platform: Platform, tmp_path: Path) -> None:
-    environ = {**platform.environment, "NODE_NAME": "a", "PATH": with_path(programs(tmp_path))}
-    assert probe("readinessProbe", environ) == 1
-    worker = platform.worker("a", pool="threads")
-    assert probe("readinessProbe", environ) == 0
-    assert probe("readinessProbe", {**environ, "NODE_NAME": "b"}) == 1
-    worker.stop()
-    assert probe("readinessProbe", environ) == 1
+def test_worker_is_ready_and_alive_until_it_ends(platform: Platform, tmp_path: Path) -> None:
+    folder = tmp_path / "health"
+    kinds = ("startupProbe", "readinessProbe", "livenessProbe")
+    assert [probe(kind, folder) for kind in kinds] == [1, 1, 1]
+    worker = platform.worker("a", pool="threads", PLATFORM_HEALTH_DIR=str(folder))
+    until(lambda: [probe(kind, folder) for kind in kinds] == [0, 0, 0], "it is ready")
+    assert worker.stop() == 0
+    assert [probe(kind, folder) for kind in kinds] == [1, 1, 1]
 
 
-def test_process_is_alive_while_it_runs_and_not_when_stopped_or_dead(tmp_path: Path) -> None:
-    def alive() -> bool:
-        replaced_paths = {"/proc/1/": f"/proc/{process.pid}/"}
-        return probe("livenessProbe", {"PATH": "/usr/bin:/bin"}, **replaced_paths) == 0
-
-    process = Process("sleeper", [shutil.which("sleep") or "sleep", "60"], {}, tmp_path)
-    try:
-        assert alive()
-        process.signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-        assert not alive()
-        process.signal(signal.SIGCONT)
-        os.waitid(os.P_PID, process.pid, os.WCONTINUED)
-        assert alive()
-    finally:
-        process.kill()
-    assert not alive()
-
-
-@pytest.mark.long
-def test_what_outlasts_the_warm_end_is_handed_back(
-    platform: Platform, submitter: Submitter, redis_client: redis.Redis
-) -> None:
-    worker = platform.worker("a", cpus=2)
-    job = submitter.send("tests.fixtures.tasks.hold", "gate")
-    held.started(redis_client, "gate")
-    text = hook()
-    assert "main=1;" in text
-    assert "timeout 600 " in text
-    text = text.replace("main=1;", f"main={worker.pid};").replace("timeout 600 ", "timeout 1 ")
-    assert subprocess.run(["sh", "-c", text], check=False, timeout=60).returncode == 0
-    # The kubelet sends this signal after the hook, whatever the hook did.
-    worker.signal(signal.SIGTERM)
-    worker.wait()
-    platform.worker("b", cpus=2, pool="threads")
-    held.started(redis_client, "gate")
-    held.let_go(redis_client, "gate")
-    assert submitter.ended(job).state == "succeeded"
-    assert submitter.outcomes(job) == ["handed_back", "succeeded"]
+def test_old_files_are_no_health(tmp_path: Path) -> None:
+    for name in ("ready", "live"):
+        (tmp_path / name).touch()
+    assert (probe("readinessProbe", tmp_path), probe("livenessProbe", tmp_path)) == (0, 0)
+    two_minutes_ago = time.time() - 120
+    for name in ("ready", "live"):
+        os.utime(tmp_path / name, (two_minutes_ago, two_minutes_ago))
+    assert (probe("readinessProbe", tmp_path), probe("livenessProbe", tmp_path)) == (1, 0)
+    os.utime(tmp_path / "live", (two_minutes_ago - 120, two_minutes_ago - 120))
+    assert probe("livenessProbe", tmp_path) == 1

@@ -26,11 +26,11 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.policy.placement import CANDIDATES, Book
-from tests.fixtures.books import write_book
-from tests.fixtures.guarded import guarded_server
-from tests.fixtures.processes import ROOT, Platform
-from tests.fixtures.servers import environment_of
-from tests.fixtures.setting_aside import epoch_of
+from tests.fixtures.jobs.setting_aside import epoch_of
+from tests.fixtures.processes.platforms import ROOT, Platform
+from tests.fixtures.servers.guarded import guarded_server
+from tests.fixtures.servers.pair import environment_of
+from tests.fixtures.stores.books import write_book
 
 ADD = "tests.fixtures.tasks.add"
 ACL = ROOT / "deploy" / "redis.acl"
@@ -130,18 +130,42 @@ def test_the_whole_main_job_runs(platform: Platform, submitter: Celery, guarded_
     assert [entry for entry in denied(platform.redis) if "config" not in entry] == []
 
 
+def test_commands_act_with_the_rights_of_their_roles(platform: Platform, guarded_redis: int, role_url: Any) -> None:
+    platform.environment["PLATFORM_IMPORTS"] = "tests.fixtures.tasks,tests.tasks.ends"
+    platform.worker("a", cpus=2)
+    submitting = {"REDIS_URL": url_of("submitter", guarded_redis), "DATABASE_URL": role_url("submitter")}
+    sent = platform.celery("submit", ADD, "--args", "[1, 2]", "--wait", **submitting)
+    assert sent.returncode == 0, sent.stderr
+    refused = platform.celery("submit", ADD, "--args", "[1, 2]", "--json", **submitting)
+    assert (refused.returncode, "deploy/postgres-roles.sql" in refused.stdout) == (78, True)
+    # The dashboard's user of Redis hears of no job.
+    looking = {**submitting, "DATABASE_URL": role_url("dashboard")}
+    job = sent.stdout.strip()
+    assert platform.celery("wait", job, **looking).returncode == 0
+    with platform.engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM jobs")).scalar_one() == 1
+    # Acting on the jobs of others needs the rights of a worker.
+    retried = platform.celery("retry", job, "--again", "--json")
+    assert retried.returncode == 0, retried.stderr
+    requeued = platform.celery("submit", "tests.tasks.ends.rejected_once", "--wait")
+    assert requeued.returncode == 0, requeued.stderr
+    later = platform.celery("submit", ADD, "--args", "[1, 2]", "--countdown", "3600").stdout.strip()
+    assert platform.celery("cancel", later).returncode == 0
+    assert [entry for entry in denied(platform.redis) if "config" not in entry] == []
+
+
 def test_a_submitter_looks_on_where_the_first_candidates_have_no_room(platform: Platform, submitter: Celery) -> None:
     platform.worker("z", cpus=4)
     crowd = [f"small-{number}" for number in range(CANDIDATES + 1)]
     ledger = Ledger(platform.settings)
     ledger.epoch = epoch_of(platform)
     for name in crowd:
-        write_book(ledger, Book(name, {"cpus": 2000, "slots": 2}, {}))
+        write_book(ledger, Book(name, {"cpus": 2000, "memory": 2**30 + 1, "slots": 2}, {}))
     try:
-        assert submitter.send_task(ADD, [1, 2], cpus=1, memory="1GiB").get(timeout=30) == 3
+        assert submitter.send_task(ADD, [1, 2], cpus=1, memory=2**30 + 2).get(timeout=30) == 3
     finally:
         platform.redis.delete(*map(keys.book, crowd))
-        for index in (keys.FREE, keys.LEASES):
+        for index in (keys.FREE, keys.free_of("memory"), keys.LEASES):
             platform.redis.zrem(index, *crowd)
         ledger.client.close()
     assert [entry for entry in denied(platform.redis) if "config" not in entry] == []
@@ -232,6 +256,7 @@ REFUSED = {
         "DELETE FROM authority",
         "DELETE FROM jobs_archive",
         "INSERT INTO jobs_archive SELECT FROM jobs_archive",
+        "SELECT drop_archived(0)",
         "DROP FUNCTION archive_finished(double precision, integer)",
         "DROP TRIGGER jobs_awaited ON jobs",
         "INSERT INTO unique_keys (key, job) VALUES ('x', 'x')",
@@ -239,6 +264,7 @@ REFUSED = {
     ),
     "submitter": (
         "SELECT archive_finished(0, 1)",
+        "SELECT open_archive(false)",
         "SELECT * FROM jobs_archive",
         "SELECT message FROM jobs",
         "SELECT * FROM jobs",
@@ -301,6 +327,25 @@ def test_a_worker_moves_what_has_ended_and_nothing_that_it_shadows(role_url: Any
     with engine.connect() as connection:
         assert connection.execute(text("SELECT id FROM jobs_archive")).scalars().all() == ["done"]
         assert connection.execute(text("SELECT count(*) FROM jobs")).scalar_one() == 0
+
+
+def test_worker_makes_months_of_the_archive_that_are_the_owners(role_url: Any, engine: Engine) -> None:
+    with engine.begin() as connection:
+        for table in ("jobs_archive", "attempts_archive"):
+            month = connection.execute(
+                text("SELECT inhrelid::regclass FROM pg_inherits WHERE inhparent = :t ::regclass"), {"t": table}
+            ).scalar_one()
+            connection.execute(text(f"DROP TABLE {month}"))
+    worker = create_engine(role_url("worker"), isolation_level="AUTOCOMMIT")
+    with worker.connect() as connection:
+        connection.execute(text("SELECT archive_finished(0, 10), open_archive(true)"))
+    worker.dispose()
+    owners = (
+        "SELECT DISTINCT relowner::regrole::text FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid"
+        " WHERE inhparent IN ('jobs_archive'::regclass, 'attempts_archive'::regclass)"
+    )
+    with engine.connect() as connection:
+        assert connection.execute(text(owners)).scalars().all() == ["platform_owner"]
 
 
 def test_the_owner_migrates_and_the_view_has_no_message(role_url: Any, engine: Engine) -> None:

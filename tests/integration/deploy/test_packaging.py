@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.processes import READY, ROOT, Process
+from tests.fixtures.processes.platforms import READY, ROOT, Process
 
 #: Folders of the installed package. The wheel must have all their sources.
 PARTS = ("migrations", "platform", "routing", "workers")
@@ -193,7 +193,7 @@ def pay(session: Session) -> None:
 
 async def runs(identifier: str) -> None:
     try:
-        reveal_type(await job(identifier, app).wait("running"))
+        reveal_type(await job(identifier, app).aio.wait("running"))
     except (LeaseLost, NotAccepted) as error:
         advice: str = error.advice
         wrong: int = error.message

@@ -11,8 +11,9 @@ from typing import Any
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.states import State
 from tests.fixtures import tasks
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import Platform
+from tests.fixtures.stores.books import job_field
 from tests.fixtures.waiting import until
 from tests.tasks.work import peaks, read, starts
 
@@ -36,12 +37,12 @@ def hold(platform: Platform, submitter: Submitter, gate: str, cpus: float, **opt
     """Return a job that runs now, and the worker that it was admitted to."""
     job = submitter.send(HOLD, gate, cpus=cpus, **options)
     assert tasks.started(platform.redis, gate)[0] == job
-    worker: Any = platform.redis.hget(keys.job(job), "worker")
+    worker: Any = job_field(platform.redis, job, "worker")
     return job, worker.decode()
 
 
 def waits(platform: Platform, job: str) -> bool:
-    return bool(platform.redis.hget(keys.job(job), "state") == b"waiting")
+    return bool(job_field(platform.redis, job, "state") == b"waiting")
 
 
 # -- where

@@ -27,13 +27,13 @@ from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.connection import quick_client
 from celery_capacity.routing.model.states import FINAL
 from celery_capacity.workers.process.exit_codes import Exit
-from tests.faults.servers import Servers, own_servers
-from tests.fixtures.processes import READY, Platform
-from tests.fixtures.proxy import Proxy
-from tests.fixtures.servers import ANSWER_WITHIN, empty_database, environment_of
-from tests.fixtures.submitting import Submitter
+from tests.faults.breaking.servers import Servers, own_servers
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.jobs.working import WORK, all_ended, send_work, states
+from tests.fixtures.processes.platforms import READY, Platform
+from tests.fixtures.servers.pair import ANSWER_WITHIN, empty_database, environment_of
+from tests.fixtures.servers.proxy import Proxy
 from tests.fixtures.waiting import until
-from tests.fixtures.working import WORK, all_ended, send_work, states
 from tests.tasks import gated
 from tests.tasks.work import peaks, read, starts
 

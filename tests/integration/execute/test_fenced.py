@@ -20,10 +20,10 @@ from celery_capacity.routing.model.states import Step
 from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.process.attempts import Attempt, held
 from tests.fixtures import tasks
-from tests.fixtures.leasing import ADD, HOLD, LEAVE, at_gate, counters, effects, outcomes, platform_with_effects
-from tests.fixtures.processes import Platform, Pool, Process
-from tests.fixtures.servers import empty_database
-from tests.fixtures.submitting import Submitter
+from tests.fixtures.jobs.leasing import ADD, HOLD, LEAVE, at_gate, counters, effects, outcomes, platform_with_effects
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import Platform, Pool, Process
+from tests.fixtures.servers.pair import empty_database
 from tests.fixtures.waiting import until
 from tests.tasks.effects import TABLE
 

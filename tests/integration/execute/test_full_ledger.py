@@ -10,8 +10,8 @@ from sqlalchemy import text
 
 from celery_capacity.platform.embedded import servers
 from celery_capacity.routing.config.embedded import Pair
-from tests.fixtures.processes import READY, Platform
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import READY, Platform
 from tests.fixtures.waiting import until
 from tests.tasks.work import read, starts
 

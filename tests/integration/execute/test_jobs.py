@@ -16,8 +16,8 @@ from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.errors import InvalidRequest
 from tests.fixtures import tasks
-from tests.fixtures.processes import Platform, Pool
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform, Pool
 from tests.fixtures.waiting import until
 
 ENDS = "tests.tasks.ends"
@@ -362,7 +362,7 @@ def test_a_job_that_rejects_itself_for_another_try_gets_a_new_attempt(submitter:
     assert submitter.value(job) == 2
     row = submitter.ended(job)
     assert (row.state, row.losses) == ("succeeded", 0)
-    assert submitter.outcomes(job) == ["handed_back", "succeeded"]
+    assert submitter.outcomes(job) == ["requeued", "succeeded"]
 
 
 # -- messages that never become a request

@@ -18,7 +18,7 @@ from sqlalchemy import text
 from celery_capacity import InvalidRequest
 from celery_capacity.routing.config.embedded import Pair
 from tests.fixtures import tasks
-from tests.fixtures.leasing import (
+from tests.fixtures.jobs.leasing import (
     ADD,
     DEADLY,
     HOLD,
@@ -29,8 +29,8 @@ from tests.fixtures.leasing import (
     outcomes,
     platform_with_effects,
 )
-from tests.fixtures.processes import Platform, Process
-from tests.fixtures.submitting import Submitter
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import Platform, Process
 from tests.fixtures.waiting import until
 
 

@@ -8,12 +8,12 @@ import sys
 
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.config.settings import Settings
-from tests.fixtures.forking import ROOT, usual_environment
+from tests.fixtures.processes.forking import ROOT, usual_environment
 
 
 def test_threads_and_greenlets_share_locks_and_no_connections(settings: Settings) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fixtures.contending"],
+        [sys.executable, "-m", "tests.fixtures.jobs.contending"],
         env={**usual_environment(), "REDIS_URL": str(settings.redis_url)},
         cwd=ROOT,
         capture_output=True,

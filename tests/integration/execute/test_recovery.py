@@ -11,11 +11,11 @@ import pytest
 from celery import Celery
 
 from celery_capacity.routing.ledger import keys
-from celery_capacity.workers.dispatch.submission_queue import Submissions
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import RESULT_WITHIN, Submitter
+from celery_capacity.workers.dispatch.submission_queue import SubmissionQueue
+from tests.fixtures.jobs.submitting import RESULT_WITHIN, Submitter
+from tests.fixtures.jobs.working import all_ended, states
+from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import until
-from tests.fixtures.working import all_ended, states
 
 ADD = "tests.fixtures.tasks.add"
 
@@ -36,7 +36,7 @@ def test_duties_need_no_beat(platform: Platform, submitter: Submitter, monkeypat
     worker = platform.worker("a", cpus=4)
     with monkeypatch.context() as dying:
         # The submitter dies after its insert.
-        dying.setattr(Submissions, "add", lambda *_, **__: None)
+        dying.setattr(SubmissionQueue, "add", lambda *_, **__: None)
         stranded = submitter.send(ADD, 1, 2)
     later = submitter.send(ADD, 3, 4, countdown=0.5)
     assert submitter.row(later).state == "scheduled"

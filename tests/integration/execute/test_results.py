@@ -22,8 +22,8 @@ from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.errors import LeaseLost
 from celery_capacity.routing.ledger import keys
 from tests.fixtures import tasks
-from tests.fixtures.processes import Platform, Process
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import Platform, Process
 from tests.fixtures.waiting import until
 from tests.tasks import speaking
 from tests.tasks.canvas import total

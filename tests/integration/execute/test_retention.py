@@ -6,8 +6,8 @@ import json
 
 from sqlalchemy import text
 
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import until
 
 

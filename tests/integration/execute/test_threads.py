@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import Any, Final
 import pytest
 
 from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from tests.features.workers.test_inspect import control
-from tests.fixtures.processes import Platform
-from tests.fixtures.servers import TENTH, empty_redis
-from tests.fixtures.submitting import Submitter, platform_with_broker, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, platform_with_broker, standing_platform
+from tests.fixtures.processes.platforms import Platform
+from tests.fixtures.servers.pair import TENTH, empty_redis
 from tests.fixtures.waiting import until
 
 ADD: Final = "tests.fixtures.tasks.add"
@@ -23,10 +24,14 @@ ADD: Final = "tests.fixtures.tasks.add"
 MAX_THREADS: Final = 6
 #: Threads that the worker that runs the duties has besides.
 THREADS_OF_RUNNER: Final = 2
-#: Steps on the way of a job through a worker, from its message to its row.
-WAY: Final = ("arrive", "settle", "execute_using_pool", "end", "settle", "write")
-#: Most hand-offs between threads for one job.
+#: Steps of a job in an idle worker, from its message to its row, and the most hand-offs between threads.
+WAY: Final = ("arrive", "prepare_settle", "execute_using_pool", "end", "prepare_settle", "write")
 MAX_HANDOFFS: Final = 4
+#: Steps of a job that a full worker takes from a reply, and the most hand-offs.
+FULL_WAY: Final = ("execute_using_pool", "end", "prepare_settle", "write")
+MAX_FULL_HANDOFFS: Final = 1
+#: Jobs that keep a worker full for a moment.
+MANY: Final = 20
 #: Seconds until the threads that were started on demand have ended.
 IDLE_WITHIN: Final = 40.0
 
@@ -65,11 +70,49 @@ def test_few_threads_pass_a_job_on(platform: Platform, submitter: Submitter) -> 
     submitter.ended(job)
     steps = control(submitter, "other", "steps", job=job)
     assert "add" in {step for step, _ in steps}, steps
+    assert handoffs(steps, WAY) <= MAX_HANDOFFS, steps
+
+
+def test_main_loop_alone_passes_a_job_on_in_a_full_worker(platform: Platform, submitter: Submitter) -> None:
+    """The ledger thread settles first. It then gives the main loop a connection of its own."""
+    seen: list[Any] = []
+
+    def are_few() -> bool:
+        jobs = [submitter.send(ADD, 1, 2, cpus=1, resources={"other": 10}) for _ in range(MANY)]
+        for job in jobs:
+            submitter.ended(job)
+        seen[:] = [control(submitter, "other", "steps", job=job) for job in jobs]
+        # A heartbeat may have its turn at the end of a job.
+        return sum(handoffs(steps, FULL_WAY) <= MAX_FULL_HANDOFFS for steps in seen) > MANY / 2
+
+    until(are_few, lambda: f"the main loop alone passes jobs on: {seen}", IDLE_WITHIN)
+
+
+def handoffs(steps: list[tuple[str, str]], way: Sequence[str]) -> int:
     # The start is noted beside the body, so only the way of the job itself has an order.
     left = iter(steps)
-    names = [next(thread for step, thread in left if step == wanted) for wanted in WAY]
-    handoffs = sum(before != after for before, after in pairwise(names))
-    assert handoffs <= MAX_HANDOFFS, steps
+    names = [next(thread for step, thread in left if step == wanted) for wanted in way]
+    return sum(before != after for before, after in pairwise(names))
+
+
+def test_few_threads_pass_on_a_job_whose_result_another_backend_keeps(server_pair: Pair, tmp_path: Path) -> None:
+    """The thread that brings the result writes the outcome, too."""
+    with (
+        empty_redis(server_pair) as results_url,
+        standing_platform(server_pair, tmp_path, "tests.tasks.counted") as running,
+    ):
+        running.environment["CELERY_RESULT_BACKEND"] = results_url
+        named = {name: value for name, value in running.environment.items() if not name.startswith("PYTHON")}
+        running.settings = Settings.from_environ(named)
+        with closing(Submitter(running)) as submitter:
+            running.worker("a", 4)
+            job = submitter.send(ADD, 1, 2, cpus=1)
+            assert submitter.value(job) == 3
+            submitter.ended(job)
+            steps = control(submitter, "a", "steps", job=job)
+            # The start is written beside the body, by the recorder, and perhaps later than the end.
+            assert ["write", "delivery"] in steps, steps
+            assert handoffs(steps, WAY) <= MAX_HANDOFFS, steps
 
 
 def test_few_threads_live_beside_another_broker(server_pair: Pair, tmp_path: Path) -> None:
@@ -87,4 +130,4 @@ def test_few_threads_live_beside_another_broker(server_pair: Pair, tmp_path: Pat
         running.worker("apart", 4, PLATFORM_RESOURCES="apart=1")
         submitter.ended(submitter.send(ADD, 1, 2, cpus=1, resources={"apart": 1}))
         assert_few_threads(submitter, "apart", MAX_THREADS)
-        assert "mailbox" in control(submitter, "apart", "threads")["names"]
+        assert "ledger-queue" in control(submitter, "apart", "threads")["names"]

@@ -19,8 +19,9 @@ from celery_capacity.workers.membership.preflight import whole_machine
 from celery_capacity.workers.process.exit_codes import Exit
 from celery_capacity.workers.process.identity import platform_version
 from tests.fixtures import tasks
-from tests.fixtures.processes import READY, Platform, Pool, Process
-from tests.fixtures.submitting import Submitter
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import READY, Platform, Pool, Process
+from tests.fixtures.stores.books import job_field
 from tests.fixtures.waiting import until
 
 ADD = "tests.fixtures.tasks.add"
@@ -297,7 +298,7 @@ def test_what_was_admitted_and_not_started_is_handed_back(platform: Platform, su
     # The worker takes in nothing while it is stopped. So no admitted job has started when the worker is told to end.
     os.killpg(worker.pid, signal.SIGSTOP)
     jobs = [submitter.send(ADD, number, 1, cpus=2) for number in range(4)]
-    assert {platform.redis.hget(keys.job(job), "worker") for job in jobs} == {b"a"}
+    assert {job_field(platform.redis, job, "worker") for job in jobs} == {b"a"}
     worker.signal(signal.SIGTERM)
     os.killpg(worker.pid, signal.SIGCONT)
     assert worker.wait(20) == 0
@@ -311,11 +312,21 @@ def test_what_was_admitted_and_not_started_is_handed_back(platform: Platform, su
         assert submitter.outcomes(job) in (["succeeded"], ["handed_back", "succeeded"])
 
 
-def test_a_worker_that_ends_coldly_hands_back_what_it_breaks_off(platform: Platform, submitter: Submitter) -> None:
-    worker = platform.worker("a", 2, "prefork")
+@pytest.mark.parametrize("warm_first", [False, True])
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_cold_end_hands_back_what_it_breaks_off(
+    platform: Platform, submitter: Submitter, pool: Pool, warm_first: bool
+) -> None:
+    pidfile = platform.folder / "a.pid"
+    worker = platform.worker("a", 2, pool, arguments=("--pidfile", str(pidfile)))
     job = hold(platform, submitter, "gate", cpus=2)
+    if warm_first:
+        worker.signal(signal.SIGTERM)
+        worker.wait_for("Warm shutdown")
     worker.signal(signal.SIGQUIT)
-    worker.wait(20)
+    assert worker.wait(20) == 0
+    assert not pidfile.exists()
+    assert not [line for line in worker.lines if "Traceback" in line]
     row = until(lambda: (latest := submitter.row(job)).state == "waiting" and latest, "the job waits again")
     assert (row.attempt, row.losses) == (1, 0)
     assert submitter.outcomes(job) == ["handed_back"]
@@ -358,7 +369,7 @@ def test_capacity_comes_and_goes_with_workers_without_any_list_of_them(platform:
     assert views(platform) == {"worker:c"}
     until(lambda: lives(platform, "b") == ["lost"], "Postgres remembers it")
     assert (lives(platform, "a"), lives(platform, "c")) == (["left"], ["ready"])
-    assert platform.redis.exists(keys.book("a"), keys.book("b")) == 0
+    until(lambda: not platform.redis.exists(keys.book("a"), keys.book("b")), "their books are gone")
     assert third.alive
 
 

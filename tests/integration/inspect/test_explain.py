@@ -11,7 +11,7 @@ from celery_capacity.platform.console import render
 from celery_capacity.routing.inspect.explain import Explanation, explain
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.reasons import EXPLAINED, Reason
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.staged import Stage
 
 
 def _why(stage: Stage, job: str) -> Explanation:

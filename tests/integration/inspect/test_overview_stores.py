@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis
@@ -10,9 +10,11 @@ from sqlalchemy import create_engine
 
 from celery_capacity.routing.errors import NotMigrated, StoreUnavailable
 from celery_capacity.routing.inspect import overview, verify
+from celery_capacity.routing.inspect.worker_page import Page
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.connection import quick_client
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.books import job_field
+from tests.fixtures.stores.staged import Stage
 
 
 def _ledger(stage: Stage) -> dict[str, Any]:
@@ -49,14 +51,15 @@ def test_both_stores_tell_the_same(stage: Stage) -> None:
 
 
 def test_the_number_of_round_trips_does_not_grow(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    trips: list[int] = []
-    execute = redis.client.Pipeline.execute
+    trips: list[object] = []
+    send: Any = redis.Connection.send_packed_command
 
-    def counted(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-        trips.append(len(pipe.command_stack))
-        return execute(pipe, *args, **kwargs)
+    def counted(connection: Any, command: Any, *args: Any, **kwargs: Any) -> Any:
+        trips.append(command)
+        return send(connection, command, *args, **kwargs)
 
-    monkeypatch.setattr(redis.client.Pipeline, "execute", counted)
+    overview.from_ledger(stage.redis)
+    monkeypatch.setattr(redis.connection.AbstractConnection, "send_packed_command", counted)
     taken = []
     for workers in (1, 20):
         for number in range(workers):
@@ -71,7 +74,9 @@ def test_the_number_of_round_trips_does_not_grow(stage: Stage, monkeypatch: pyte
 def test_the_oldest_job_of_a_request_is_found_whatever_its_priority(stage: Stage) -> None:
     low = stage.submit(cpus=1000)
     stage.submit(cpus=1000, priority=9)
-    stage.redis.hincrby(keys.job(low), "submitted", -60_000)
+    submitted = job_field(stage.redis, low, "submitted") or b""
+    older = str(int(submitted) - 60_000).encode()
+    stage.redis.set(keys.job(low), cast(bytes, stage.redis.get(keys.job(low))).replace(submitted, older))
     (line,) = overview.from_ledger(stage.redis).backlog
     assert line.waiting == 2
     assert line.oldest is not None
@@ -86,6 +91,26 @@ def test_a_worker_whose_lease_ran_out_is_not_counted(stage: Stage) -> None:
     stage.sql("UPDATE workers SET seen_at = now() - interval '61 s' WHERE name = 'a'")
     with stage.engine.connect() as connection:
         assert [line.name for line in overview.from_postgres(connection).workers] == ["b"]
+
+
+def test_a_page_of_workers_has_the_totals_of_all(stage: Stage) -> None:
+    for name in ("c", "a", "b"):
+        stage.worker(name, cpus=2000)
+    nobody = quick_client(redis.Redis(port=1))
+    names, after = [], ""
+    while True:
+        page = Page(2, after)
+        ledger, postgres = overview.from_ledger(stage.redis, page), overview.read(nobody, stage.engine, page=page)
+        assert (ledger.source, postgres.source) == ("ledger", "postgres")
+        shown = ledger.to_json()
+        assert shown["resources"]["total_cpus"] == 6
+        assert [row["name"] for row in shown["workers"]] == [row.name for row in postgres.shown[0]]
+        assert all(row["heartbeat_age_seconds"] is not None for row in shown["workers"])
+        names += [row["name"] for row in shown["workers"]]
+        if shown["next_after"] is None:
+            break
+        after = shown["next_after"]
+    assert (names, after) == (["a", "b", "c"], "b")
 
 
 def test_a_draining_worker_counts_and_says_so(stage: Stage) -> None:

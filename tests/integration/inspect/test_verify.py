@@ -12,7 +12,7 @@ import redis
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.inspect import verify
 from celery_capacity.routing.ledger import keys
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.staged import Stage
 
 #: Seconds for which a violation must stay; nothing else moves in these tests.
 BRIEFLY = 0.2
@@ -203,7 +203,7 @@ def test_a_waiting_job_that_the_ledger_forgot_violates_i6(stage: Stage) -> None:
         (("ZADD", "ledger:free", "7", "a"), "worker a has 3000 free and stands as 7 in the index"),
         (("ZADD", "ledger:unclaimed", "7", "none"), "job none is to be delivered again"),
         (("SET", "ledger:junk", "7"), "key ledger:junk is of no known family"),
-        (("HSET", "ledger:job:old", "state", "ended"), "key ledger:job:old has no expiry"),
+        (("SET", "ledger:job:old", "ended\n"), "key ledger:job:old has no expiry"),
         (("EXPIRE", "ledger:book:a", "100"), "key ledger:book:a has an expiry"),
         (("PERSIST", "worker:a"), "key worker:a has no expiry"),
     ],

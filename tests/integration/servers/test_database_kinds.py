@@ -14,10 +14,10 @@ from celery_capacity import Unsupported, migrations
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.workers.process.exit_codes import Exit
 from celery_capacity.workers.process.stores import make_engine
-from tests.fixtures import given
-from tests.fixtures.processes import Platform
-from tests.fixtures.servers import environment_of
-from tests.fixtures.submitting import Submitter, platform_on
+from tests.fixtures.jobs.submitting import Submitter, platform_on
+from tests.fixtures.processes.platforms import Platform
+from tests.fixtures.servers import given
+from tests.fixtures.servers.pair import environment_of
 
 ADD = "tests.fixtures.tasks.add"
 FAIL = "tests.fixtures.tasks.fail"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import queue
 import signal
@@ -28,12 +27,12 @@ from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.attempts import Attempt
 from celery_capacity.workers.process.stores import make_engine
 from celery_capacity.workers.submit.submit_many import submit_many
-from tests.faults.servers import Servers, own_servers
+from tests.faults.breaking.servers import Servers, own_servers
 from tests.fixtures import tasks
-from tests.fixtures.processes import FOREIGN, ROOT, Platform
-from tests.fixtures.servers import empty_database, empty_redis, environment_of
-from tests.fixtures.stalling import ENDS_WITHIN, ending, postgres_pids, redis_pids, stalled
-from tests.fixtures.submitting import Submitter, platform_on
+from tests.fixtures.jobs.submitting import Submitter, platform_on
+from tests.fixtures.processes.platforms import FOREIGN, ROOT, Platform
+from tests.fixtures.servers.pair import empty_database, empty_redis, environment_of
+from tests.fixtures.servers.stalling import ENDS_WITHIN, ending, postgres_pids, redis_pids, stalled
 
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"
@@ -127,7 +126,7 @@ def test_revoke_and_a_look_at_a_job_say_so_where_postgres_stalls(
         with pytest.raises(StoreUnavailable):
             ending(lambda: submitter.app.control.revoke(job_id))
         with pytest.raises(StoreUnavailable):
-            ending(lambda: asyncio.run(job(job_id, submitter.app).now()))
+            ending(lambda: job(job_id, submitter.app).now())
     platform.worker("a", 4, "threads")
     submitter.ended(job_id)
 

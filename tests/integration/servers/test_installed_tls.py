@@ -17,12 +17,12 @@ from sqlalchemy import NullPool, create_engine, text
 from celery_capacity import StoreUnavailable, migrations
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger.connection import connect
-from tests.fixtures.installed import debian_postgres, debian_redis
-from tests.fixtures.processes import FOREIGN
-from tests.fixtures.redises import free_port, redis_server
-from tests.fixtures.servers import environment_of
-from tests.fixtures.submitting import Submitter, platform_on
-from tests.fixtures.tls import Certificates, make_certificates
+from tests.fixtures.jobs.submitting import Submitter, platform_on
+from tests.fixtures.processes.installed import debian_postgres, debian_redis
+from tests.fixtures.processes.platforms import FOREIGN
+from tests.fixtures.servers.pair import environment_of
+from tests.fixtures.servers.redises import free_port, redis_server
+from tests.fixtures.servers.tls import Certificates, make_certificates
 from tests.fixtures.waiting import until
 
 pytestmark = pytest.mark.installed

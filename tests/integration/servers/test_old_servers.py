@@ -16,9 +16,9 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.server_checks import OLDEST
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.workers.process.exit_codes import Exit
-from tests.fixtures.processes import FOREIGN
-from tests.fixtures.servers import environment_of
-from tests.fixtures.submitting import platform_on
+from tests.fixtures.jobs.submitting import platform_on
+from tests.fixtures.processes.platforms import FOREIGN
+from tests.fixtures.servers.pair import environment_of
 
 ABOUT = b"# Server\r\nredis_version:6.0.16\r\nrun_id:0123\r\n"
 

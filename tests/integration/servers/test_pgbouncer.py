@@ -20,10 +20,10 @@ from sqlalchemy.orm import Session
 
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.workers.runner.commit_listener import NAME
-from tests.fixtures.installed import debian_pgbouncer
-from tests.fixtures.processes import Platform
-from tests.fixtures.servers import empty_database, empty_redis, environment_of
-from tests.fixtures.submitting import Submitter, platform_on
+from tests.fixtures.jobs.submitting import Submitter, platform_on
+from tests.fixtures.processes.installed import debian_pgbouncer
+from tests.fixtures.processes.platforms import Platform
+from tests.fixtures.servers.pair import empty_database, empty_redis, environment_of
 from tests.fixtures.waiting import until
 
 pytestmark = pytest.mark.installed

@@ -12,10 +12,10 @@ from sqlalchemy import NullPool, create_engine, make_url, text
 
 from celery_capacity import StoreUnavailable, migrations
 from celery_capacity.platform.embedded import postgres
-from tests.fixtures.processes import FOREIGN
-from tests.fixtures.servers import environment_of
-from tests.fixtures.submitting import Submitter, platform_on
-from tests.fixtures.tls import make_certificates, tls_before
+from tests.fixtures.jobs.submitting import Submitter, platform_on
+from tests.fixtures.processes.platforms import FOREIGN
+from tests.fixtures.servers.pair import environment_of
+from tests.fixtures.servers.tls import make_certificates, tls_before
 
 ADD = "tests.fixtures.tasks.add"
 #: Password of all the characters that an address must quote.

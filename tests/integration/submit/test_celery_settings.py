@@ -22,10 +22,10 @@ from sqlalchemy import text
 
 from celery_capacity import NotAccepted, PlatformError, Unsupported, create_app, install
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.workers.app.install import platform_of
 from celery_capacity.workers.broker import beat_messages
-from tests.fixtures.processes import READY, Platform, Process
-from tests.fixtures.submitting import Submitter
+from celery_capacity.workers.process.stores import platform_of
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import READY, Platform, Process
 from tests.fixtures.waiting import until
 from tests.tasks import canvas
 

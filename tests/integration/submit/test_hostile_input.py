@@ -31,15 +31,15 @@ from tornado.netutil import bind_sockets
 from celery_capacity import NotAccepted, OutcomeUnknown, PlatformError, create_app
 from celery_capacity.platform import dashboard
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.workers.app.install import platform_of
+from celery_capacity.workers import plugin
 from celery_capacity.workers.broker.transport import receiving
 from celery_capacity.workers.execute.enroll import Intake
-from celery_capacity.workers.membership.served_queues import Serving
+from celery_capacity.workers.membership.served_queues import ServedQueues
 from celery_capacity.workers.process.exit_codes import Exit
-from celery_capacity.workers.process.stores import Stores
-from tests.fixtures.hostile import CORPUS, TEXTS, jsons, texts, values
-from tests.fixtures.processes import FOREIGN
-from tests.fixtures.staged import Stage
+from celery_capacity.workers.process.stores import Stores, platform_of
+from tests.fixtures.jobs.hostile import CORPUS, TEXTS, jsons, texts, values
+from tests.fixtures.processes.platforms import FOREIGN
+from tests.fixtures.stores.staged import Stage
 
 TASK = "tests.fixtures.tasks.add"
 
@@ -57,6 +57,10 @@ class Written:
     def rows(self) -> int:
         with self._engine.connect() as connection:
             return int(connection.execute(text("SELECT count(*) FROM jobs")).scalar_one())
+
+    def ids(self) -> set[str]:
+        with self._engine.connect() as connection:
+            return set(connection.execute(text("SELECT id FROM jobs")).scalars())
 
     def all(self) -> tuple[int, set[Any]]:
         return self.rows(), set(self._client.keys())
@@ -97,23 +101,33 @@ OPTIONS = (
 
 
 def _send(app: Celery, written: Written, name: Any, args: Any, options: dict[str, Any]) -> None:
-    """Send a job: it is accepted with one row, or refused with none by an error of the platform that says so."""
+    """Send a job: it is accepted with one row, or refused with none by an error of the platform that says so.
+
+    A call with an id or a unique key that an earlier example used is that example's job, and writes no row.
+    """
     # The ledger hears of several jobs in a row a moment later.
     assert app.platform.sending.flush()
-    before = written.all()
+    before, ids = written.all(), written.ids()
     try:
-        app.send_task(name, args, **options)
+        result = app.send_task(name, args, **options)
     except PlatformError as error:
         assert not isinstance(error, (NotAccepted, OutcomeUnknown)), error
         assert written.all() == before
     else:
-        assert written.rows() == before[0] + 1
+        assert written.ids() == ids | {str(result.id)}
+        assert written.rows() == before[0] + (str(result.id) not in ids)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_of_a_call(app: Celery, written: Written, option: str) -> None:
     for value in CORPUS:
         _send(app, written, TASK, [1, 2], {option: value})
+
+
+@pytest.mark.parametrize("option", ["task_id", "unique"])
+def test_an_option_of_two_equal_calls(app: Celery, written: Written, option: str) -> None:
+    for _ in range(2):
+        _send(app, written, TASK, [1, 2], {option: "0"})
 
 
 @hostile
@@ -184,7 +198,7 @@ def run(stage: Stage, platform_environment: dict[str, str], monkeypatch: pytest.
     app.platform = Stores()
 
     def invoke(name: str, *arguments: str) -> Any:
-        command = import_module(f"celery_capacity.platform.commands.{name}").command
+        command = import_module(getattr(plugin, name).module).command
         result = CliRunner().invoke(command, list(arguments), obj=SimpleNamespace(app=app))
         assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
         return result
@@ -217,6 +231,13 @@ LOOKING = (
     ("demo", "--scale"),
     ("demo", "--trace"),
     ("demo", "--worker"),
+    ("wait",),
+    ("wait", "x", "--timeout"),
+    ("cancel",),
+    ("cancel", "--state"),
+    ("retry", "--json"),
+    ("retry", "--failed", "--since"),
+    ("submit", "x", "--cpus"),
 )
 REFUSED = {Exit.FAILED, Exit.USAGE, Exit.CONFIGURATION}
 
@@ -406,7 +427,7 @@ class Message:
 
 @pytest.fixture
 def enroll(app: Celery) -> Callable[[Message], None]:
-    serving = Serving(app, platform_of(app).settings, lambda: None)
+    serving = ServedQueues(app, platform_of(app).settings, lambda: None)
     return partial(Intake(app, serving, lambda _: None)._enroll, "celery")
 
 
@@ -481,7 +502,7 @@ def test_a_body_that_is_a_number_takes_no_memory(
     enroll: Any, written: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reasons: list[str] = []
-    monkeypatch.setattr(receiving, "set_aside", lambda raw, queue, reason: reasons.append(reason))
+    monkeypatch.setattr(receiving, "set_aside", lambda raw, queue, reason, detail: reasons.append(detail))
     before = written.rows()
     enroll(Message(10_000, _plain(0), {"priority": 0}, "application/json", "utf-8"))
     assert (written.rows(), len(reasons)) == (before, 1)

@@ -20,9 +20,9 @@ from sqlalchemy import text
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.workers.process import fork_safety
 from celery_capacity.workers.process.stores import Stores
-from tests.fixtures.processes import Platform
-from tests.fixtures.staged import Stage
-from tests.fixtures.submitting import Submitter
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import Platform
+from tests.fixtures.stores.staged import Stage
 from tests.fixtures.waiting import until
 
 ADD = "tests.fixtures.tasks.add"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import redis
 from celery import Celery
 from sqlalchemy import Engine, text
 
-from celery_capacity import BacklogFull, MessageTooDeep, MessageTooLarge, create_app
+from celery_capacity import BacklogFull, MessageTooDeep, MessageTooLarge, PlatformError, create_app
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect import backlog_limit
 from celery_capacity.routing.ledger import keys
@@ -24,7 +24,7 @@ from celery_capacity.workers.broker import beat_messages
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.attempts import Attempt
 from celery_capacity.workers.submit.encode import RawMessage
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.staged import Stage
 
 ADD = "tests.fixtures.tasks.add"
 LIMIT = 3
@@ -104,7 +104,7 @@ def test_a_full_backlog_refuses_before_anything_is_written(app: Celery, stage: S
         app.send_task(ADD, [1, 2])
     assert raised.value.status == 429
     assert _rows(engine) == LIMIT
-    assert len(stage.redis.keys(keys.JOBS)) == LIMIT
+    assert len(stage.redis.keys(keys.KEYS["job"] + "*")) == LIMIT
 
 
 def test_jobs_that_do_not_wait_do_not_fill_the_backlog(app: Celery, stage: Stage, engine: Engine) -> None:
@@ -127,6 +127,50 @@ def test_room_in_the_backlog_is_seen_within_a_second(
     monkeypatch.setattr(app.amqp.job_sender._backlog, "_clock", lambda: now)
     app.send_task(ADD, [1, 2])
     assert stage.redis.hget(keys.COUNTERS, Refusal.BACKLOG) == b"1"
+
+
+def test_refusals_are_told_by_reason_with_the_next_submission(
+    app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @app.task(name="of_the_test")
+    def add(first: Any, second: Any = 0) -> None:
+        """Do nothing: the job stays in the backlog."""
+
+    def counted() -> dict[str, int]:
+        counters: Any = stage.redis.hgetall(keys.COUNTERS)
+        numbers = {name.decode(): int(number) for name, number in counters.items()}
+        return {name: number for name, number in numbers.items() if name.startswith("refused.")}
+
+    # These calls have a template from here on.
+    for _ in range(2):
+        add.delay(1, 2)
+    app.platform.sending.flush()
+    with monkeypatch.context() as silent:
+        silent.setattr(app.amqp.job_sender._backlog, "check", lambda _: None)
+        calls: list[Callable[[], Any]] = [
+            lambda: add.apply_async((1, 2), priority=77),
+            lambda: add.apply_async((1, 2), countdown="soon"),
+            lambda: app.send_task(ADD, [_nested(51)]),
+            lambda: add.delay(_nested(51)),
+            lambda: add.delay("x" * 1_100_000),
+            lambda: app.submit_many(add, [(1,)], cpus=-1),
+        ]
+        for call in calls:
+            with pytest.raises(PlatformError):
+                call()
+    assert counted() == {}
+    add.delay(1, 2)
+    app.platform.sending.flush()
+    expected = {"refused.invalid": 3, "refused.too_deep": 2, "refused.too_large": 1}
+    assert counted() == expected
+    with pytest.raises(BacklogFull):
+        add.delay(1, 2)
+    assert counted() == expected
+    now = time.monotonic() + backlog_limit.COUNT_FOR
+    monkeypatch.setattr(app.amqp.job_sender._backlog, "_clock", lambda: now)
+    with pytest.raises(BacklogFull):
+        add.delay(1, 2)
+    assert counted() == {**expected, "refused.backlog": 1}
 
 
 def test_a_running_attempt_is_never_refused(app: Celery, engine: Engine) -> None:

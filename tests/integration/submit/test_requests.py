@@ -18,10 +18,10 @@ from celery_capacity.routing.inspect.explain import Explanation
 from celery_capacity.routing.model import message
 from celery_capacity.routing.model.message import HEADER
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.workers.app.install import platform_of
+from celery_capacity.workers.process.stores import platform_of
 from tests.fixtures import tasks
-from tests.fixtures.processes import READY, Platform, Process
-from tests.fixtures.submitting import Submitter, standing_platform
+from tests.fixtures.jobs.submitting import Submitter, standing_platform
+from tests.fixtures.processes.platforms import READY, Platform, Process
 from tests.fixtures.waiting import until
 from tests.tasks import declared
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from celery_capacity.routing.inspect import backlog_limit
 from celery_capacity.routing.ledger import keys
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import PATIENCE
 
 ADD = "tests.fixtures.tasks.add"
@@ -103,7 +103,7 @@ def test_what_a_program_asks_the_ledger_comes_behind_what_it_has_sent(platform: 
     worker.signal(signal.SIGSTOP)
     jobs = [submitter.app.send_task(ADD, [number, 1]).id for number in range(MANY)]
     # The first job is admitted.
-    waiting = submitter.app.platform.sending.ask(lambda ledger: backlog_limit.waiting_in_ledger(ledger.client))
+    waiting = submitter.app.platform.sending.ask(backlog_limit.waiting_in_ledger)
     assert waiting == MANY - 1
     worker.signal(signal.SIGCONT)
     rows = [submitter.ended(job) for job in jobs]

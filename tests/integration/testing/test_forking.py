@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures import forking
-from tests.fixtures.processes import Process
+from tests.fixtures.processes import forking
+from tests.fixtures.processes.platforms import Process
 
 #: Module of `-A`: it prints facts about its process, and ends as the environment demands.
 APP = """

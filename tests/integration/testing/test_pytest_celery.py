@@ -6,10 +6,10 @@ import pytest
 from celery import Celery
 from pytest_celery import CeleryTestBroker, RedisTestBackend
 
-from tests.fixtures.celery_nodes import PlatformContainer, RedisProcess, WorkerNode, WorkerProcess
-from tests.fixtures.celery_smoke import Smoke
-from tests.fixtures.processes import Platform
-from tests.fixtures.submitting import Submitter
+from tests.fixtures.celery.nodes import PlatformContainer, RedisProcess, WorkerNode, WorkerProcess
+from tests.fixtures.celery.smoke import Smoke
+from tests.fixtures.jobs.submitting import Submitter
+from tests.fixtures.processes.platforms import Platform
 
 pytestmark = pytest.mark.long
 

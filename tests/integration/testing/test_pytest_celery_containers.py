@@ -14,15 +14,17 @@ import pytest
 from celery import Celery
 from pytest_celery import DEFAULT_WORKER_VOLUME, CeleryTestBroker, RedisContainer, RedisTestBackend
 from pytest_celery.vendors.worker import tasks
-from pytest_docker_tools import build, container, fetch, fxtr
+from pytest_docker_tools import container, fxtr
+from pytest_docker_tools.wrappers import container as wrapped
 
 from celery_capacity import migrations
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.workers.app.install import create_app
-from tests.fixtures.celery_nodes import PlatformContainer
-from tests.fixtures.celery_smoke import Smoke
-from tests.fixtures.processes import FOREIGN, ROOT
-from tests.fixtures.servers import TENTH
+from tests.fixtures.celery.nodes import PlatformContainer
+from tests.fixtures.celery.smoke import Smoke
+from tests.fixtures.processes.platforms import FOREIGN
+from tests.fixtures.servers.docker_engine import built, image, in_container
+from tests.fixtures.servers.pair import TENTH
 
 pytestmark = [pytest.mark.docker, pytest.mark.long]
 
@@ -31,14 +33,24 @@ PASSWORD: Final = "smoke"
 #: Seconds until a container is ready.
 STARTING: Final = 120
 
-platform_image = build(path=str(ROOT), tag="celery-capacity:test")
-postgres_image = fetch(repository="postgres:18-alpine")
 postgres_server = container(
     image="{postgres_image.id}",
     environment={"POSTGRES_PASSWORD": PASSWORD},
     network="{default_pytest_celery_network.name}",
     ports={"5432/tcp": None},
+    # The engine would make a volume without a name for each container, and nobody would remove it.
+    tmpfs={"/var/lib/postgresql": ""},
     timeout=STARTING,
+)
+default_redis_broker = container(
+    image="{redis_image.id}",
+    ports=fxtr("default_redis_broker_ports"),
+    environment=fxtr("default_redis_broker_env"),
+    network="{default_pytest_celery_network.name}",
+    wrapper_class=RedisContainer,
+    tmpfs={"/data": ""},
+    timeout=STARTING,
+    command=fxtr("default_redis_broker_command"),
 )
 default_worker_container = container(
     image="{platform_image.id}",
@@ -49,6 +61,29 @@ default_worker_container = container(
     timeout=STARTING,
     command=fxtr("default_worker_command"),
 )
+
+
+@pytest.fixture(scope="session")
+def platform_image(docker_client: Any) -> Any:
+    return built(docker_client, "celery-capacity:test")
+
+
+@pytest.fixture(scope="session")
+def postgres_image(docker_client: Any) -> Any:
+    """Return the Postgres image of docker-compose.yml."""
+    return image(docker_client, "postgres:18-alpine")
+
+
+@pytest.fixture(scope="session")
+def redis_image(docker_client: Any) -> Any:
+    """Return the Redis image of docker-compose.yml."""
+    return image(docker_client, "redis:8-alpine")
+
+
+@pytest.fixture(autouse=True)
+def published_ports(docker_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the plugin use published ports, unless these tests run in a container of the same engine."""
+    monkeypatch.setattr(wrapped, "tests_inside_container", lambda: in_container(docker_client))
 
 
 @pytest.fixture
@@ -63,12 +98,6 @@ def celery_backend(celery_redis_backend: RedisTestBackend) -> RedisTestBackend:
 
 
 @pytest.fixture
-def default_redis_broker_image() -> str:
-    """Return the Redis image of docker-compose.yml."""
-    return "redis:8-alpine"
-
-
-@pytest.fixture
 def default_redis_backend(default_redis_broker: RedisContainer) -> RedisContainer:
     """Return the broker's server as result backend too, as the platform has it by default."""
     return default_redis_broker
@@ -80,7 +109,8 @@ def settings(default_redis_broker: RedisContainer, postgres_server: Any) -> Sett
 
     The servers are named by the ports that they publish.
     """
-    (port,) = postgres_server.ports["5432/tcp"]
+    # An engine with IPv6 publishes the port twice, by equal numbers or not: the first is that of IPv4.
+    port, *_ = postgres_server.ports["5432/tcp"]
     of_this_process = Settings.from_environ(
         {
             "REDIS_URL": default_redis_broker.celeryconfig["host_url"],

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from xml.etree import ElementTree
 
 import pytest
 from sqlalchemy import Engine, text
 
 from benchmarks.size import stock
 from benchmarks.size.crowd import Crowd
+from benchmarks.size.drawing import PICTURE, svg
 from benchmarks.size.figures import PARTS, Figure
+from benchmarks.size.rates import CLIENTS, jobs_a_second
 from benchmarks.size.report import Report, figures
 from benchmarks.size.stock import Stock, worker_name
 from celery_capacity.routing.config.settings import Settings
@@ -19,7 +22,7 @@ from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.snapshot import text as as_text
 from celery_capacity.routing.recovery import rebuild, reconcile, transition_log
-from tests.fixtures.submitting import Submitter
+from tests.fixtures.jobs.submitting import Submitter
 from tests.fixtures.waiting import until
 
 
@@ -94,8 +97,23 @@ def test_what_was_not_measured_stays_as_it_was() -> None:
     assert json.loads(later.as_json()) == {"about": "now", "values": {"b": [3.0]}}
 
 
+def test_rate_is_what_heartbeats_leave_of_a_core() -> None:
+    assert jobs_a_second(400.0, 100.0, 0) == pytest.approx(2000)
+    assert jobs_a_second(400.0, 100.0, 40_000) == pytest.approx(1000)
+    assert jobs_a_second(400.0, 100.0, 100_000) == 0
+
+
+def test_picture_of_the_rates_is_the_one_of_the_results() -> None:
+    values = Report.read().values
+    picture = svg({n: (max(values[f"rate_job_us_{n}"]), max(values[f"rate_beat_us_{n}"])) for n in CLIENTS})
+    assert picture == PICTURE.read_text(encoding="utf-8")
+    root = ElementTree.fromstring(picture)
+    labels = [text.text or "" for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert sum("at once" in label for label in labels) == len(CLIENTS)
+
+
 def test_no_two_figures_have_one_name_and_none_has_two_targets() -> None:
     all_of_them: list[Figure] = list(figures())
     assert len({figure.name for figure in all_of_them}) == len(all_of_them)
     assert not [figure for figure in all_of_them if figure.at_most is not None and figure.at_least is not None]
-    assert set(PARTS) == {"reconcile", "rebuild", "workers", "retention", "bulk"}
+    assert set(PARTS) == {"reconcile", "rebuild", "head", "workers", "ledger", "rates", "retention", "bulk"}

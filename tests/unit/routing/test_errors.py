@@ -66,12 +66,12 @@ def make(kind: type[PlatformError]) -> PlatformError:
         ),
         (
             errors.SettingsError(["NODE_NAME='a b' is wrong."]),
-            "NODE_NAME='a b' is wrong. docs/reference/settings.md lists every setting with its default and unit.",
+            "NODE_NAME='a b' is wrong. `celery -A platform settings` lists every setting with its default and unit.",
         ),
         (
             errors.SettingsError(["A is wrong.", "B is wrong."]),
             "2 settings are wrong:\n  A is wrong.\n  B is wrong.\n"
-            "docs/reference/settings.md lists every setting with its default and unit.",
+            "`celery -A platform settings` lists every setting with its default and unit.",
         ),
         (errors.NotMigrated(), "Postgres has not been migrated. Run `celery -A platform db upgrade`."),
         (
@@ -94,7 +94,7 @@ def make(kind: type[PlatformError]) -> PlatformError:
             errors.Unsupported("chord is not supported", advice="Use a group."),
             "chord is not supported. Use a group.",
         ),
-        (errors.IllegalTransition(), "the job cannot do this in its state"),
+        (errors.PlatformError(), "the platform cannot do this"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, PlatformError) else "",
 )
@@ -114,6 +114,7 @@ def test_references_are_stable_and_unique() -> None:
         "invalid-request",
         "message-too-large",
         "message-too-deep",
+        "not-retried",
         "not-accepted",
         "backlog-full",
         "outcome-unknown",
@@ -125,7 +126,6 @@ def test_references_are_stable_and_unique() -> None:
         "name-taken",
         "store-unavailable",
         "unsupported",
-        "illegal-transition",
     ]
 
 

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import click
 import pytest
+from click_didyoumean import DYMGroup
 
 from celery_capacity.workers import plugin
-from tests.fixtures.forking import usual_environment
-
-COMMANDS = ["cluster", "dashboard", "db", "demo", "down", "job", "jobs", "reconcile", "servers", "up", "verify"]
-
+from tests.fixtures.processes.forking import usual_environment
 
 #: Servers that are not there. Without them a command would start servers of the user's own, which stay.
 NOWHERE = {"REDIS_URL": "redis://127.0.0.1:1/0", "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none"}
@@ -42,12 +40,45 @@ def test_the_standard_module_is_what_it_was_and_has_our_folder() -> None:
 
 
 def test_every_command_is_an_entry_point_that_celery_can_load() -> None:
-    points = {point.name: point for point in entry_points(group="celery.commands")}
-    for name in COMMANDS:
-        command = points[name].load()
-        assert isinstance(command, click.Command)
-        assert command.name == name
+    points = {point.name: point for point in entry_points(group="celery.commands") if point.module == plugin.__name__}
+    assert set(points) == {command.name for command in plugin.COMMANDS}
+    for command in plugin.COMMANDS:
+        assert points[str(command.name)].load() is command
         assert command.get_short_help_str()
+        assert command.load().name == command.name
+
+
+def test_a_name_that_is_no_command_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'clusters'"):
+        plugin.clusters  # noqa: B018
+
+
+def test_help_of_celery_has_our_commands_apart(tmp_path: Path) -> None:
+    text = _python("-m", "celery", "-A", "platform", "--help", folder=tmp_path).stdout
+    ours, celerys = text.index("\nCommands of celery-capacity, as in"), text.index("\nCelery's commands:")
+    assert ours < text.index("\n  cluster ") < celerys < text.index("\n  worker ")
+    assert text.count("\n  jobs ") == 1
+
+
+def test_other_groups_of_commands_list_as_ever() -> None:
+    group = DYMGroup("other", commands=[click.Command("one", short_help="It is one.")])
+    assert "\nCommands:\n  one  It is one." in group.get_help(click.Context(group))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage"),
+    [
+        (["-A", "platform", "jobs"], "celery -A platform jobs"),
+        (["jobs"], "celery -A platform jobs"),
+        (["-A", "theirs", "jobs"], "celery -A theirs jobs"),
+        (["-A", "platform", "db", "upgrade"], "celery -A platform db upgrade"),
+    ],
+)
+def test_usage_line_works_as_typed(tmp_path: Path, arguments: list[str], usage: str) -> None:
+    (tmp_path / "theirs.py").write_text("from celery import Celery\napp = Celery('theirs')\n")
+    script = str(Path(sys.executable).with_name("celery"))
+    done = _python(script, *arguments, "--help", folder=tmp_path)
+    assert done.stdout.startswith(f"Usage: {usage} [OPTIONS]"), done.stdout
 
 
 def test_loading_the_entry_points_loads_neither_celery_nor_a_store() -> None:

@@ -16,7 +16,7 @@ from celery_capacity.routing.model.states import Step
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import job_transitions
 from celery_capacity.routing.store.job_transitions import Transition
-from tests.fixtures.transitions import Rows
+from tests.fixtures.stores.transitions import Rows
 
 NAME: Final = job_transitions._APPLY.name
 #: `custom_plans` is there from Postgres 14 on.

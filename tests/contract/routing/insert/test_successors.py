@@ -17,7 +17,7 @@ from celery_capacity.routing.model.states import State
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import resubmit, transition_log
 from celery_capacity.routing.store import backlog, claims
-from tests.fixtures.staged import MESSAGE, Stage
+from tests.fixtures.stores.staged import MESSAGE, Stage
 
 ONE = Request.of({"cpus": 1000}).shape
 #: The message of a successor that is published later.

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Ended, Filled
 from celery_capacity.routing.ledger.scripts import MAX_BATCH
@@ -25,7 +25,7 @@ from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
-from celery_capacity.routing.policy.fill import fill
+from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import (
     CANDIDATES,
     MAX_ADMITTED,
@@ -37,7 +37,7 @@ from celery_capacity.routing.policy.placement import (
     choose,
     order,
 )
-from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW, write_book
+from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, VIEW, job_field, write_book
 
 #: Each example takes some milliseconds of the server.
 ON_A_SERVER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -149,10 +149,10 @@ def test_submit_many_takes_what_the_policy_takes_one_after_another(
         rows.append((f"job-{seq}", request_.shape, order(0, seq), MESSAGE, 0, 0, 0))
         expected.append(asked(decision))
     assert ledger.submit_many(rows) == len(rows)
-    cards: Any = [ledger.client.hmget(keys.job(row[0]), "state", "worker", "digest") for row in rows]
-    assert [worker.decode() if worker else None for _, worker, _ in cards] == expected
-    assert [state for state, *_ in cards] == [b"admitted" if worker else b"waiting" for worker in expected]
-    assert {digest for *_, digest in cards} == {digest_of(MESSAGE).encode()}
+    jobs = snapshot.read_jobs(ledger.client, [row[0] for row in rows]).values()
+    assert [job.get("worker") for job in jobs] == expected
+    assert [job["state"] for job in jobs] == ["admitted" if worker else "waiting" for worker in expected]
+    assert {job["digest"] for job in jobs} == {digest_of(MESSAGE)}
     # Again: the ledger knows all of them.
     assert ledger.submit_many(rows) == 0
 
@@ -177,6 +177,9 @@ def standing(ledger: Ledger) -> dict[bytes, Any]:
             contents[key] = sorted(contents[key]) if timed else contents[key]
         elif kind == b"list":
             contents[key] = client.lrange(key, 0, -1)
+        elif key.decode().startswith(keys.KEYS["job"]):
+            job = snapshot.parse_job(client.get(key))
+            contents[key] = {name: value for name, value in job.items() if name not in ("entry", "admitted")}
         elif kind == b"string":
             contents[key] = client.get(key)
     return contents
@@ -239,7 +242,8 @@ def passes(book: Book, backlog: Sequence[Waiting]) -> list[str]:
     """
     admitted: list[Waiting] = []
     while True:
-        pass_ = fill(book, [candidate for candidate in backlog if candidate not in admitted], SHAPES, MAX_ADMITTED)
+        remaining = [candidate for candidate in backlog if candidate not in admitted]
+        pass_ = fill_or_keep(book, remaining, MAX_ADMITTED).admitted
         for waiting in pass_:
             book = book.holding(waiting.request)
         admitted += pass_
@@ -291,7 +295,7 @@ def test_a_worker_that_asks_is_handed_over_what_others_are_sent(
     ledger.submit("first", whole.shape, order(9, 0), MESSAGE)
     file(ledger, backlog)
     ledger.client.delete("queue")
-    expected = fill(Book("w", capacity, {}), backlog, SHAPES, MAX_ADMITTED)
+    expected = fill_or_keep(Book("w", capacity, {}), backlog, MAX_ADMITTED).admitted
     ended = [Ended("first", Token(1, 1), Outcome.SUCCEEDED)]
     settled = ledger.settle("w", "life", ended=ended, most_losses=MOST_LOSSES, nonce="n")
     assert [handed.job for handed in settled.handed_over] == [waiting.job for waiting in expected]
@@ -322,18 +326,19 @@ def test_one_script_admits_as_many_as_the_policy_and_says_where_to_go_on(ledger:
     book = Book("w", {"cpus": 1000, "slots": 1000}, {})
     file(ledger, jobs)
     write_book(ledger, book)
-    first = ledger._call("fill", worker="w", cursor="")
-    assert first.number("admitted") == len(fill(book, jobs, SHAPES, MAX_ADMITTED))
+    first = ledger._call("fill", worker="w", after="-inf")
+    assert first.number("admitted") == len(fill_or_keep(book, jobs, MAX_ADMITTED).admitted)
     assert first["cursor"] == "-inf"
-    assert ledger._call("fill", worker="w", cursor=first["cursor"])["admitted"] == "5"
+    assert ledger._call("fill", worker="w", after=first["cursor"])["admitted"] == "5"
 
 
 # More workers than a single script looks at.
 
 
 def crowd(free: Mapping[str, int]) -> list[Book]:
-    """Return workers with so many free CPUs, of which only the last publishes memory."""
-    books = [Book(name, {"cpus": cpus, "slots": 5}, {}) for name, cpus in free.items()]
+    """Return workers of one queue with so many free CPUs, of which only the last publishes memory."""
+    serving = {"slots": 5, **labels([DEFAULT_QUEUE, "mail"])}
+    books = [Book(name, {"cpus": cpus, **serving}, {}) for name, cpus in free.items()]
     return [*books[:-1], replace(books[-1], capacity={**books[-1].capacity, "memory": 1})]
 
 
@@ -342,7 +347,7 @@ def crowd(free: Mapping[str, int]) -> list[Book]:
 def test_the_search_goes_on_by_the_cursor_until_a_worker_is_found(ledger: Ledger, workers: int, equal: bool) -> None:
     books = crowd({f"w{n:04}": 4000 if equal else 4000 + n for n in range(workers)})
     write(ledger, books)
-    request_ = Request.of({"cpus": 1000, "memory": 1})
+    request_ = Request.of({"cpus": 1000, "memory": 1}).within("mail")
     assert choose(request_, books, len(books)) == Admission(books[-1].worker)
     submitted = ledger.submit("job", request_.shape, order(0, 1), MESSAGE)
     assert (submitted.state, submitted.worker, submitted.attempt) == ("admitted", books[-1].worker, 1)
@@ -353,10 +358,10 @@ def test_many_submitted_at_once_search_on_by_the_cursor_too(ledger: Ledger) -> N
     *books, last = crowd({f"w{n:04}": 4000 for n in range(2 * CANDIDATES)})
     last = replace(last, capacity={**last.capacity, "memory": 2})
     write(ledger, [*books, last])
-    shape = Request.of({"cpus": 1000, "memory": 1}).shape
+    shape = Request.of({"cpus": 1000, "memory": 1}).within("mail").shape
     assert ledger.submit_many([(f"job-{n}", shape, order(0, n), MESSAGE, 0, 0, 0) for n in range(3)]) == 3
     took = last.worker.encode()
-    assert [ledger.client.hget(keys.job(f"job-{n}"), "worker") for n in range(3)] == [took, took, None]
+    assert [job_field(ledger.client, f"job-{n}", "worker") for n in range(3)] == [took, took, None]
 
 
 def test_of_many_that_come_too_late_none_is_taken(ledger: Ledger) -> None:
@@ -369,7 +374,7 @@ def test_of_many_that_come_too_late_none_is_taken(ledger: Ledger) -> None:
 def test_the_cursor_of_a_submit_is_the_one_that_the_policy_says(ledger: Ledger) -> None:
     books = crowd({f"w{n:04}": 4000 + n for n in range(CANDIDATES + 5)})
     write(ledger, books)
-    request_ = Request.of({"cpus": 1000, "memory": 1})
+    request_ = Request.of({"cpus": 1000, "memory": 1}).within("mail")
     refusal = choose(request_, books, CANDIDATES)
     values = ledger._submit_values("job", request_.shape, order(0, 1), MESSAGE, 0, 0, 0)
     reply = ledger._call("submit", **values)
@@ -382,11 +387,11 @@ def test_the_cursor_of_a_submit_is_the_one_that_the_policy_says(ledger: Ledger) 
 def test_a_search_whose_cursor_moved_meanwhile_still_finds_the_worker(ledger: Ledger) -> None:
     books = crowd({f"w{n:04}": 4000 for n in range(3 * CANDIDATES)})
     write(ledger, books)
-    request_ = Request.of({"cpus": 1000, "memory": 1})
+    request_ = Request.of({"cpus": 1000, "memory": 1}).within("mail")
     reply = ledger._call("submit", **ledger._submit_values("job", request_.shape, order(0, 1), MESSAGE, 0, 0, 0))
     assert reply.head == "waiting"
     # The worker at the cursor gets an allocation: it leaves its place.
-    ledger.client.zadd(keys.FREE, {reply["cursor_worker"]: 3000})
+    ledger.client.zadd(keys.free_of("queue:mail"), {reply["cursor_worker"]: 3000})
     placed = ledger.place_shape(request_.shape, reply["cursor_score"], reply["cursor_worker"])
     assert [admission.worker for admission in placed] == [books[-1].worker]
 
@@ -394,7 +399,7 @@ def test_a_search_whose_cursor_moved_meanwhile_still_finds_the_worker(ledger: Le
 def test_a_job_that_fits_nowhere_is_filed_after_all_workers_were_looked_at(ledger: Ledger) -> None:
     books = crowd({f"w{n:04}": 4000 for n in range(3 * CANDIDATES)})
     write(ledger, books)
-    request_ = Request.of({"cpus": 1000, "memory": 2})
+    request_ = Request.of({"cpus": 1000, "memory": 2}).within("mail")
     assert ledger.submit("job", request_.shape, order(0, 1), MESSAGE).state == "waiting"
     assert ledger.client.zrange(keys.wait(request_.shape), 0, -1) == [b"job"]
 
@@ -402,7 +407,7 @@ def test_a_job_that_fits_nowhere_is_filed_after_all_workers_were_looked_at(ledge
 def test_job_behind_others_of_its_shape_is_not_searched_for_at_submit(ledger: Ledger) -> None:
     books = crowd({f"w{n:04}": 4000 for n in range(CANDIDATES + 1)})
     write(ledger, books)
-    request_ = Request.of({"cpus": 1000, "memory": 1})
+    request_ = Request.of({"cpus": 1000, "memory": 1}).within("mail")
     first = ledger._call("submit", **ledger._submit_values("first", request_.shape, order(0, 1), MESSAGE, 0, 0, 0))
     assert first.head == "waiting"
     # The caller of the first job died here. The next job is filed unseen, and the sweep's fill finds both.

@@ -15,8 +15,8 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy import placement
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import Admission, Book, Refusal, Waiting, order, survey
-from tests.fixtures.books import MOST_LOSSES
-from tests.fixtures.cluster import CAPACITY, ONE, Cluster
+from tests.fixtures.stores.books import MOST_LOSSES, job_field
+from tests.fixtures.stores.cluster import CAPACITY, ONE, Cluster
 
 #: Allocation of a job that asks for ONE and runs alone.
 ALONE: Final = "alone=1,cpus=1000,memory=10,slots=1"
@@ -28,22 +28,12 @@ def kept(cluster: Cluster, worker: str = "w") -> str:
     return cluster.book(worker).get("kept", "")
 
 
-def test_a_last_attempt_takes_an_empty_worker_and_nothing_comes_beside_it(cluster: Cluster) -> None:
-    assert cluster.submit("last", losses=LAST) == "w"
-    assert cluster.book()["a.alone"] == "1"
-    assert cluster.submit("next") is None
-    assert cluster.client.zscore(keys.FREE, "w") is None
-    assert cluster.claim("last", Token(1, 1)).ok
-    cluster.end("last", Token(1, 1))
-    assert (cluster.state("next"), cluster.book()["a.alone"]) == ("admitted", "0")
-
-
 def test_job_runs_alone_after_the_loss_that_leaves_it_one_attempt(cluster: Cluster) -> None:
     cluster.run("beside")
     cluster.submit("job", losses=LAST - 1)
     assert cluster.claim("job", Token(1, 1)).losses == LAST - 1
     assert cluster.end("job", Token(1, 1), "lost").state == "waiting"
-    assert cluster.client.hget(keys.job("job"), "shape").decode() == ALONE
+    assert job_field(cluster.client, "job", "shape") == ALONE.encode()
     # The job lost that attempt here: this worker is kept for it.
     assert kept(cluster) == ALONE
     assert cluster.submit("small") is None
@@ -79,7 +69,7 @@ def test_of_two_workers_one_is_kept_and_the_first_that_is_empty_takes_it(cluster
     assert kept(cluster, "x") == ""
     cluster.claim("other", Token(1, 1), "x")
     cluster.end("other", Token(1, 1), worker="x")
-    assert cluster.client.hget(keys.job("last"), "worker") == b"x"
+    assert job_field(cluster.client, "last", "worker") == b"x"
     # The worker that was kept takes others again.
     assert (kept(cluster), cluster.submit("next")) == ("", "w")
 
@@ -111,8 +101,59 @@ def test_worker_that_is_kept_no_more_is_filled_over_several_passes(cluster: Clus
         cluster.ledger.cancel("last", State.CANCELLED)
     else:
         cluster.register("x")
-        assert cluster.client.hget(keys.job("last"), "worker") == b"x"
+        assert job_field(cluster.client, "last", "worker") == b"x"
     assert (kept(cluster), {cluster.state(job) for job in small}) == ("", {"admitted"})
+
+
+def test_each_worker_that_is_kept_no_more_is_filled(cluster: Cluster) -> None:
+    busy = Request.of({"cpus": 3000}).shape
+    cluster.register("x")
+    for worker in "wx":
+        cluster.run(f"busy-{worker}", busy, worker)
+    for worker, memory in zip("wx", (1, 2), strict=True):
+        cluster.submit(f"last-{worker}", Request.of({"cpus": 1000, "memory": memory}).shape, losses=LAST)
+        cluster.renew(f"busy-{worker}", worker=worker)
+        assert kept(cluster, worker) != ""
+    assert [cluster.submit(f"next-{worker}") for worker in "wx"] == [None, None]
+    # Another worker turns out to run the jobs for which they are kept.
+    cluster.register("y", Request.of({"slots": 2}).shape)
+    held = [Adopted(f"last-{worker}", Token(1, 1), Request.of({}).shape, 1, 5, 6, "n", 0) for worker in "wx"]
+    assert cluster.ledger.adopt("y", "y-life", held) == []
+    for worker in "wx":
+        cluster.renew(f"busy-{worker}", worker=worker)
+    assert [cluster.state(f"next-{worker}") for worker in "wx"] == ["admitted", "admitted"]
+
+
+@pytest.mark.parametrize("how", ["is revoked", "is removed", "goes elsewhere", "goes to a released worker"])
+def test_worker_whose_filling_was_cut_off_is_filled_by_its_heartbeat(
+    cluster: Cluster, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.run("one")
+    if how == "goes to a released worker":
+        cluster.register("x")
+        cluster.run("all", Request.of({"cpus": 4000}).shape, "x")
+    cluster.submit("last", losses=LAST)
+    cluster.renew("one")
+    cluster.submit("next")
+    assert (kept(cluster), cluster.state("next")) == (ALONE, "waiting")
+    cluster.written()
+    with monkeypatch.context() as dying:
+        # The caller dies between the script that ends the keeping and the one that fills.
+        dying.setattr(cluster.ledger, "fill", lambda *_: 0)
+        if how == "is revoked":
+            assert cluster.ledger.cancel("last", State.CANCELLED).verdict == "ended"
+        elif how == "is removed":
+            assert cluster.ledger.remove_job("last", Token(1, 0), final=True)
+        elif how == "goes elsewhere":
+            cluster.register("x")
+            assert [placed.worker for placed in cluster.ledger.place_shape(ALONE)] == ["x"]
+        else:
+            cluster.end("all", Token(1, 1), worker="x")
+    assert (kept(cluster), cluster.state("next")) == ("", "waiting")
+    cluster.ledger.renew("w", "w-life", {}, ["one"], MOST_LOSSES, admit=False)
+    assert cluster.state("next") == "waiting"
+    cluster.renew("one")
+    assert cluster.state("next") == "admitted"
 
 
 def test_a_worker_that_shrinks_below_the_job_is_kept_no_more(cluster: Cluster) -> None:
@@ -204,8 +245,8 @@ def test_the_reason_says_that_it_waits_to_be_alone_and_where() -> None:
 def test_a_pass_keeps_the_worker_when_the_turn_has_come() -> None:
     small, last = Request.from_shape(ONE), JOB
     backlog = [Waiting("1", small, 1), Waiting("2", last, 2), Waiting("3", small, 3)]
-    admitted, shape = fill_or_keep(book("a", 1), backlog, 64, 32)
+    admitted, shape = fill_or_keep(book("a", 1), backlog, 32)
     assert ([waiting.job for waiting in admitted], shape) == (["1"], ALONE)
     # Another worker is kept for this shape already.
-    admitted, shape = fill_or_keep(book("a", 1), backlog, 64, 32, {ALONE})
+    admitted, shape = fill_or_keep(book("a", 1), backlog, 32, {ALONE})
     assert ([waiting.job for waiting in admitted], shape) == (["1", "3"], "")

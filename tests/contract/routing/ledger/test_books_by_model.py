@@ -22,11 +22,11 @@ from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.states import Outcome, State, WorkerStatus
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import Refusal, choose
-from tests.fixtures.books import FOR_EVER, MOST_LOSSES
-from tests.fixtures.comparing import differences, expected, observe
-from tests.fixtures.job_rules import JobRules
-from tests.fixtures.model import ALL, Model
-from tests.fixtures.modelled import Job, Worker
+from tests.fixtures.model.comparing import differences, expected, observe
+from tests.fixtures.model.job_rules import JobRules
+from tests.fixtures.model.ledger import ALL, Model
+from tests.fixtures.model.parts import Job, Worker
+from tests.fixtures.stores.books import FOR_EVER, MOST_LOSSES
 
 #: Age of a lease's end (ms): more than a client's estimate of the server's clock may be off.
 AGO = 3_600_000

@@ -14,10 +14,11 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import transition_log
-from tests.fixtures.books import MOST_LOSSES, VIEW, open_ledger
-from tests.fixtures.cluster import CAPACITY, ONE, Cluster
-from tests.fixtures.installed import old_redis
-from tests.fixtures.redises import redis_server
+from tests.fixtures.processes.installed import old_redis
+from tests.fixtures.servers.redises import redis_server
+from tests.fixtures.stores.books import MOST_LOSSES, VIEW, open_ledger
+from tests.fixtures.stores.cluster import CAPACITY, ONE, Cluster
+from tests.fixtures.stores.noted import noted
 
 WHOLE = Request.of({"cpus": 4000}).shape
 
@@ -68,7 +69,7 @@ def test_what_waits_in_a_full_ledger_runs_and_ends(cluster: Cluster) -> None:
     assert [handed.job for handed in handed_over] == ["last"]
     assert [handed.job for handed in cluster.ledger.hand_over_again("w", "w-life", [])] == ["last"]
     assert cluster.end("last", Token(1, 1)).verdict == "released"
-    assert cluster.ledger.ack_transitions(transition_log.written(transition_log.read(cluster.ledger))) > 0
+    assert cluster.ledger.ack_transitions(transition_log.written(noted(cluster.ledger))) > 0
     assert cluster.client.xlen(keys.STREAM) == 0
     assert (cluster.book()["a.cpus"], cluster.client.get(keys.ALLOCATED)) == ("0", b"0")
 

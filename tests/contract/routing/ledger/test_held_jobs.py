@@ -15,8 +15,8 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
-from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW
-from tests.fixtures.cluster import Cluster
+from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, VIEW
+from tests.fixtures.stores.cluster import Cluster
 
 JOBS: Final = HELD + 150
 CAPACITY: Final = Request.of({"cpus": 1000 * JOBS, "slots": JOBS}).shape

@@ -11,40 +11,10 @@ from celery_capacity.routing.ledger.replies import Adopted, Arrived, Ended, Ledg
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
-from tests.fixtures.books import MESSAGE, MOST_LOSSES
-from tests.fixtures.cluster import CAPACITY, ONE, Cluster
+from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES
+from tests.fixtures.stores.cluster import CAPACITY, ONE, Cluster
 
 # An attempt that lost its lease.
-
-
-def test_given_up_worker_cannot_end_a_job_whose_successor_is_noted(cluster: Cluster) -> None:
-    cluster.run("job")
-    cluster.ledger.note_successor("job", b"its successor")
-    cluster.expire()
-    assert cluster.lapse() == "gone"
-    assert cluster.noted("job")[-1] == ("scheduled", "lost")
-    cluster.register()
-    assert cluster.end("job", Token(1, 1)).verdict == "stale"
-
-
-@pytest.mark.parametrize(
-    ("outcome", "state"),
-    [
-        ("succeeded", "succeeded"),
-        ("failed", "failed"),
-        ("cancelled", "cancelled"),
-        ("expired", "expired"),
-        ("retried", "scheduled"),
-    ],
-)
-def test_a_release_that_is_sent_again_says_again_what_the_job_became(
-    cluster: Cluster, outcome: str, state: str
-) -> None:
-    cluster.run("job")
-    assert cluster.end("job", Token(1, 1), outcome).state == state
-    again = cluster.end("job", Token(1, 1), outcome)
-    assert (again.verdict, again.state) == ("repeat", state)
-    assert cluster.noted("job")[-1] == (state, outcome)
 
 
 def test_an_attempt_that_was_taken_back_cannot_end_the_next_one(cluster: Cluster) -> None:
@@ -111,25 +81,6 @@ def test_claim_sent_again_is_granted_and_a_doubled_message_is_not(cluster: Clust
 # Successors.
 
 
-@pytest.mark.parametrize("outcome", ["succeeded", "failed", "expired"])
-def test_an_attempt_that_ends_with_a_successor_leaves_the_id_to_it(cluster: Cluster, outcome: str) -> None:
-    cluster.run("job")
-    cluster.ledger.note_successor("job", b"its successor")
-    assert cluster.end("job", Token(1, 1), outcome).state == outcome
-    # Postgres takes the successor, and the job is submitted again at once.
-    cluster.written()
-    assert cluster.submit("job", attempt=1) == "w"
-
-
-def test_a_job_that_is_lost_for_good_still_runs_its_successor(cluster: Cluster) -> None:
-    cluster.submit("job", losses=MOST_LOSSES - 1)
-    cluster.claim("job", Token(1, 1))
-    cluster.ledger.note_successor("job", b"its successor")
-    assert cluster.end("job", Token(1, 1), "lost").state == "scheduled"
-    cluster.written()
-    assert cluster.submit("job", attempt=1, losses=MOST_LOSSES) == "w"
-
-
 def test_successor_is_not_noted_on_the_attempt_that_runs_it(cluster: Cluster) -> None:
     """The word of the successor came late: Postgres, and with it the ledger, had gone on.
 
@@ -143,14 +94,6 @@ def test_successor_is_not_noted_on_the_attempt_that_runs_it(cluster: Cluster) ->
     cluster.claim("job", Token(1, 2))
     assert not cluster.ledger.note_successor("job", MESSAGE)
     assert cluster.end("job", Token(1, 2), "lost").state == "waiting"
-
-
-def test_a_revoked_job_runs_no_successor(cluster: Cluster) -> None:
-    cluster.run("job")
-    cluster.ledger.note_successor("job", b"its successor")
-    cluster.end("job", Token(1, 1), "cancelled")
-    assert cluster.submit("job", attempt=1) is None
-    assert cluster.state("job") == "ended"
 
 
 def test_an_end_waits_for_a_book_that_went_missing(cluster: Cluster) -> None:
@@ -231,14 +174,6 @@ def test_a_clock_that_was_set_back_takes_nothing_back_sooner(cluster: Cluster) -
     assert cluster.noted("job")[0] == ("waiting", "lost")
 
 
-def test_a_list_of_a_version_before_is_begun_anew(cluster: Cluster) -> None:
-    cluster.run("job")
-    cluster.client.sadd(keys.missing("w"), "job 1.1")
-    cluster.renew()
-    assert cluster.state("job") == "running"
-    assert cluster.client.hkeys(keys.missing("w")) == [b"job 1.1"]
-
-
 def test_an_attempt_that_a_list_lacked_says_nothing_of_the_next_attempt(cluster: Cluster) -> None:
     cluster.run("job")
     cluster.renew()
@@ -265,7 +200,10 @@ def test_a_job_that_ended_leaves_nothing_in_the_list_of_missing_ones(cluster: Cl
 
 @pytest.mark.parametrize(
     ("outcome", "stored"),
-    [("succeeded", True), ("failed", True), ("retried", True), ("handed_back", False), ("lost", False)],
+    [
+        *(("succeeded", True), ("failed", True), ("retried", True), ("requeued", True)),
+        *(("handed_back", False), ("lost", False)),
+    ],
 )
 def test_a_release_stores_the_result_of_what_is_over(cluster: Cluster, outcome: str, stored: bool) -> None:
     cluster.register()
@@ -306,7 +244,7 @@ def test_a_stale_release_stores_nothing(cluster: Cluster) -> None:
     settled = cluster.ledger.settle("w", "w-life", ended=[ended], most_losses=MOST_LOSSES, admit=False)
     assert settled.released[0].verdict == "stale"
     assert cluster.client.get("celery-task-meta-j") is None
-    assert all(fields[b"outbox"] == b"" for _, fields in cluster.client.xrange(keys.STREAM))
+    assert all(b"outbox" not in fields for _, fields in cluster.client.xrange(keys.STREAM))
 
 
 def test_an_outbox_stands_in_the_stream_with_the_end(cluster: Cluster) -> None:

@@ -19,8 +19,8 @@ from celery_capacity.routing.model.states import Outcome, State
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
 from tests.contract.routing.ledger.test_signatures import assembled
-from tests.fixtures.books import FOR_EVER, MESSAGE, MOST_LOSSES, VIEW
-from tests.fixtures.servers import empty_redis
+from tests.fixtures.servers.pair import empty_redis
+from tests.fixtures.stores.books import FOR_EVER, MESSAGE, MOST_LOSSES, VIEW, write_job
 
 #: They share a ledger that is full of strangers.
 pytestmark = pytest.mark.xdist_group("bounds")
@@ -168,6 +168,12 @@ class Flood:
     def _build(self, command: str, key: str, entry: str = STRANGER, beside: int | str = 1) -> None:
         self.client.eval(BUILD, 0, command, key, entry, beside, STRANGERS)
 
+    def borders(self) -> None:
+        """Put shapes whose heads run low into the places where they are noted."""
+        for command, key in (("ZADD", keys.BORDER), ("SADD", keys.LOW)):
+            self._build(command, key)
+        self.client.hset(keys.EPOCH, "stay", "1")
+
     def queue(self, shape: str = ONE) -> None:
         """Put places of jobs into a queue, whose shape stands in the indexes before all others."""
         self._build("ZADD", keys.wait(shape))
@@ -258,6 +264,12 @@ def place_shape_alone(flood: Flood) -> Callable[[], object]:
     flood.client.zadd(keys.SHAPES, {ALONE: 0})
     flood.queue()
     return lambda: flood.ledger.place_shape(ALONE)
+
+
+def find_room(flood: Flood) -> Callable[[], object]:
+    flood.empty().workers()
+    flood.shapes()
+    return lambda: list(flood.ledger.find_room())
 
 
 def fill(flood: Flood) -> Callable[[], object]:
@@ -360,7 +372,7 @@ def claim(flood: Flood) -> Callable[[], object]:
 
 def cancel(flood: Flood) -> Callable[[], object]:
     flood.fill_up()
-    flood.client.hset(keys.job("stranger-1"), mapping={"state": "waiting", "epoch": 1, "attempt": 0, "shape": ONE})
+    write_job(flood.client, "stranger-1", state="waiting", epoch=1, attempt=0, shape=ONE, order=1)
     return lambda: flood.ledger.cancel("stranger-1", State.CANCELLED)
 
 
@@ -384,7 +396,7 @@ def among_strangers(ask: Callable[[Ledger], object]) -> Driver:
 
 def elect(flood: Flood) -> Callable[[], object]:
     flood.empty().asked()
-    return lambda: flood.ledger.elect("life", 0, 90.0, ["due"], "w", dict.fromkeys(map(str, range(50)), 1))
+    return lambda: flood.ledger.elect("life", 0, 90.0, ["due"], "w")
 
 
 def close_epoch(flood: Flood) -> Callable[[], object]:
@@ -421,6 +433,24 @@ def in_new_ledger(flood: Flood) -> Callable[[], object]:
 
 ROWS: Final = "\n".join(f"stranger-{number} waiting 1.0 -" for number in range(500))
 
+
+def begin_refill(flood: Flood) -> Callable[[], object]:
+    flood.empty().borders()
+    return lambda: flood.ledger.begin_refill()
+
+
+def find_low(flood: Flood) -> Callable[[], object]:
+    flood.empty().borders()
+    return lambda: flood.ledger.find_low()
+
+
+def refill(flood: Flood) -> Callable[[], object]:
+    flood.empty().worker()
+    flood.queue()
+    rows = [(f"job-{number}", ONE, number, MESSAGE, 0, 0, 0) for number in range(100)]
+    return lambda: flood.ledger.refill(ONE, 100, rows)
+
+
 #: Drivers of each script, where it has the most to do. Each script stands here.
 DRIVERS: Final[dict[str, tuple[Driver, ...]]] = {
     "adopt": (adopt,),
@@ -437,12 +467,18 @@ DRIVERS: Final[dict[str, tuple[Driver, ...]]] = {
     "repair_job": (among_strangers(lambda ledger: ledger.repair_job("stranger-1")),),
     "note_successor": (among_strangers(lambda ledger: ledger.note_successor("stranger-1", MESSAGE)),),
     "set_total": (among_strangers(lambda ledger: ledger.set_total(0, 0)),),
+    "set_waiting": (among_strangers(lambda ledger: ledger.set_waiting(0, 0)),),
+    "set_tight": (among_strangers(lambda ledger: ledger.set_tight(False)),),
     "prune_index": (among_strangers(lambda ledger: ledger.prune_index("gpus", 0, 500)),),
     "prune_held": (among_strangers(lambda ledger: ledger.prune_held("w")),),
     "expire_lease": (among_strangers(lambda ledger: ledger.expire_lease("w", "w-life")),),
     # From here on each driver makes its own strangers.
     "elect": (elect,),
     "fill": (fill, fill_shapes),
+    "find_room": (find_room,),
+    "begin_refill": (begin_refill,),
+    "find_low": (find_low,),
+    "refill": (refill,),
     "close_epoch": (close_epoch,),
     "finish_epoch": (finish_epoch,),
     "unblock_carried": (unblock_carried,),

@@ -17,7 +17,7 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
 from tests.contract.routing.ledger.test_script_bounds import ASIDE
 from tests.contract.routing.ledger.test_signatures import assembled
-from tests.fixtures.books import MESSAGE, MOST_LOSSES, VIEW
+from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, VIEW
 
 #: Jobs in the two calls that are compared, so that commands which every call gives do not count.
 FEW: Final = 8
@@ -30,13 +30,15 @@ NUMBERS: Final = {
     "six": 6,
     "seven": 7,
     "ten": 10,
+    "twelve": 12,
+    "thirteen": 13,
     "fifteen": 15,
     "eighteen": 18,
 }
 #: A cost for each job, entry or place.
 EACH: Final = re.compile(r"(?:at most )?(\w+) commands? an? (?:job|entry|place)")
 #: Limits that end a loop of a script: the header names them.
-BOUNDS: Final = {"candidates", "searched", "shapes", "most", "held", "freed"}
+BOUNDS: Final = {"candidates", "searched", "shapes", "most", "held"}
 
 #: Token of each job's first attempt.
 FIRST: Final = Token(1, 1)
@@ -68,6 +70,12 @@ class Counting(Ledger):
 def submit(ledger: Ledger, jobs: Sequence[str]) -> None:
     ledger.register("w", "w-life", "queue.w", CAPACITY, VIEW)
     ledger.submit_many([(job, ONE, order(0, place), MESSAGE, 0, 0, 0) for place, job in enumerate(jobs)])
+
+
+def refill(ledger: Ledger, jobs: Sequence[str]) -> None:
+    """Fetch jobs that start at once."""
+    rows = [(job, ONE, order(0, place), MESSAGE, 0, 0, 0) for place, job in enumerate(jobs)]
+    ledger.refill(ONE, None, rows)
 
 
 def run(ledger: Ledger, jobs: Sequence[str]) -> None:
@@ -140,6 +148,7 @@ Call = Callable[[Ledger, Sequence[str]], object]
 CASES: Final[list[tuple[str, Call, Call]]] = [
     ("submit_many", file_and_register, lambda ledger, jobs: submit(ledger, [f"{job}-other" for job in jobs])),
     ("submit_many", nothing, file),
+    ("refill", file_and_register, lambda ledger, jobs: refill(ledger, [f"{job}-other" for job in jobs])),
     (
         "claim",
         submit,

@@ -17,9 +17,10 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import reconcile, resubmit, transition_log
 from celery_capacity.routing.store import backlog
 from celery_capacity.workers.duties import due, sweep
-from tests.fixtures.books import MOST_LOSSES, open_ledger
-from tests.fixtures.cluster import Cluster
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.books import MOST_LOSSES, open_ledger
+from tests.fixtures.stores.cluster import Cluster
+from tests.fixtures.stores.noted import noted
+from tests.fixtures.stores.staged import Stage
 
 
 def end_as(outcome: str) -> Callable[[Cluster], None]:
@@ -150,7 +151,7 @@ def test_no_repair_brings_in_a_job_whose_end_is_not_written(stage: Stage) -> Non
         taken_back = text("UPDATE jobs SET epoch = :epoch, attempt = 1, step = 10")
         connection.execute(taken_back, {"epoch": stage.ledger.epoch})
         assert resubmit.submit_rows(stage.ledger, backlog.these(connection, [job])) == 0
-    assert len(transition_log.read(stage.ledger)) == 1
+    assert len(noted(stage.ledger)) == 1
 
 
 @pytest.mark.leaves("I1", "I6", because="the key of an admitted job was lost")

@@ -37,7 +37,7 @@ NOTES: Final[dict[tuple[str, str, str], list[tuple[State, Event]]]] = {
     ("put_back", "state", "STEP.back"): [
         (state, event) for state in HELD for event in (Event.RETRY_LATER, Event.RESUBMIT)
     ],
-    # the outcome, or `scheduled` of a job that is retried
+    # the outcome, or `scheduled` of a job that is retried or put back
     ("release", "state", "final and STEP.ended or STEP.back"): [
         (state, event)
         for state in HELD
@@ -48,6 +48,7 @@ NOTES: Final[dict[tuple[str, str, str], list[tuple[State, Event]]]] = {
             Event.EXPIRE,
             Event.REPLACE,
             Event.RETRY_LATER,
+            Event.REQUEUE,
         )
     ],
     ("cancel", "state", "STEP.dropped"): [(State.WAITING, Event.CANCEL), (State.WAITING, Event.EXPIRE)],
@@ -88,7 +89,7 @@ def test_every_final_outcome_that_a_worker_reports_is_a_state() -> None:
     listed = re.search(r"outcome \(([^)]*)\)", scripts.header("release")["ARGV"])
     assert listed is not None
     outcomes = set(listed.group(1).split(", "))
-    assert {State(name) for name in outcomes - {"retried", "handed_back"}} == {*FINAL, State.REPLACED}
+    assert {State(name) for name in outcomes - {"retried", "requeued", "handed_back"}} == {*FINAL, State.REPLACED}
 
 
 #: Words in quotes in the Lua that are states of a job in Redis, or of a worker's book.

@@ -8,9 +8,10 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import rebuild, transition_log
-from tests.fixtures.books import MOST_LOSSES
-from tests.fixtures.cluster import Cluster
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.books import MOST_LOSSES
+from tests.fixtures.stores.cluster import Cluster
+from tests.fixtures.stores.noted import noted
+from tests.fixtures.stores.staged import Stage
 from tests.fixtures.waiting import until
 
 HOUR_MS = 3_600_000
@@ -114,8 +115,8 @@ def test_entries_of_before_are_read_at_once(cluster: Cluster) -> None:
     far = cluster.ledger.measure() + HOUR_MS
     cluster.client.xadd(keys.STREAM, {"job": "ahead", "epoch": "1", "attempt": "1"}, id=f"{far}-0")
     cluster.submit("job")
-    transitions = transition_log.read(cluster.ledger, older_than_ms=60_000)
+    transitions = noted(cluster.ledger, transition_log._newest(cluster.ledger, 60_000))
     assert [transition.job for transition in transitions] == ["ahead", "job"]
     cluster.client.delete(keys.STREAM)
     cluster.submit("other")
-    assert transition_log.read(cluster.ledger, older_than_ms=60_000) == []
+    assert noted(cluster.ledger, transition_log._newest(cluster.ledger, 60_000)) == []

@@ -15,7 +15,7 @@ from celery_capacity.routing.recovery import rebuild
 from celery_capacity.routing.store import backlog
 from celery_capacity.routing.store.backlog import Pending
 from celery_capacity.workers.process.stores import make_engine
-from tests.fixtures.staged import MOST_LOSSES, Stage
+from tests.fixtures.stores.staged import MOST_LOSSES, Stage
 
 
 @pytest.fixture

@@ -20,9 +20,12 @@ from celery_capacity.routing.database import authority
 from celery_capacity.routing.database.authority import hold_epoch, read_authority
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.recovery import rebuild, revocation
 from celery_capacity.routing.store import claims
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.books import job_field
+from tests.fixtures.stores.staged import Stage
 from tests.fixtures.waiting import PATIENCE
 
 #: Waiting jobs of the old books: several steps of a wipe and of a backlog.
@@ -202,3 +205,24 @@ def test_opener_says_that_it_goes_on_while_it_tells_of_revoked_jobs(stage: Stage
     with stage.engine.connect() as connection:
         revocation.tell_all(connection, stage.ledger, lambda: beats.append(1))
     assert len(beats) >= JOBS
+
+
+def test_opener_replaces_books_of_an_older_format_and_applies_their_stream(stage: Stage) -> None:
+    job = stage.submit(cpus=9000, applied=False)
+    entry = job_field(stage.redis, job, "entry")
+    # In format 1 a job was a hash.
+    stage.redis.delete(keys.job(job))
+    stage.redis.hset(keys.job(job), mapping={"state": "waiting", "epoch": 2, "attempt": 0, "entry": str(entry)})
+    stage.redis.hset(keys.EPOCH, "format", 1)
+    ledger = Ledger(stage.settings)
+    ledger.epoch = stage.ledger.epoch
+    with pytest.raises(LedgerClosed):
+        ledger.revoke(job)
+    opened = rebuild.open_if_cold(stage.engine, ledger)
+    assert opened is not None
+    stage.ledger.epoch = opened.epoch
+    stage.apply()
+    assert (stage.row(job).state, job_field(stage.redis, job, "state")) == ("waiting", b"waiting")
+    assert stage.redis.hget(keys.EPOCH, "format") == str(format_versions.LEDGER).encode()
+    assert stage.redis.xlen(keys.STREAM) == 0
+    ledger.client.close()

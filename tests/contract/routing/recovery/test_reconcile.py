@@ -25,10 +25,10 @@ from celery_capacity.routing.recovery.drift import Reconciled
 from celery_capacity.routing.recovery.reconcile import reconcile
 from celery_capacity.routing.recovery.reconcile_indexes import CHUNK
 from celery_capacity.routing.store import backlog
-from tests.fixtures import damage
-from tests.fixtures.damage import DAMAGES, Scene
-from tests.fixtures.staged import MESSAGE, Stage
-from tests.fixtures.work import Work
+from tests.fixtures.jobs.work import Work
+from tests.fixtures.stores import damage
+from tests.fixtures.stores.damage import DAMAGES, Scene
+from tests.fixtures.stores.staged import MESSAGE, Stage
 
 #: Seconds for which a violation must stay. Nothing else moves when the test looks for it.
 BRIEFLY: Final = 0.2

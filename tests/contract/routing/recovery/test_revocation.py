@@ -26,7 +26,8 @@ from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.duties import fallback, sweep
 from celery_capacity.workers.process.stores import Stores, make_engine
 from celery_capacity.workers.results.cancellation import carry_out, revoke_jobs
-from tests.fixtures.staged import MESSAGE, MOST_LOSSES, Stage
+from tests.fixtures.stores.books import job_field
+from tests.fixtures.stores.staged import MESSAGE, MOST_LOSSES, Stage
 
 ONE = Request.of({"cpus": 1000}).shape
 
@@ -126,8 +127,8 @@ def test_new_books_know_it(stage: Stage, app: Celery) -> None:
     revoke(app, held)
     opened = rebuild.open_if_cold(stage.engine, stage.ledger)
     assert opened is not None and opened.held == 2
-    assert stage.redis.hget(keys.job(held), "revoked") == b"1"
-    assert stage.redis.hget(keys.job(ends), "revoked") is None
+    assert job_field(stage.redis, held, "revoked") == b"1"
+    assert job_field(stage.redis, ends, "revoked") is None
     lose_worker(stage)
     assert (stage.row(held).state, stage.row(ends).state) == ("cancelled", "accepted")
 
@@ -228,7 +229,7 @@ def test_a_job_that_runs_unknown_to_postgres_has_its_own_end(stage: Stage, blind
     row = stage.row(job)
     assert (row.state, row.revoked_at is not None) == ("accepted", True)
     sweep.run_once(blind, sees_again(blind, stage))
-    assert stage.redis.hget(keys.job(job), "revoked") == b"1"
+    assert job_field(stage.redis, job, "revoked") == b"1"
     ended = [Ended(job, token, Outcome.SUCCEEDED)]
     stage.ledger.settle("a", "a-life", ended=ended, most_losses=MOST_LOSSES)
     stage.apply()
@@ -240,7 +241,8 @@ def test_a_job_that_has_not_started_starts_no_more_and_ends(stage: Stage, blind:
     if state == "waiting":
         # The ledger was lost meanwhile, and nobody brings the job in again.
         job = stage.submit(cpus=99_000)
-        stage.redis.delete(*stage.redis.keys("ledger:wait*"), *stage.redis.keys("ledger:shapes*"), keys.job(job))
+        lost = [key for family in ("wait", "shapes", "asks") for key in stage.redis.keys(f"ledger:{family}*")]
+        stage.redis.delete(*lost, keys.job(job))
     else:
         job = stage.insert({"cpus": 1000}, due_at=None if state == "accepted" else datetime(2020, 1, 1, tzinfo=UTC))
     stage.sql("UPDATE jobs SET submitted_at = submitted_at - interval '1 hour'")

@@ -9,7 +9,7 @@ import pytest
 
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.recovery.reconcile import reconcile
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.staged import Stage
 
 
 @pytest.fixture

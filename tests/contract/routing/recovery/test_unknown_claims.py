@@ -19,7 +19,7 @@ from celery_capacity.routing.recovery import rebuild
 from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.process import claim_writer
 from celery_capacity.workers.process.stores import make_engine
-from tests.fixtures.staged import MOST_LOSSES, Stage
+from tests.fixtures.stores.staged import MOST_LOSSES, Stage
 
 
 @pytest.fixture

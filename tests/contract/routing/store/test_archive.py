@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,9 +27,8 @@ from celery_capacity.routing.store import archive, job_transitions, queries
 from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.duties import archive as duty
 from celery_capacity.workers.process.stores import Stores
-from tests.fixtures.processes import ROOT
-from tests.fixtures.staged import MESSAGE, Stage
-from tests.fixtures.work import Work
+from tests.fixtures.jobs.work import Work
+from tests.fixtures.stores.staged import MESSAGE, Stage
 
 #: Seconds for which jobs are kept in most of these tests.
 KEEP: Final = 100.0
@@ -202,7 +200,7 @@ def test_work_goes_on_beside_it_and_nothing_is_lost_or_taken_for_drift(engine: E
     with ThreadPoolExecutor(2) as threads:
         running = [threads.submit(driver, enough) for driver in work]
         try:
-            while sum(driver.done for driver in work) < 600 and not any(run.done() for run in running):
+            while (moved <= 50 or sum(driver.done for driver in work) < 600) and not any(run.done() for run in running):
                 moved += move(stage, most=40)
                 kinds.append(reconcile(stage.engine, stage.ledger).to_json()["kinds"])
         finally:
@@ -211,7 +209,6 @@ def test_work_goes_on_beside_it_and_nothing_is_lost_or_taken_for_drift(engine: E
             run.result()
     stage.apply()
     assert [kind for kind in kinds if kind] == []
-    assert moved > 50
     live, gone = ids(stage, "jobs"), ids(stage, "jobs_archive")
     assert sorted(live + gone) == sorted(f"{driver.prefix}{n}" for driver in work for n in range(1, driver.done + 1))
     with stage.engine.connect() as connection:
@@ -294,20 +291,6 @@ def test_archived_job_is_removed_from_a_ledger_that_still_has_it(stage: Stage) -
     assert verify.check(stage.engine, stage.redis, at_rest=True, patience=0.2).lines() == []
 
 
-def test_the_archive_is_emptied_by_what_the_page_says(stage: Stage) -> None:
-    page = (ROOT / "docs" / "how-to" / "sizing.md").read_text(encoding="utf-8")
-    (statement,) = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)
-    old, young = done(stage), done(stage)
-    for job, days in ((old, 366), (young, 364)):
-        query = "UPDATE jobs SET finished_at = now() - make_interval(days => :days) WHERE id = :job"
-        stage.sql(query, job=job, days=days)
-    assert move(stage) == 2
-    stage.sql(statement)
-    assert ids(stage, "jobs_archive") == [young]
-    with stage.engine.connect() as connection:
-        assert connection.execute(text("SELECT count(*) FROM attempts_archive")).scalar_one() == 1
-
-
 # -- the duty
 
 
@@ -339,7 +322,19 @@ def test_one_pass_of_the_duty_is_bounded(stage: Stage, stores: Any, monkeypatch:
     for _ in range(7):
         done(stage)
     stage.sql("UPDATE jobs SET finished_at = now() - interval '1 day'")
-    monkeypatch.setattr(duty, "MAX_STATEMENTS", 3)
+    monkeypatch.setattr(duty, "MAX_SHARE", 0.0)
     monkeypatch.setattr(archive, "CHUNK", 2)
     app: Any = None
-    assert [duty.run_once(app, stores("1"))["archived"] for _ in range(3)] == [6, 1, 0]
+    assert [duty.run_once(app, stores("1"))["archived"] for _ in range(5)] == [2, 2, 2, 1, 0]
+
+
+def test_one_pass_of_the_duty_moves_all_that_it_has_time_for(
+    stage: Stage, stores: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(25):
+        done(stage)
+    stage.sql("UPDATE jobs SET finished_at = now() - interval '1 day'")
+    monkeypatch.setattr(duty, "MAX_SHARE", 10.0)
+    monkeypatch.setattr(archive, "CHUNK", 2)
+    app: Any = None
+    assert duty.run_once(app, stores("1"))["archived"] == 25

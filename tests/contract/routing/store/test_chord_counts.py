@@ -12,7 +12,7 @@ from sqlalchemy import text
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.store import chord_counts
 from celery_capacity.workers.app.install import create_app
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.staged import Stage
 
 
 @pytest.fixture

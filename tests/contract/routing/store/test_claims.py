@@ -25,7 +25,7 @@ from celery_capacity.routing.store.claims import Candidate
 from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.process.stores import transactions
-from tests.fixtures.staged import MESSAGE
+from tests.fixtures.stores.staged import MESSAGE
 
 MOST_LOSSES = 3
 ONE = Request.of({"cpus": 1000}).shape
@@ -138,14 +138,6 @@ def test_two_workers_that_chose_the_same_jobs_share_nothing(decides: Engine) -> 
         assert [claimed.job for claimed in claims.take(first, EPOCH, "a", "a-life", jobs[:2])] == jobs[:2]
         assert [claimed.job for claimed in claims.take(second, EPOCH, "b", "b-life", jobs)] == jobs[2:]
     assert take(decides, book()) == []
-
-
-@pytest.mark.parametrize("other", [Request.of({"cpus": 99_000}), Request.from_shape(ONE).within("mail")])
-def test_job_that_fits_is_taken_behind_pages_of_other_jobs(decides: Engine, other: Request) -> None:
-    for number in range(claims.PAGE + 10):
-        submit(decides, f"other {number}", other.shape, priority=9)
-    submit(decides, "small")
-    assert take(decides, book()) == ["small"]
 
 
 def page(*losses: int) -> list[Candidate]:

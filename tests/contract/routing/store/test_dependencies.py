@@ -37,12 +37,12 @@ from celery_capacity.workers.duties import unique_keys
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holding, Holdings
-from celery_capacity.workers.process.identity import new_identity
+from celery_capacity.workers.process.identity import Identity
 from celery_capacity.workers.results.deliver_later import deliver_rows
 from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds
 from celery_capacity.workers.submit.constraints import declare_rates, key_of, rate_of
-from tests.fixtures.authorities import Authority
-from tests.fixtures.staged import MESSAGE, Stage
+from tests.fixtures.stores.authorities import Authority
+from tests.fixtures.stores.staged import MESSAGE, Stage
 from tests.fixtures.waiting import until
 
 TASK: Final = "some.task"
@@ -348,7 +348,7 @@ def test_a_worker_that_pulls_opens_gates_by_its_own_word(
         confirmation = Confirmation(stage.engine, 1.0, lambda: None)
         confirmation.ask()
         recorder: Any = Mock(call=lambda action: action())
-        parts = (new_identity("a"), confirmation, holdings, recorder)
+        parts = (Identity("a"), confirmation, holdings, recorder)
         ends = PostgresEnds(
             WorkerContext(settings, stage.engine, stage.ledger, *parts),
             lambda: calls.append("room"),
@@ -565,6 +565,24 @@ def test_a_retry_starts_by_the_rate_too(app: Celery, stage: Stage, duty: Any) ->
     pass_time(stage, 3600)
     duty()
     assert started(stage, [job]) == [job]
+
+
+def test_job_that_puts_itself_back_starts_by_the_rate_too(app: Celery, stage: Stage, run: Run, duty: Any) -> None:
+    limit(app, stage, "1/h")
+    job = send(app)
+    for pause in (0, 1):
+        run(job, "requeued")
+        duty()
+        assert (state(stage, job), started(stage, [job])) == ("scheduled", [])
+        row = stage.row(job)
+        with stage.engine.connect() as connection:
+            query = "SELECT max(ended_at) FROM attempts WHERE job_id = %(job)s"
+            ended = connection.exec_driver_sql(query, {"job": job}).scalar_one()
+        assert (row.not_before - ended).total_seconds() == pytest.approx(pause, abs=0.5)
+        pass_time(stage, 3600)
+        stage.sql("UPDATE jobs SET not_before = now() WHERE id = :id", id=job)
+        duty()
+        assert started(stage, [job]) == [job]
 
 
 def test_what_the_code_declares_holds_unless_one_was_set_at_run_time(app: Celery, stage: Stage) -> None:

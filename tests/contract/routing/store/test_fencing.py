@@ -15,7 +15,7 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import reclaim, transition_log
 from celery_capacity.routing.recovery.reconcile import reconcile
 from celery_capacity.routing.store import claims, fencing
-from tests.fixtures.staged import MOST_LOSSES, Stage
+from tests.fixtures.stores.staged import MOST_LOSSES, Stage
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, text
 
 from celery_capacity.routing.insert import successors
-from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.outbox import UNTOLD
@@ -25,8 +24,18 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import transition_log
 from celery_capacity.routing.store import job_transitions
 from celery_capacity.routing.store.job_transitions import Transition
-from tests.fixtures.staged import MOST_LOSSES, Stage
-from tests.fixtures.transitions import SEVERAL, Rows, batches, expected_attempts, expected_row, histories, thinned
+from tests.fixtures.stores.books import job_field
+from tests.fixtures.stores.noted import noted
+from tests.fixtures.stores.staged import Stage
+from tests.fixtures.stores.transitions import (
+    SEVERAL,
+    Rows,
+    batches,
+    expected_attempts,
+    expected_row,
+    histories,
+    thinned,
+)
 
 ON_A_SERVER: Final = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 SUCCESSOR: Final = NewJob("", "task", Request.of({"cpus": 2000}).shape, b"the successor", priority=3, retries=1)
@@ -158,6 +167,7 @@ def successor_of(rows: Rows, job: str = "j0") -> Any:
 
 ENDS: Final = [
     ("retried", "scheduled"),
+    ("requeued", "scheduled"),
     ("succeeded", "succeeded"),
     ("failed", "failed"),
     ("expired", "expired"),
@@ -240,24 +250,6 @@ def stage(stage: Stage) -> Stage:
     return stage
 
 
-@pytest.mark.parametrize(
-    "said", ["NUL \x00 inside", '"quoted" \\u0041 %s', "half a character \ud800", "ünïcödé", "x" * 8000]
-)
-def test_any_error_text_of_a_task_reaches_the_row(stage: Stage, said: str) -> None:
-    job = stage.submit(cpus=1000)
-    stage.start(job)
-    ended = [Ended(job, Token(1, 1), Outcome.FAILED, said)]
-    stage.ledger.settle("a", "a-life", ended=ended, most_losses=MOST_LOSSES)
-    # The worker writes its own copy, and the stream has one.
-    own_copy = replace(transition_log.read(stage.ledger)[0], error=said)
-    with stage.engine.connect() as connection:
-        job_transitions.apply(connection, [own_copy])
-    stage.apply()
-    row = stage.row(job)
-    assert row.state == "failed"
-    assert row.error[:3] == said[:3]
-
-
 @pytest.mark.parametrize("told", [True, False])
 def test_lost_job_is_told_by_its_worker_or_by_whoever_finds_it(stage: Stage, told: bool) -> None:
     """The rule also holds where another worker is the first to write its end."""
@@ -271,11 +263,11 @@ def test_lost_job_is_told_by_its_worker_or_by_whoever_finds_it(stage: Stage, tol
 
 def test_entries_are_forgotten_when_they_are_written_and_not_before(stage: Stage) -> None:
     job = stage.submit(cpus=1000, applied=False)
-    assert [transition.state for transition in transition_log.read(stage.ledger)] == ["admitted"]
-    assert stage.redis.hexists(keys.job(job), "entry")
+    assert [transition.state for transition in noted(stage.ledger)] == ["admitted"]
+    assert job_field(stage.redis, job, "entry") is not None
     assert transition_log.apply_all(stage.engine, stage.ledger)[0] == 1
-    assert transition_log.read(stage.ledger) == []
-    assert not stage.redis.hexists(keys.job(job), "entry")
+    assert noted(stage.ledger) == []
+    assert job_field(stage.redis, job, "entry") is None
     assert stage.row(job).state == "admitted"
 
 

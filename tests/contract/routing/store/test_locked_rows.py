@@ -21,7 +21,9 @@ from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.duties import fallback
 from celery_capacity.workers.process.stores import make_engine
 from celery_capacity.workers.results.outcome_writer import Recorder
-from tests.fixtures.staged import MOST_LOSSES, Stage
+from tests.fixtures.stores.books import job_field
+from tests.fixtures.stores.noted import noted
+from tests.fixtures.stores.staged import MOST_LOSSES, Stage
 from tests.fixtures.waiting import until
 
 
@@ -53,7 +55,7 @@ def test_a_worker_writes_the_ends_of_all_others(engine: Engine, stage: Stage, wo
     recorder.start()
     with engine.connect() as connection, connection.begin():
         connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": jobs[1]})
-        recorder.add(transition_log.read(stage.ledger))
+        recorder.add(noted(stage.ledger))
         until(lambda: [stage.row(job).state for job in jobs] == ["admitted", "accepted", "admitted"], "the others are")
     assert recorder.flush(20.0)
     recorder.stop(5.0)
@@ -74,7 +76,7 @@ def test_locked_end_lets_postgres_decide_and_a_locked_claim_does_not(
     recorder = Recorder(workers_own, stage.ledger)
     recorder.start()
     with locked(engine, job):
-        recorder.add(transition_log.read(stage.ledger))
+        recorder.add(noted(stage.ledger))
         assert not recorder.flush(0.1)
         assert recorder.is_level(lambda: recorder.flush(0.1)) is known
     assert recorder.is_level(lambda: recorder.flush(20.0))
@@ -87,7 +89,7 @@ def test_the_stream_is_applied_but_for_it(engine: Engine, stage: Stage, workers_
         connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": jobs[1]})
         assert transition_log.apply_all(workers_own, stage.ledger)[0] == 2
         assert [stage.row(job).state for job in jobs] == ["admitted", "accepted", "admitted"]
-        assert [transition.job for transition in transition_log.read(stage.ledger)] == [jobs[1]]
+        assert [transition.job for transition in noted(stage.ledger)] == [jobs[1]]
     assert transition_log.apply_all(workers_own, stage.ledger)[0] == 1
 
 
@@ -188,7 +190,7 @@ def test_worker_is_not_taken_back_before_its_claims_are_known(
         assert fencing.commit(connection, Publisher(job, Token(stage.ledger.epoch, 1), "a-life"))
         stage.ledger.expire_lease("a", "a-life")
         assert reclaim.take_back(workers_own, stage.ledger, "a", "a-life", 0).verdict == "waits"
-        assert stage.redis.hget(keys.job(job), "state") == b"running"
+        assert job_field(stage.redis, job, "state") == b"running"
     assert reclaim.take_back(workers_own, stage.ledger, "a", "a-life", 0).verdict == "gone"
     assert (stage.row(job).state, stage.row(job).attempt) == ("succeeded", 1)
     with engine.connect() as connection:

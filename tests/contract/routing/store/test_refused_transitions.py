@@ -16,6 +16,7 @@ from celery_capacity.routing.ledger.replies import Arrived, Ended
 from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.outbox import Outbox
+from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome, Step
 from celery_capacity.routing.model.token import Token
@@ -23,7 +24,9 @@ from celery_capacity.routing.recovery import transition_log
 from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.process.stores import make_engine
 from celery_capacity.workers.results.outcome_writer import Recorder
-from tests.fixtures.staged import MESSAGE, MOST_LOSSES, Stage
+from tests.fixtures.stores.books import job_field
+from tests.fixtures.stores.noted import noted
+from tests.fixtures.stores.staged import MESSAGE, MOST_LOSSES, Stage
 from tests.fixtures.waiting import until
 
 #: An error that a database in ASCII cannot hold in any way.
@@ -93,7 +96,7 @@ def write_by_stream(engine: Engine, stage: Stage) -> None:
 def write_by_recorder(engine: Engine, stage: Stage) -> None:
     recorder = Recorder(engine, stage.ledger)
     recorder.start()
-    recorder.add(transition_log.read(stage.ledger))
+    recorder.add(noted(stage.ledger))
     assert recorder.flush(20.0)
     recorder.stop(5.0)
 
@@ -125,11 +128,17 @@ def test_end_that_postgres_refuses_in_any_words_is_set_aside(stage: Stage, write
     assert [stage.row(job).state for job in jobs] == ["succeeded"] * 5
     (entry,) = set_aside(stage)
     assert (entry.queue, entry.worker) == (keys.STREAM, "a")
+    assert entry.reason.startswith("unwritable: ")
     assert jobs[2] in entry.reason
+    # The count waits in the process, or went with the call that dropped the entry.
+    assert (
+        stage.ledger.tally.take()[Refusal.UNWRITABLE] + int(stage.redis.hget(keys.COUNTERS, Refusal.UNWRITABLE) or 0)
+        == 1
+    )
     assert json.loads(entry.raw)["job"] == jobs[2]
     assert "set aside" in stage.row(jobs[2]).error
     assert stage.redis.xlen(keys.STREAM) == 0
-    assert not stage.redis.hexists(keys.job(jobs[2]), "entry")
+    assert job_field(stage.redis, jobs[2], "entry") is None
 
 
 @WRITERS
@@ -154,6 +163,7 @@ def test_unreadable_entry_of_the_stream_is_set_aside(stage: Stage) -> None:
     assert [stage.row(job_id).state for job_id in (job, other)] == ["admitted", "admitted"]
     assert stage.redis.xlen(keys.STREAM) == 0
     (entry,) = set_aside(stage)
+    assert entry.reason.startswith("no_transition: ")
     assert json.loads(entry.raw)["attempt"] == "many"
 
 
@@ -202,7 +212,7 @@ def test_row_that_cannot_be_written_keeps_its_entry_and_stops_nobody(stage: Stag
     refuse(stage, f"NEW.id = '{jobs[1]}'", "XX001")
     stage.apply()
     assert [stage.row(job).state for job in jobs] == ["admitted", "accepted", "admitted"]
-    assert [transition.job for transition in transition_log.read(stage.ledger)] == [jobs[1]]
+    assert [transition.job for transition in noted(stage.ledger)] == [jobs[1]]
     stage.sql("DROP TRIGGER refuse ON jobs")
     stage.apply()
     assert stage.row(jobs[1]).state == "admitted"

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from sqlalchemy import text
 
-from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from celery_capacity.workers.duties import former_workers
 from celery_capacity.workers.process.stores import Stores
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.staged import Stage
 
 NO_APP: Any = None
 LONG_AGO = "now() - make_interval(secs => :seconds)"
-
-
-@pytest.fixture
-def stores(stage: Stage, settings: Settings) -> Iterator[Stores]:
-    stores = Stores(lambda _: settings)
-    stores._made["settings"] = settings
-    yield stores
-    stores.engine.dispose()
-    stores.redis.close()
 
 
 def rows(stage: Stage) -> set[str]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
-from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.job import Publisher
 from celery_capacity.routing.model.token import Token
@@ -18,18 +15,8 @@ from celery_capacity.routing.store import fencing
 from celery_capacity.workers.duties import fallback, lapse
 from celery_capacity.workers.duties.window import Window
 from celery_capacity.workers.process.stores import Stores
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.staged import Stage
 from tests.fixtures.waiting import until
-
-
-@pytest.fixture
-def stores(stage: Stage, settings: Settings) -> Iterator[Stores]:
-    stores = Stores(lambda _: settings)
-    stores._made["settings"] = settings
-    stores.ledger.epoch = stage.ledger.epoch
-    yield stores
-    stores.ledger.client.close()
-    stores.engine.dispose()
 
 
 def running(stage: Stage, worker: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.membership.authority_check import Confirmation
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.staged import Stage
 from tests.fixtures.waiting import until
 
 #: Seconds between two questions.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, text
@@ -16,12 +18,15 @@ from celery_capacity.routing.errors import NameTaken
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.workers.membership.name_claim import NameClaim
-from celery_capacity.workers.process.identity import new_identity
-from tests.fixtures.books import VIEW
-from tests.fixtures.staged import Stage
+from celery_capacity.workers.process.identity import Identity
+from celery_capacity.workers.supervision.lock_file import LockFile
+from tests.fixtures.stores.books import VIEW
+from tests.fixtures.stores.staged import Stage
 
 #: Another boot of a machine of the same id: a clone, or the same machine before it booted. Nobody can tell which.
 ELSEWHERE = PidSpace(process_identity.machine_id(), "another boot:pid:[1]")
+#: Another container of this machine: the same boot, and pids of its own.
+ANOTHER_CONTAINER = PidSpace("", f"{process_identity.boot_id().partition(':')[0]}:pid:[1]")
 
 
 @dataclass
@@ -70,7 +75,7 @@ class Namesakes:
 @pytest.fixture
 def others(engine: Engine, settings: Settings) -> Iterator[Namesakes]:
     stage = Stage(engine, settings)
-    yield Namesakes(stage, NameClaim(stage.engine, stage.ledger, new_identity("a")), stage.ledger)
+    yield Namesakes(stage, NameClaim(stage.engine, stage.ledger, Identity("a")), stage.ledger)
     stage.close()
 
 
@@ -148,6 +153,32 @@ def test_dead_process_of_this_machine_is_not_waited_for(others: Namesakes) -> No
         ended.wait()
     others.registers(pid_space=process_identity.pid_space(), pid=ended.pid)
     assert others.take() == 0
+
+
+@pytest.fixture
+def locks(others: Namesakes, tmp_path: Path) -> LockFile:
+    """Return the lock file of the incarnation `a-other`, which ran in another container of this machine."""
+    others.claim.lock = LockFile(tmp_path, others.claim._identity.incarnation, ANOTHER_CONTAINER.boot)
+    others.registers(pid_space=ANOTHER_CONTAINER)
+    return LockFile(tmp_path, "a-other", ANOTHER_CONTAINER.boot)
+
+
+def test_incarnation_that_gave_its_lock_up_is_not_waited_for(others: Namesakes, locks: LockFile) -> None:
+    locks.hold()
+    os.close(locks._descriptor or 0)
+    assert others.take() == 0
+
+
+def test_incarnation_that_holds_its_lock_keeps_its_name(others: Namesakes, locks: LockFile) -> None:
+    """A second worker with a copied environment finds the lock taken."""
+    locks.hold()
+    with pytest.raises(NameTaken):
+        others.take(others.renews)
+
+
+def test_incarnation_without_a_lock_is_challenged(others: Namesakes, locks: LockFile) -> None:
+    with pytest.raises(NameTaken):
+        others.take(others.renews)
 
 
 def test_incarnation_of_a_release_that_noted_no_machine_is_challenged(others: Namesakes) -> None:

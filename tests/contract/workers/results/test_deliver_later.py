@@ -28,10 +28,10 @@ from celery_capacity.workers.results import chord_parts as parts
 from celery_capacity.workers.results import deliver_later, running_workers
 from celery_capacity.workers.results.backends import CarriedResults
 from celery_capacity.workers.results.cancellation import end_before_start
-from celery_capacity.workers.results.chord_parts import Parts
+from celery_capacity.workers.results.chord_parts import ChordParts
 from celery_capacity.workers.results.deliver_later import TOGETHER, TOGETHER_BYTES, context_of, deliver_rows, tell_late
 from celery_capacity.workers.submit.encode import RawMessage
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.staged import Stage
 from tests.fixtures.waiting import until
 
 #: Bodies of old producers of which no arguments can be made.
@@ -230,11 +230,11 @@ def test_chain_goes_on_after_a_step_that_committed_and_died(app: Celery, stage: 
 
 
 @pytest.fixture
-def become(app: Celery) -> Iterator[Callable[[Parts | None], None]]:
+def become(app: Celery) -> Iterator[Callable[[ChordParts | None], None]]:
     """Yield a function that makes this process a worker with such threads, or (None) no worker."""
     running: list[Any] = []
 
-    def change(parts: Parts | None) -> None:
+    def change(parts: ChordParts | None) -> None:
         while running:
             running_workers.end(running.pop())
         if parts is not None:
@@ -247,11 +247,11 @@ def become(app: Celery) -> Iterator[Callable[[Parts | None], None]]:
 
 @pytest.mark.leaves("I3", because="the jobs are ended in their rows alone")
 def test_slow_part_is_left_to_its_deliverer_while_that_worker_lives(
-    app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch, become: Callable[[Parts | None], None]
+    app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch, become: Callable[[ChordParts | None], None]
 ) -> None:
     """The part keeps back nobody, and no row stays locked; its fate is noted when it is known."""
-    mine, other = stage.worker("a"), Parts(stage.worker("b"))
-    first = Parts(mine)
+    mine, other = stage.worker("a"), ChordParts(stage.worker("b"))
+    first = ChordParts(mine)
     become(first)
     for job in ("a", "b"):
         accept(app, job)
@@ -302,9 +302,9 @@ def test_slow_part_is_left_to_its_deliverer_while_that_worker_lives(
 
 @pytest.mark.leaves("I3", because="the jobs are ended in their rows alone")
 def test_what_a_late_part_left_is_noted_when_it_has_come_through(
-    app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch, become: Callable[[Parts | None], None]
+    app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch, become: Callable[[ChordParts | None], None]
 ) -> None:
-    become(Parts(stage.worker("a")))
+    become(ChordParts(stage.worker("a")))
     accept(app, "job")
     stage.sql("UPDATE jobs SET state = 'cancelled', finished_at = now(), outbox = :untold", untold=UNTOLD)
     told_jobs, go_on = list[str](), threading.Event()
@@ -321,9 +321,9 @@ def test_what_a_late_part_left_is_noted_when_it_has_come_through(
 
 
 def test_a_value_alone_that_comes_late_waits_for_no_thread(
-    app: Celery, monkeypatch: pytest.MonkeyPatch, become: Callable[[Parts | None], None]
+    app: Celery, monkeypatch: pytest.MonkeyPatch, become: Callable[[ChordParts | None], None]
 ) -> None:
-    become(Parts("life"))
+    become(ChordParts("life"))
     monkeypatch.setattr(parts, "MAX_THREADS", 0)
     monkeypatch.setattr(fencing, "has_succeeded", lambda *_: True)
     stored: list[dict[str, str]] = []

@@ -17,7 +17,7 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.election import Elected
 from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.runner.candidate import Candidate
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.staged import Stage
 from tests.fixtures.waiting import until
 
 TERM = 60.0
@@ -127,18 +127,18 @@ def test_counts_go_with_a_look_at_the_lease_and_wait_for_the_ledger(
 ) -> None:
     candidate, other, *_ = candidates
     for what in ("duty.due.done", "duty.due.done", "duty.lapse.failed"):
-        candidate.count(what)
+        candidate.ledger.tally.add(what)
     with monkeypatch.context() as away:
         away.setattr(stage.ledger, "_calls", Mock(side_effect=StoreUnavailable("by the test")))
         with pytest.raises(StoreUnavailable):
             candidate._stand()
-    candidate.count("duty.due.done")
+    candidate.ledger.tally.add("duty.due.done")
     candidate._stand()
     candidate._stand()
-    other.count("duty.outbox.done")
+    other.ledger.tally.add("duty.outbox.done")
     other._stand()
     assert not other.holds(), "a worker that does no duties counts what it does for itself"
-    candidate.count("duty.stream.left")
+    candidate.ledger.tally.add("duty.stream.left")
     candidate._resign()
     counters: Any = stage.redis.hgetall(keys.COUNTERS)
     assert {name: number for name, number in counters.items() if name.startswith(b"duty.")} == {

@@ -12,8 +12,9 @@ from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import Arrived
 from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.app.install import create_app
-from celery_capacity.workers.runner.commit_listener import Listener
-from tests.fixtures.staged import MOST_LOSSES, Stage
+from celery_capacity.workers.runner.commit_listener import CommitListener
+from tests.fixtures.stores.books import job_field
+from tests.fixtures.stores.staged import MOST_LOSSES, Stage
 
 
 @pytest.fixture
@@ -23,21 +24,21 @@ def stage(stage: Stage) -> Stage:
 
 
 @pytest.fixture
-def listener(stage: Stage, settings: Settings) -> Iterator[Listener]:
+def listener(stage: Stage, settings: Settings) -> Iterator[CommitListener]:
     app: Celery = create_app("listening", resolve=lambda _: settings)
-    yield Listener(app.platform, lambda: True)
+    yield CommitListener(app.platform, lambda: True)
     app.platform.sending.close()
     app.close()
     app.platform.engine.dispose()
 
 
-def test_listener_brings_in_what_was_committed_before(stage: Stage, listener: Listener) -> None:
+def test_listener_brings_in_what_was_committed_before(stage: Stage, listener: CommitListener) -> None:
     job = stage.insert({"cpus": 1000})
     listener._bring_in([""])
-    assert stage.redis.hget(keys.job(job), "state") == b"admitted"
+    assert job_field(stage.redis, job, "state") == b"admitted"
 
 
-def test_listener_leaves_the_backlog_to_the_opener(stage: Stage, listener: Listener) -> None:
+def test_listener_leaves_the_backlog_to_the_opener(stage: Stage, listener: CommitListener) -> None:
     job = stage.insert({"cpus": 1000})
     stage.redis.hset(keys.EPOCH, "rebuilding", "1")
     listener._bring_in([""])
@@ -45,7 +46,7 @@ def test_listener_leaves_the_backlog_to_the_opener(stage: Stage, listener: Liste
 
 
 @pytest.mark.leaves("I1", because="the key of a running job was lost")
-def test_listener_writes_what_started_before_it_brings_in(stage: Stage, listener: Listener) -> None:
+def test_listener_writes_what_started_before_it_brings_in(stage: Stage, listener: CommitListener) -> None:
     job = stage.submit(cpus=1000, applied=False)
     arrived = [Arrived(job, Token(stage.ledger.epoch, 1), "nonce")]
     stage.ledger.settle("a", "a-life", arrived=arrived, most_losses=MOST_LOSSES)

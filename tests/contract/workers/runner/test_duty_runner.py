@@ -16,7 +16,7 @@ from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.runner.duty_runner import DUTIES, SUSPICION, Duty, Runner
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.staged import Stage
 
 
 @pytest.fixture

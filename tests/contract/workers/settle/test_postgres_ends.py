@@ -20,11 +20,11 @@ from celery_capacity.routing.store import claims, fencing
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holding, Holdings
-from celery_capacity.workers.process.identity import new_identity
+from celery_capacity.workers.process.identity import Identity
 from celery_capacity.workers.process.stores import make_engine
 from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds
 from tests.contract.routing.store.test_refused_transitions import refuse, set_aside
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.staged import Stage
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def ends(
     confirmation = Confirmation(bounded, 1.0, lambda: None)
     confirmation.ask()
     recorder: Any = Mock(call=lambda action: action())
-    context = WorkerContext(settings, bounded, stage.ledger, new_identity("a"), confirmation, holdings, recorder)
+    context = WorkerContext(settings, bounded, stage.ledger, Identity("a"), confirmation, holdings, recorder)
     yield PostgresEnds(context, lambda: None, lambda: None, lambda _: None, lambda *left: late.append(left))
     bounded.dispose()
 

@@ -15,11 +15,11 @@ from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holdings
-from celery_capacity.workers.process.identity import new_identity
+from celery_capacity.workers.process.identity import Identity
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.settle.pull_thread import Puller
 from tests.contract.routing.store.test_refused_transitions import refuse
-from tests.fixtures.staged import Stage
+from tests.fixtures.stores.staged import Stage
 from tests.fixtures.waiting import until
 
 
@@ -37,7 +37,7 @@ def puller(stage: Stage, settings: Settings) -> Iterator[Puller]:
     confirmation = Confirmation(stores.engine, 1.0, lambda: None)
     confirmation.ask()
     nothing: Any = Mock()
-    parts = (new_identity("a"), confirmation, Holdings({"cpus": 2000, "slots": 2}), nothing)
+    parts = (Identity("a"), confirmation, Holdings({"cpus": 2000, "slots": 2}), nothing)
     context = WorkerContext(settings, stores.engine, stage.ledger, *parts)
     puller = Puller(context, stores, lambda _: True, lambda _: None, lambda: True)
     yield puller

@@ -12,10 +12,8 @@ import pytest
 from celery_capacity.platform.console.command import ALWAYS, Command, exit_code
 from celery_capacity.routing import errors
 from celery_capacity.workers.process.exit_codes import Exit, code_of
-from tests.fixtures.processes import ROOT
-from tests.fixtures.shapes import commands
+from tests.fixtures.documents.shapes import commands
 
-PAGE = ROOT / "docs" / "reference" / "exit-codes.md"
 NAMES = sorted(commands())
 
 _EXAMPLE = re.compile(r"^ +celery -A platform (.*)$", re.MULTILINE)
@@ -27,14 +25,6 @@ def help_of(command: click.Command) -> str:
     return command.get_help(click.Context(command, info_name=command.name, terminal_width=80))
 
 
-def rows(header: str) -> list[list[str]]:
-    """Return the cells of the table of the page with this header."""
-    lines = PAGE.read_text(encoding="utf-8").splitlines()
-    begin = lines.index(header) + 2
-    end = next(number for number in range(begin, len(lines)) if not lines[number].startswith("|"))
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[begin:end]]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_has_a_line_of_help(name: str) -> None:
     section = help_of(commands()[name]).partition("Options:\n")[2].partition("\n\n")[0]
@@ -42,7 +32,7 @@ def test_every_option_has_a_line_of_help(name: str) -> None:
     lines = section.splitlines()
     assert len(lines) == len(options) + 1  # the line of --help
     for line in lines:
-        assert re.match(r"  -[-\w, =]+ {2,}\w", line), line
+        assert re.match(r"  -[-\w, =\[\]]+ {2,}\w", line), line
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,20 +68,6 @@ def test_the_help_names_the_exit_codes_that_the_command_gives(name: str) -> None
     assert all(Exit[word] == code for code, word in named)
     codes = set(command.codes) if isinstance(command, Command) else {Exit.OK, Exit.USAGE}
     assert {Exit[word] for _, word in named} == codes
-
-
-def test_the_page_has_every_code_with_its_meaning() -> None:
-    documented = rows("| code | name | means | comes when |")
-    assert documented == [[str(code.value), f"`{code.name}`", code.meaning, code.when] for code in Exit]
-
-
-def test_the_page_says_which_command_gives_which_code() -> None:
-    documented = {cells[0].strip("`"): cells[1] for cells in rows("| command | gives |")}
-    expected = {}
-    for name, command in commands().items():
-        codes = command.codes if isinstance(command, Command) else (Exit.OK, Exit.USAGE)
-        expected[name] = ", ".join(str(code.value) for code in codes)
-    assert documented == expected
 
 
 def test_a_code_is_one_number_and_one_name() -> None:

@@ -12,10 +12,10 @@ from jsonschema import Draft202012Validator
 
 from celery_capacity.migrations import HEAD
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.model.reasons import EXPLAINED
+from celery_capacity.routing.model.reasons import EXPLAINED, Refusal
 from celery_capacity.routing.model.states import State
-from tests.fixtures.processes import ROOT
-from tests.fixtures.shapes import SCHEMAS, assert_shape, commands, prints_json, schema
+from tests.fixtures.documents.shapes import SCHEMAS, assert_shape, commands, prints_json, schema
+from tests.fixtures.processes.platforms import ROOT
 
 NAMES = sorted(path.stem for path in SCHEMAS.glob("*.json"))
 
@@ -81,6 +81,8 @@ def test_the_words_of_the_schemas_are_those_of_the_code() -> None:
     ours = {kind.reference for kind in every(PlatformError) if not kind.__module__.startswith("tests.")}
     assert set(schema("error")["properties"]["reference"]["enum"]) == ours
     assert schema("jobs")["$defs"]["state"]["enum"] == [state.value for state in State]
+    reasons = schema("jobs")["$defs"]["quarantine"]["properties"]["reasons"]["items"]["properties"]["reason"]
+    assert reasons["enum"] == [refusal.word for refusal in Refusal if refusal.startswith("set_aside.")]
     assert schema("job")["properties"]["why"]["properties"]["why"]["enum"] == [why.value for why in EXPLAINED]
 
 

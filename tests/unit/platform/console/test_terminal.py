@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 
 import pytest
-from rich.console import Console
 
 from celery_capacity.platform.console import terminal
-from celery_capacity.platform.console.terminal import Meter, Meters
+from celery_capacity.platform.console.terminal import Meter, Meters, SafeConsole
 from celery_capacity.routing.errors import InvalidRequest
 
 
-def plain(width: int = 80) -> tuple[Console, io.StringIO]:
+def plain(width: int = 80) -> tuple[SafeConsole, io.StringIO]:
     stream = io.StringIO()
-    return Console(file=stream, width=width, markup=False, highlight=False), stream
+    return SafeConsole(file=stream, width=width, markup=False, highlight=False), stream
 
 
-def on_terminal(width: int = 80) -> tuple[Console, io.StringIO]:
+def on_terminal(width: int = 80) -> tuple[SafeConsole, io.StringIO]:
     stream = io.StringIO()
-    return Console(file=stream, width=width, markup=False, highlight=False, force_terminal=True), stream
+    return SafeConsole(file=stream, width=width, markup=False, highlight=False, force_terminal=True), stream
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,47 @@ def test_progress_on_a_terminal_is_drawn_in_place() -> None:
         meters.show([Meter("jobs", 2, 2, "2/2"), Meter("late", 0, 1, "0/1")])
     assert "2/2" in stream.getvalue()
     assert "late" in stream.getvalue()
+
+
+def test_progress_on_a_terminal_has_no_characters_that_steer_it() -> None:
+    console, stream = on_terminal()
+    with Meters(console) as meters:
+        meters.show([Meter("a\x1b[2J", 1, 2, "1/2 \x1b]0;PWNED\x07\x1b[31mred\nsecond\tline")])
+    shown = stream.getvalue()
+    assert "1/2 \\x1b]0;PWNED\\x07\\x1b[31mred second line" in shown
+    assert "\x1b]0;" not in shown
+    assert "\x1b[2J" not in shown
+
+
+def test_progress_off_a_terminal_keeps_to_one_line() -> None:
+    console, stream = plain()
+    with Meters(console) as meters:
+        meters.show([Meter("a", 1, 2, "1/2 first\nsecond")])
+    assert stream.getvalue() == "a 1/2 first second\n"
+
+
+def test_progress_on_a_terminal_loses_the_bar_of_a_missing_meter() -> None:
+    console, _ = on_terminal()
+    with Meters(console) as meters:
+        meters.show([Meter("jobs", 0, 2, "0/2"), Meter("first", 1, 2, "1/2")])
+        meters.show([Meter("jobs", 1, 2, "1/2"), Meter("second", 1, 2, "1/2")])
+        assert meters._progress is not None
+        assert [task.description for task in meters._progress.tasks] == ["jobs", "second"]
+
+
+def test_ctrl_c_leaves_the_cursor_while_progress_is_drawn() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        with Meters(plain()[0]):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        with Meters(on_terminal()[0]):
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with Meters(on_terminal()[0]):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_json_is_one_line_and_refuses_what_is_not_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,13 +173,12 @@ def test_percentiles_are_values_that_occurred(percent: float, expected: float) -
 def test_a_summary_counts_from_the_first_submission_to_the_last_end() -> None:
     records = [Record(0, 101.0, 103.0, "a"), Record(1, 103.0, 110.0, "a"), Record(2, 99.9, 100.5, "b")]
     summary = trace.summarise(records, {0: 100.0, 1: 101.0, 2: 100.0})
-    assert summary.jobs == 3
     assert summary.makespan == 10.0
     assert (summary.wait_mean, summary.wait_p95, summary.wait_max) == (1.0, 2.0, 2.0)
 
 
 def test_a_summary_of_nothing_is_zero() -> None:
-    assert trace.summarise([], {}) == trace.Summary(0, 0.0, 0.0, 0.0, 0.0)
+    assert trace.summarise([], {}) == trace.Summary(0.0, 0.0, 0.0, 0.0)
 
 
 def test_the_peak_is_the_most_that_ran_at_once_on_each_worker() -> None:
@@ -212,6 +211,12 @@ def test_the_peak_equals_the_most_of_all_instants(runs: list[tuple[int, int, int
     ]
     expected = {name: max(seen[name] for seen in instants) for name in {record.worker for record in records}}
     assert trace.peaks(records, cpus) == expected
+
+
+def test_averages_are_cpu_seconds_over_the_makespan() -> None:
+    records = [Record(0, 0.0, 10.0, "a"), Record(1, 5.0, 10.0, "a"), Record(2, 0.0, 20.0, "b")]
+    assert trace.averages(records, {0: 4000, 1: 2000, 2: 500}, 20.0) == {"a": 2500, "b": 500}
+    assert trace.averages([], {}, 0.0) == {}
 
 
 def test_a_job_with_two_records_ran_twice() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import psutil
 import pytest
 
 from celery_capacity.platform.processes.launch import ChildDied, Interrupted, NotReady, await_ready, pause
-from celery_capacity.platform.processes.supervisor import Child, Step, Supervisor, died, prefixed
+from celery_capacity.platform.processes.supervisor import Child, Step, Supervisor, died
 from tests.fixtures.waiting import until
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -62,7 +61,7 @@ def gone(pid: int) -> bool:
 def test_a_child_is_ready_when_it_says_so(supervisor: Supervisor) -> None:
     child = start(supervisor, GOOD)
     assert await_ready(supervisor, [child], PATIENCE) == [child]
-    assert list(child.said) == ["x ready."]
+    assert list(child.last_lines) == ["x ready."]
 
 
 def test_a_child_that_ends_before_it_is_ready_is_shown_with_its_last_words(supervisor: Supervisor) -> None:
@@ -119,7 +118,7 @@ def test_a_child_that_ignores_a_step_gets_the_next(supervisor: Supervisor) -> No
 def test_a_deaf_child_is_killed_with_what_it_forked(supervisor: Supervisor) -> None:
     child = start(supervisor, DEAF)
     await_ready(supervisor, [child], PATIENCE)
-    forked = int(child.said[0].split()[1])
+    forked = int(child.last_lines[0].split()[1])
     supervisor.end([child], (Step(signal.SIGTERM, 0.1), Step(signal.SIGQUIT, 0.1)))
     assert child.code == -signal.SIGKILL
     until(lambda: gone(forked), "the end of the process")
@@ -170,16 +169,6 @@ def test_handlers_are_put_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_lines_get_the_name_in_front_and_a_closed_stream_hurts_nobody(supervisor: Supervisor) -> None:
-    stream = io.StringIO()
-    write = prefixed(stream)
-    child = start(supervisor, GOOD, "worker-01")
-    write(child, "hello")
-    assert stream.getvalue() == "[worker-01] hello\n"
-    stream.close()
-    write(child, "nobody hears this")
-
-
 def test_a_child_that_leaves_a_grandchild_at_its_output_still_ends(supervisor: Supervisor) -> None:
     code = "import os, time\nif os.fork() == 0:\n    time.sleep(30)\n    os._exit(0)\nos._exit(4)\n"
     child = start(supervisor, code)
@@ -209,8 +198,45 @@ def test_children_of_a_killed_command_do_not_stay(orphans: signal.Signals) -> No
     until(lambda: gone(child), "the end of the process")
 
 
-def test_a_closed_supervisor_leaves_its_guard_nothing_to_do(supervisor: Supervisor) -> None:
+def test_a_guard_ends_children_that_a_closed_supervisor_has(supervisor: Supervisor) -> None:
     child = start(supervisor, GOOD)
     await_ready(supervisor, [child], PATIENCE)
     supervisor.close()
-    assert not gone(child.pid)
+    until(lambda: gone(child.pid), "the end of the process")
+
+
+def test_a_closed_terminal_and_a_lost_reader_hurry_no_end(supervisor: Supervisor) -> None:
+    child = start(supervisor, STUBBORN)
+    await_ready(supervisor, [child], PATIENCE)
+    with supervisor.interruptible():
+        os.kill(os.getpid(), signal.SIGHUP)
+        supervisor.lost(signal.SIGPIPE)
+        before = time.monotonic()
+        supervisor.end([child], (Step(signal.SIGTERM, 0.5), Step(signal.SIGQUIT, PATIENCE)))
+    assert time.monotonic() - before >= 0.5
+    assert child.code == -signal.SIGQUIT
+
+
+def test_a_command_started_by_nohup_hears_no_closed_terminal(supervisor: Supervisor) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with supervisor.interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert supervisor.next(0.05) is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_lost_reader_interrupts_a_pause(supervisor: Supervisor) -> None:
+    supervisor.lost(signal.SIGPIPE)
+    with pytest.raises(Interrupted) as caught:
+        pause(supervisor, PATIENCE)
+    assert caught.value.code == 141
+
+
+def test_a_guard_is_dismissed_once_all_children_have_ended(supervisor: Supervisor) -> None:
+    child = start(supervisor, GOOD)
+    await_ready(supervisor, [child], PATIENCE)
+    supervisor.end([child], (Step(signal.SIGTERM, None),))
+    supervisor.close()
+    assert child.code == 0

@@ -16,15 +16,20 @@ from celery_capacity.routing.config.machine import (
     Facts,
     Limit,
     Machine,
+    check_reserved,
     default_concurrency,
     describe,
     detect,
+    exceeding,
+    is_whole,
     publish,
 )
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.errors import InvalidRequest, SettingsError
 from celery_capacity.routing.model.capacity import Capacity
+from celery_capacity.routing.model.request import Request
 
+MIB = 1024**2
 GIB = 1024**3
 HOST = Facts(affinity=8, machine_cpus=16, machine_memory=64 * GIB)
 
@@ -49,7 +54,7 @@ def test_capacity_is_affinity_and_memory_without_settings_or_limits() -> None:
         ({"affinity": None}, 16_000, "psutil"),
         ({"cpu_quota": Limit(1500, "cgroup v2")}, 1500, "cgroup v2"),
         ({"cpu_quota": Limit(1500, "cgroup v1")}, 1500, "cgroup v1"),
-        ({"cpu_quota": Limit(8000, "cgroup v2")}, 8000, "affinity"),
+        ({"cpu_quota": Limit(8000, "cgroup v2")}, 8000, "cgroup v2"),
         ({"cpu_quota": Limit(12_000, "cgroup v2")}, 8000, "affinity"),
         ({"cpu_quota": Limit(12_000, "cgroup v2"), "affinity": None}, 12_000, "cgroup v2"),
     ],
@@ -62,14 +67,72 @@ def test_the_tightest_limit_of_cpus_counts(changes: dict[str, Limit | None], cpu
 @pytest.mark.parametrize(
     ("limit", "memory", "source"),
     [
-        (Limit(GIB, "cgroup v2"), GIB, "cgroup v2"),
-        (Limit(GIB, "cgroup v1"), GIB, "cgroup v1"),
+        # 8 CPUs are 8 processes in the pool: 128 MiB + 8 * 32 MiB.
+        (Limit(4 * GIB, "cgroup v2"), 4 * GIB - 384 * MIB, "cgroup v2 less 384 MiB"),
+        (Limit(4 * GIB, "cgroup v1"), 4 * GIB - 384 * MIB, "cgroup v1 less 384 MiB"),
+        # A limit that is small for the worker itself is shared.
+        (Limit(512 * MIB, "cgroup v2"), 256 * MIB, "cgroup v2 less 256 MiB"),
         (Limit(65 * GIB, "cgroup v2"), 64 * GIB, "psutil"),
     ],
 )
 def test_the_tightest_limit_of_memory_counts(limit: Limit, memory: int, source: str) -> None:
     detected = publish(Settings(), dataclasses.replace(HOST, memory_limit=limit))
     assert (detected.capacity.get("memory"), detected.sources["memory"]) == (memory, source)
+
+
+@pytest.mark.parametrize(
+    ("slots", "reserved"), [(1, 160 * MIB), (4, 256 * MIB), (1000, 384 * MIB)], ids=["one", "four", "threads"]
+)
+def test_worker_keeps_memory_for_each_process_of_its_pool(slots: int, reserved: int) -> None:
+    """A thousand greenlets are a single process."""
+    facts = dataclasses.replace(HOST, memory_limit=Limit(4 * GIB, "cgroup v2"))
+    assert publish(Settings(), facts, slots).capacity.get("memory") == 4 * GIB - reserved
+
+
+def test_reserved_memory_is_taken_off_the_limit_and_off_the_machine() -> None:
+    settings = Settings(reserved_memory=GIB)
+    limited = publish(settings, dataclasses.replace(HOST, memory_limit=Limit(4 * GIB, "cgroup v2")))
+    assert (limited.capacity.get("memory"), limited.sources["memory"]) == (3 * GIB, "cgroup v2 less 1 GiB")
+    whole = publish(settings, HOST)
+    assert (whole.capacity.get("memory"), whole.sources["memory"]) == (63 * GIB, "psutil less 1 GiB")
+    assert is_whole(whole.sources["memory"]) and not is_whole(limited.sources["memory"])
+    assert publish(dataclasses.replace(settings, memory=8 * GIB), HOST).capacity.get("memory") == 8 * GIB
+    facts = dataclasses.replace(HOST, memory_limit=Limit(4 * GIB, "cgroup v2"))
+    assert publish(Settings(reserved_memory=0), facts).sources["memory"] == "cgroup v2"
+
+
+def test_reserved_memory_that_leaves_nothing_is_refused() -> None:
+    facts = dataclasses.replace(HOST, memory_limit=Limit(GIB, "cgroup v2"))
+    with pytest.raises(SettingsError, match=r"PLATFORM_RESERVED_MEMORY=1073741824 leaves tasks nothing of 1 GiB"):
+        check_reserved(Settings(reserved_memory=GIB), facts)
+    check_reserved(Settings(reserved_memory=GIB - 1), facts)
+    check_reserved(Settings(reserved_memory=GIB, memory=GIB), facts)
+    # A limit that shrinks while the worker runs must not end its heartbeat.
+    assert publish(Settings(reserved_memory=2 * GIB), facts).capacity.get("memory") == 0
+
+
+def test_published_memory_is_whole_so_that_a_job_can_ask_for_all() -> None:
+    facts = dataclasses.replace(HOST, memory_limit=Limit(4 * GIB + 4096, "cgroup v2"))
+    assert publish(Settings(reserved_memory=0), facts).capacity.get("memory") == 4 * GIB
+    assert publish(Settings(memory=64 * 10**9), HOST).capacity.get("memory") == 64 * 10**9
+
+
+@pytest.mark.parametrize("text", ["1.1GiB", "0.7GiB", "2.3G", "1000000001", "4096", "64GB"])
+def test_job_that_asks_for_the_set_memory_of_a_worker_fits(text: str) -> None:
+    settings = Settings.from_environ({"PLATFORM_MEMORY": text})
+    asked = Request.from_options({"memory": text}, 1000)
+    assert publish(settings, HOST).capacity.get("memory") == asked.get("memory")
+
+
+def test_setting_above_the_limit_of_the_cgroup_is_warned_of() -> None:
+    facts = dataclasses.replace(HOST, cpu_quota=Limit(1500, "cgroup v1"), memory_limit=Limit(700 * MIB, "cgroup v1"))
+    cpus, memory = exceeding(Settings(cpus=2000, memory=2 * GIB), facts)
+    assert cpus.startswith("PLATFORM_CPUS promises 2 CPUs, but the cgroup v1 of this worker allows 1.5 CPUs")
+    assert memory.startswith("PLATFORM_MEMORY promises 2 GiB memory, but the cgroup v1 of this worker allows 700 MiB")
+    assert exceeding(Settings(cpus=1500, memory=700 * MIB), facts) == []
+    assert exceeding(Settings(), facts) == []
+    # Affinity and the size of the machine are no limits that end or slow down a job by surprise.
+    assert exceeding(Settings(cpus=72_000, memory=512 * GIB), HOST) == []
 
 
 def test_settings_override_what_was_found_and_add_what_cannot_be() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from celery_capacity.routing.config import redis_urls
-from celery_capacity.routing.config.redis_urls import Address, elsewhere, numbered, read
+from celery_capacity.routing.config.redis_urls import Address, elsewhere, read
 from celery_capacity.routing.errors import InvalidRequest
 
 
@@ -83,10 +83,14 @@ def test_broker_and_results_may_be_elsewhere_and_celery_names_them() -> None:
         elsewhere("sentinel://a/x", "CELERY_BROKER_URL")
 
 
-def test_another_database_of_the_same_server() -> None:
-    assert numbered("redis://:p%40@h:1/0", 7) == "redis://:p%40@h:1/7"
-    assert read(numbered("redis://h/0?db=1", 7)).number == 7
-    assert numbered("unix:///run/r.sock", 7) == "redis+socket:///run/r.sock?virtual_host=7"
-    assert numbered("sentinel://a/1;sentinel://b?master_name=m", 7) == (
-        "sentinel://a:26379/7;sentinel://b:26379/7?master_name=m"
-    )
+@pytest.mark.parametrize(
+    ("url", "same"),
+    [
+        ("redis://:p%40@h:1/7", "redis://:p%40@h:1/7"),
+        ("redis://h/0?db=7", "redis://h:6379/7"),
+        ("unix:///run/r.sock?db=7", "redis+socket:///run/r.sock?virtual_host=7"),
+        ("sentinel://a/7;sentinel://b?master_name=m", "sentinel://a:26379/7;sentinel://b:26379/7?master_name=m"),
+    ],
+)
+def test_address_is_written_as_the_url_that_kombu_reads(url: str, same: str) -> None:
+    assert read(url).url == same

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+import pytest
+
 from celery_capacity.routing.inspect.overview import Overview, WorkerLine, sum_up
 from celery_capacity.routing.inspect.waiting import BacklogLine
 from celery_capacity.routing.model.capacity import Capacity
@@ -77,9 +79,10 @@ def test_the_backlog_is_told_by_queue_and_request() -> None:
     request = Request.of({"cpus": 4000, "memory": 2**31})
     seen = _overview(backlog=(BacklogLine(request, 12, 33.25), BacklogLine(request.within("video"), 1, None)))
     people = {"cpus": 4, "memory": 2147483648, "slots": 1}
+    nothing = {"unknown_task": None, "blocked": None}
     assert seen.to_json()["backlog"] == [
-        {"queue": "celery", "request": people, "waiting": 12, "oldest_seconds": 33.25, "unknown_task": None},
-        {"queue": "video", "request": people, "waiting": 1, "oldest_seconds": None, "unknown_task": None},
+        {"queue": "celery", "request": people, "waiting": 12, "oldest_seconds": 33.25, **nothing},
+        {"queue": "video", "request": people, "waiting": 1, "oldest_seconds": None, **nothing},
     ]
     assert seen.waiting == 13
 
@@ -111,3 +114,18 @@ def test_named_resources_are_summed_over_all_workers() -> None:
 def test_held_shapes_sum_up_by_holder() -> None:
     held = [("a", "cpus=500,slots=1", 3), ("a", "cpus=1000,memory=7,slots=1", 1), ("b", "slots=1", 2)]
     assert sum_up(held) == {"a": {"cpus": 2500, "slots": 4, "memory": 7}, "b": {"slots": 2}}
+
+
+@pytest.mark.parametrize("workers", [2, 50])
+def test_each_resource_is_summed_up_once_for_many_workers(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    summed: list[str] = []
+    total = Overview.total
+
+    def count(seen: Overview, name: str) -> int:
+        summed.append(name)
+        return total(seen, name)
+
+    monkeypatch.setattr(Overview, "total", count)
+    _overview(*(_worker(f"w{n}", {"cpus": 1000, "gpus": 2}, {}) for n in range(workers))).to_json()
+    assert summed.count("gpus") == 1
+    assert len(summed) <= 9

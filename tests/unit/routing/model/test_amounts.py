@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from celery_capacity.routing.errors import InvalidRequest, show
 from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.amounts import (
+    MAX_AMOUNT,
     canonical,
     cpus_number,
     format_amount,
     format_cpus,
     format_memory,
     from_people,
+    memory_to_ask,
+    memory_to_publish,
     named_resources,
     parse_count,
     parse_count_text,
@@ -27,6 +30,7 @@ from celery_capacity.routing.model.amounts import (
     to_people,
 )
 
+MIB = 2**20
 MILLICORES = st.integers(0, 1_000_000_000)
 
 
@@ -187,6 +191,30 @@ def test_any_text_is_memory_or_refused(text: str) -> None:
         assert 0 <= parse_memory(text) <= amounts.MAX_AMOUNT
     except InvalidRequest as error:
         assert error.advice
+
+
+@pytest.mark.parametrize(
+    ("size", "asked", "published"),
+    [
+        (0, 0, 0),
+        (1, MIB, 1),
+        (MIB - 1, MIB, MIB - 1),
+        (MIB, MIB, MIB),
+        (MIB + 1, 2 * MIB, MIB),
+        (1_000_000_000, 1_000_000_000, 1_000_000_000),
+        (1_000_000_001, 954 * MIB, 953 * MIB),
+        (MAX_AMOUNT - 1, MAX_AMOUNT, MAX_AMOUNT - MIB),
+    ],
+)
+def test_memory_is_asked_for_and_published_in_whole_steps(size: int, asked: int, published: int) -> None:
+    assert (memory_to_ask(size), memory_to_publish(size)) == (asked, published)
+
+
+@given(st.integers(0, MAX_AMOUNT))
+def test_job_may_ask_for_all_that_a_worker_publishes(size: int) -> None:
+    published = memory_to_publish(size)
+    assert memory_to_ask(size) >= size >= published
+    assert memory_to_ask(published) == published or published < MIB
 
 
 @pytest.mark.parametrize("value", [-1, True, 1.0, "1", None, 2**52 + 1])

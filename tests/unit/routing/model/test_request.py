@@ -25,11 +25,21 @@ def test_options_become_one_vector_with_a_slot() -> None:
 
 
 def test_all_options_are_read() -> None:
-    options: dict[str, Any] = {"cpus": 0.5, "memory": 5, "gpus": 1, "resources": {"licence": 2}}
+    options: dict[str, Any] = {"cpus": 0.5, "memory": 5_000_000, "gpus": 1, "resources": {"licence": 2}}
     assert set(options) == set(REQUEST_OPTIONS)
     assert Request.from_options(options, 1000).to_people() == {
-        "cpus": 0.5, "memory": 5, "gpus": 1, "slots": 1, "licence": 2,
+        "cpus": 0.5, "memory": 5_000_000, "gpus": 1, "slots": 1, "licence": 2,
     }  # fmt: skip
+
+
+def test_computed_memory_makes_few_shapes_and_reserves_enough() -> None:
+    sizes = [2**30 + number for number in range(0, 4 * 2**20, 4096)]
+    requests = {Request.from_options({"memory": size}, 1000) for size in sizes}
+    assert [request.get("memory") for request in sorted(requests, key=lambda row: row.get("memory"))] == [
+        2**30 + number * 2**20 for number in range(5)
+    ]
+    # A published declaration, a header and a row stand as they are.
+    assert Request.from_people({"memory": 5}).get("memory") == Request.from_shape("memory=5,slots=1").get("memory") == 5
 
 
 @pytest.mark.parametrize("options", [{}, {"cpus": None}, {"memory": None, "gpus": None, "resources": None}])

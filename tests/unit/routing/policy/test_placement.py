@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy import placement
-from celery_capacity.routing.policy.fill import fill
+from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import (
+    CLASS_SPAN,
     SUBMISSIONS,
     TOP_PRIORITY,
     Admission,
@@ -25,12 +26,12 @@ from celery_capacity.routing.policy.placement import (
     Refusal,
     Shortage,
     Waiting,
+    amount_class,
     choose,
     fits,
     found_by,
     order,
     shortages,
-    split_order,
     survey,
 )
 
@@ -46,6 +47,11 @@ BOOKS = st.lists(
 BACKLOG = st.lists(st.tuples(REQUESTS, st.integers(0, 9)), max_size=12).map(
     lambda jobs: [Waiting(f"job-{seq}", request, order(rank, seq)) for seq, (request, rank) in enumerate(jobs)]
 )
+
+
+def fill(worker: Book, backlog: Iterable[Waiting], most: int) -> list[Waiting]:
+    """Return the jobs that one pass admits to the worker, in order."""
+    return fill_or_keep(worker, backlog, most).admitted
 
 
 def need(cpus: int, **more: int) -> Request:
@@ -120,8 +126,10 @@ def test_best_fit_leaves_the_least_cpus_and_ties_go_by_name() -> None:
 
 
 def test_only_the_first_candidates_are_looked_at() -> None:
-    books = [book("a", 1), book("b", 2), book("c", 3, memory=1)]
-    asks = need(1, memory=1)
+    plain, with_memory = {"slots": 9, "queue:video": 9}, {"slots": 9, "queue:video": 9, "memory": 1}
+    books = [Book("a", {"cpus": 1, **plain}, {}), Book("b", {"cpus": 2, **plain}, {})]
+    books.append(Book("c", {"cpus": 3, **with_memory}, {}))
+    asks = need(1, memory=1).within("video")
     assert choose(asks, books, 3) == Admission("c")
     assert choose(asks, books, 2) == Refusal(Reason.LOOK_FURTHER, "cpus", 1, 2, "b")
     assert choose(asks, books, 2, after=(2, "b")) == Admission("c")
@@ -140,9 +148,28 @@ def test_candidates_have_the_rarest_resource_in_the_default_queue() -> None:
     books = [book("a", 1, gpus=1, licence=1), book("b", 2, licence=1), book("c", 3, licence=2, gpus=2)]
     assert found_by(need(1, gpus=1, licence=1), books) == "gpus"
     assert found_by(need(1, gpus=1, licence=1).within("video"), books) == "queue:video"
-    assert found_by(need(1, memory=1), books) == ""
+    assert found_by(need(1, memory=1), books) == "memory"
+    assert found_by(need(1), books) == ""
     gpus_for_video_only = replace(serving("d", "video"), capacity={**serving("d", "video").capacity, "gpus": 1})
     assert gpus_for_video_only.index_names == {"queue:video"}
+
+
+def test_rarest_resource_is_the_one_that_fewest_workers_may_have_free() -> None:
+    books = [book("a", 1, gpus=2, memory=64), Book("b", {"cpus": 2, "gpus": 1, "memory": 9, "slots": 1}, {"memory": 9})]
+    assert found_by(need(1, gpus=1, memory=1), books) == "memory"
+    assert found_by(need(1, gpus=2, memory=1), books) == "gpus"
+    assert choose(need(1, memory=1), books, 1) == Admission("a")
+
+
+@given(st.integers(0, 2**60), st.integers(0, 2**60))
+def test_a_larger_amount_is_in_no_earlier_class(one: int, other: int) -> None:
+    assert (amount_class(one) <= amount_class(other)) or one > other
+    assert amount_class(one) * CLASS_SPAN + CLASS_SPAN < 2**53
+
+
+def test_amounts_double_in_four_classes_from_16_on() -> None:
+    assert [amount_class(amount) for amount in range(-1, 17)] == [0, *range(17)]
+    assert {amount_class(2 * amount) - amount_class(amount) for amount in range(16, 2000)} == {4}
 
 
 def test_workers_with_too_few_cpus_are_not_among_the_candidates() -> None:
@@ -238,7 +265,7 @@ def test_only_a_worker_that_serves_its_queue_takes_a_job() -> None:
     assert [b.worker for b in books if fits(need(1).within("video"), b) is None] == ["b", "c"]
     assert not any(fits(need(1).within("mail"), b) is None for b in books)
     waiting = [Waiting("1", need(1), 1), Waiting("2", need(1).within("video"), 2), Waiting("3", need(1), 3)]
-    assert [[job.job for job in fill(b, waiting, 9, 9)] for b in books] == [["1", "3"], ["1", "2", "3"], ["2"], []]
+    assert [[job.job for job in fill(b, waiting, 9)] for b in books] == [["1", "3"], ["1", "2", "3"], ["2"], []]
 
 
 def test_refusal_names_the_queue_first_and_then_only_those_that_serve_it() -> None:
@@ -300,9 +327,9 @@ def test_a_refusal_s_numbers_are_those_of_the_books(request_: Request, books: li
 
 
 @given(st.integers(0, TOP_PRIORITY), st.integers(0, SUBMISSIONS - 1))
-def test_an_order_can_be_read_back_and_is_exact_as_a_score(priority: int, seq: int) -> None:
+def test_an_order_tells_both_numbers_and_is_exact_as_a_score(priority: int, seq: int) -> None:
     number = order(priority, seq)
-    assert split_order(number) == (priority, seq)
+    assert divmod(number, SUBMISSIONS) == (TOP_PRIORITY - priority, seq)
     assert int(float(number)) == number
     assert number < 2**53
 
@@ -328,7 +355,7 @@ def names(jobs: list[Waiting]) -> list[str]:
 
 
 def test_a_release_admits_by_priority_then_submission() -> None:
-    assert names(fill(book("a", 3), waiting((1, 0), (1, 0), (1, 5), (1, 0)), 10, 10)) == [
+    assert names(fill(book("a", 3), waiting((1, 0), (1, 0), (1, 5), (1, 0)), 10)) == [
         "job-2",
         "job-0",
         "job-1",
@@ -336,44 +363,38 @@ def test_a_release_admits_by_priority_then_submission() -> None:
 
 
 def test_a_smaller_later_job_passes_one_that_does_not_fit() -> None:
-    assert names(fill(book("a", 4), waiting((3, 0), (2, 0), (1, 0), (1, 0)), 10, 10)) == ["job-0", "job-2"]
-    assert names(fill(book("a", 2), waiting((3, 9), (2, 0)), 10, 10)) == ["job-1"]
+    assert names(fill(book("a", 4), waiting((3, 0), (2, 0), (1, 0), (1, 0)), 10)) == ["job-0", "job-2"]
+    assert names(fill(book("a", 2), waiting((3, 9), (2, 0)), 10)) == ["job-1"]
 
 
 def test_a_release_admits_at_most_so_many() -> None:
-    assert len(fill(book("a", 9), waiting(*[(1, 0)] * 9), 10, most=4)) == 4
-
-
-def test_a_release_looks_at_so_many_shapes() -> None:
-    backlog = waiting((9, 0), (8, 0), (7, 0), (6, 0), (1, 0), (1, 0))
-    assert fill(book("a", 4), backlog, shapes=2, most=10) == [], "the first two, and two behind these"
-    assert names(fill(book("a", 4), backlog, shapes=3, most=10)) == ["job-4", "job-5"]
+    assert len(fill(book("a", 9), waiting(*[(1, 0)] * 9), most=4)) == 4
 
 
 def test_what_waits_for_others_hides_nothing_from_a_release() -> None:
     asks = [need(1).within(f"queue-{n}") for n in range(9)] + [need(1, licence=1 + n) for n in range(9)] + [need(1)]
     backlog = [Waiting(f"job-{n}", request, n) for n, request in enumerate(asks)]
-    assert names(fill(book("a", 4), backlog, shapes=2, most=10)) == ["job-18"]
-    assert names(fill(serving("a", "queue-8", cpus=4), backlog, shapes=2, most=10)) == ["job-8"]
-    assert names(fill(book("a", 4, licence=9), backlog, shapes=2, most=10)) == ["job-9", "job-10"]
+    assert names(fill(book("a", 4), backlog, most=10)) == ["job-18"]
+    assert names(fill(serving("a", "queue-8", cpus=4), backlog, most=10)) == ["job-8"]
+    assert names(fill(book("a", 4, licence=9), backlog, most=10)) == [*("job-9", "job-10", "job-11", "job-18")]
 
 
 def test_nothing_is_admitted_to_a_worker_that_is_cordoned_or_over() -> None:
-    assert fill(book("a", 9, admitting=False), waiting((1, 0)), 10, 10) == []
-    assert fill(book("a", 9, 10), waiting((0, 0)), 10, 10) == []
+    assert fill(book("a", 9, admitting=False), waiting((1, 0)), 10) == []
+    assert fill(book("a", 9, 10), waiting((0, 0)), 10) == []
 
 
 def test_slots_bound_the_jobs_that_ask_for_nothing() -> None:
     worker = Book("a", {"cpus": 8, "slots": 2}, {})
-    assert len(fill(worker, waiting(*[(0, 0)] * 5), 10, 10)) == 2
+    assert len(fill(worker, waiting(*[(0, 0)] * 5), 10)) == 2
 
 
-@given(BOOKS, BACKLOG, st.integers(1, 12), st.integers(1, 12))
+@given(BOOKS, BACKLOG, st.integers(1, 12))
 def test_a_pass_never_exceeds_capacity_and_takes_each_shape_in_order(
-    books: list[Book], backlog: list[Waiting], shapes: int, most: int
+    books: list[Book], backlog: list[Waiting], most: int
 ) -> None:
     for worker in books:
-        admitted = fill(worker, backlog, shapes, most)
+        admitted = fill(worker, backlog, most)
         assert len({job.job for job in admitted}) == len(admitted) <= most
         after = worker
         for job in admitted:
@@ -388,7 +409,7 @@ def test_a_pass_never_exceeds_capacity_and_takes_each_shape_in_order(
 @given(BOOKS, BACKLOG)
 def test_after_a_whole_pass_nothing_that_waits_would_fit(books: list[Book], backlog: list[Waiting]) -> None:
     for worker in filter(lambda b: b.admitting, books):
-        admitted = fill(worker, backlog, len(backlog), len(backlog))
+        admitted = fill(worker, backlog, len(backlog))
         after = worker
         for job in admitted:
             after = after.holding(job.request)
@@ -399,11 +420,11 @@ def test_after_a_whole_pass_nothing_that_waits_would_fit(books: list[Book], back
 def test_a_pass_is_the_same_as_one_admission_at_a_time(books: list[Book], backlog: list[Waiting]) -> None:
     for worker in books:
         one_by_one, left, after = [], list(backlog), worker
-        while step := fill(after, left, len(backlog), 1):
+        while step := fill(after, left, 1):
             one_by_one += step
             left.remove(step[0])
             after = after.holding(step[0].request)
-        assert one_by_one == fill(worker, backlog, len(backlog) or 1, len(backlog) or 1)
+        assert one_by_one == fill(worker, backlog, len(backlog) or 1)
 
 
 # The module itself.

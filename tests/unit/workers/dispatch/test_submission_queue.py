@@ -12,7 +12,14 @@ import pytest
 
 from celery_capacity.workers.dispatch import submission_queue
 from celery_capacity.workers.dispatch.breaker import Breaker, Submission
-from celery_capacity.workers.dispatch.submission_queue import IN_A_ROW, IN_A_ROW_BUSY, Moment, Submissions
+from celery_capacity.workers.dispatch.submission_queue import (
+    IN_A_ROW,
+    IN_A_ROW_BUSY,
+    PAUSE,
+    Beginning,
+    Moment,
+    SubmissionQueue,
+)
 from tests.fixtures.waiting import PATIENCE, until
 
 #: Seconds, longer than any test takes.
@@ -36,7 +43,7 @@ class Ledger(Breaker):
     def closed(self) -> bool:
         return True
 
-    def submit(self, jobs: Sequence[Submission]) -> None:
+    def submit(self, jobs: Sequence[Submission], *, keep: bool = True) -> None:
         self.open.wait()
         self.brought.append([job.args[0] for job in jobs])
         self.threads.append(threading.current_thread().name)
@@ -52,7 +59,7 @@ def job(number: int) -> Submission:
     return Submission(1, (number,))
 
 
-def add(sent: Submissions, job: Submission, *, alone: bool = False) -> None:
+def add(sent: SubmissionQueue, job: Submission, *, alone: bool = False) -> None:
     sent.add(job, sent.begin(), alone=alone)
 
 
@@ -62,15 +69,16 @@ def ledger() -> Ledger:
 
 
 @pytest.fixture
-def sent(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Submissions:
+def sent(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> SubmissionQueue:
     """Return submissions where every job that follows a first one is in a row with it."""
     monkeypatch.setattr(submission_queue, "IN_A_ROW", ALWAYS)
-    made = Submissions(ledger)
+    monkeypatch.setattr(submission_queue, "PAUSE", ALWAYS)
+    made = SubmissionQueue(ledger)
     made._last = Moment(-10 * ALWAYS)
     return made
 
 
-def hold_up(ledger: Ledger, sent: Submissions) -> None:
+def hold_up(ledger: Ledger, sent: SubmissionQueue) -> None:
     """Have the thread bring job 1 until the ledger is open again.
 
     Job 0 goes by itself.
@@ -100,13 +108,25 @@ def test_sender_that_waited_for_a_processor_alone_is_in_a_row() -> None:
     assert Moment.now()[1:] != before[1:] or not before.waits
 
 
-def test_a_single_job_is_there_when_its_sender_is_back(ledger: Ledger, sent: Submissions) -> None:
+def test_sender_that_waited_for_long_enough_has_paused() -> None:
+    last = Moment(10.0, thread=1, waits=5)
+    soon, later = last.at + PAUSE / 2, last.at + PAUSE * 2
+    other, waited = last._replace(thread=2, waits=6), last._replace(waits=6)
+    assert last.paused(later, lambda: waited)
+    assert not last.paused(soon, lambda: waited)
+    assert not last.paused(later, lambda: last)
+    assert not last.paused(later, lambda: other)
+    uncounted = Moment(last.at, thread=1, waits=0)
+    assert not uncounted.paused(later, lambda: uncounted)
+
+
+def test_a_single_job_is_there_when_its_sender_is_back(ledger: Ledger, sent: SubmissionQueue) -> None:
     add(sent, job(1))
     assert ledger.brought == [[1]]
     assert ledger.threads == [threading.current_thread().name]
 
 
-def test_jobs_in_a_row_are_brought_by_a_thread_together_and_in_their_order(ledger: Ledger, sent: Submissions) -> None:
+def test_jobs_in_a_row_are_brought_by_a_thread_together_in_order(ledger: Ledger, sent: SubmissionQueue) -> None:
     hold_up(ledger, sent)
     for number in range(2, 50):
         add(sent, job(number))
@@ -118,7 +138,7 @@ def test_jobs_in_a_row_are_brought_by_a_thread_together_and_in_their_order(ledge
 
 
 def test_long_row_is_brought_in_larger_steps_than_a_short_one(
-    ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, sent: SubmissionQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submission_queue, "GATHER_AT_MOST", ALWAYS)
     now = time.monotonic()
@@ -136,7 +156,19 @@ def test_long_row_is_brought_in_larger_steps_than_a_short_one(
     assert ledger.brought == [[0], [1], [2], [3, 4]]
 
 
-def test_one_that_must_not_wait_goes_behind_those_that_do(ledger: Ledger, sent: Submissions) -> None:
+def test_job_after_a_pause_is_not_gathered_with_those_before(
+    ledger: Ledger, sent: SubmissionQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sender of a thousand jobs a second has time left between two of them."""
+    monkeypatch.setattr(submission_queue, "GATHER_AT_MOST", ALWAYS)
+    hold_up(ledger, sent)
+    ledger.open.set()
+    sent._row = time.monotonic() - 100 * ALWAYS
+    sent.add(job(2), Beginning(time.monotonic(), in_a_row=True, paused=True), alone=False)
+    until(lambda: ledger.jobs == [0, 1, 2], "nobody asks for this job, and it comes")
+
+
+def test_one_that_must_not_wait_goes_behind_those_that_do(ledger: Ledger, sent: SubmissionQueue) -> None:
     for number in range(5):
         add(sent, job(number))
     add(sent, job(5), alone=True)
@@ -145,7 +177,7 @@ def test_one_that_must_not_wait_goes_behind_those_that_do(ledger: Ledger, sent: 
 
 
 def test_senders_wait_for_a_thread_that_cannot_keep_up(
-    ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, sent: SubmissionQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submission_queue, "MAX_WAITING", 10)
     monkeypatch.setattr(submission_queue, "PATIENCE", ALWAYS)
@@ -174,7 +206,7 @@ def test_sender_does_not_wait_for_what_others_send_meanwhile(ledger: Ledger, mon
         plain(jobs)
 
     monkeypatch.setattr(ledger, "submit", submit)
-    sent = Submissions(ledger)
+    sent = SubmissionQueue(ledger)
     sent._last = Moment(-10 * ALWAYS)
     hold_up(ledger, sent)
     waits = threading.Thread(target=sent.flush, daemon=True)
@@ -190,7 +222,7 @@ def test_sender_does_not_wait_for_what_others_send_meanwhile(ledger: Ledger, mon
 
 
 def test_an_error_that_nobody_thought_of_stops_nothing(
-    ledger: Ledger, sent: Submissions, caplog: pytest.LogCaptureFixture
+    ledger: Ledger, sent: SubmissionQueue, caplog: pytest.LogCaptureFixture
 ) -> None:
     add(sent, job(0))
     ledger.fails = True
@@ -204,7 +236,7 @@ def test_an_error_that_nobody_thought_of_stops_nothing(
 
 
 def test_the_thread_ends_when_nothing_comes_and_another_one_follows(
-    ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, sent: SubmissionQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submission_queue, "REST_AT_MOST", 0.01)
     add(sent, job(0))
@@ -215,7 +247,7 @@ def test_the_thread_ends_when_nothing_comes_and_another_one_follows(
 
 
 def test_where_there_can_be_no_thread_each_job_goes_at_once(
-    ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, sent: SubmissionQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -230,7 +262,9 @@ def test_where_there_can_be_no_thread_each_job_goes_at_once(
     assert ledger.threads[3:] == ["submissions"]
 
 
-def test_large_jobs_wait_in_smaller_numbers(ledger: Ledger, sent: Submissions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_jobs_wait_in_smaller_numbers(
+    ledger: Ledger, sent: SubmissionQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(submission_queue, "PATIENCE", ALWAYS)
     hold_up(ledger, sent)
     half = submission_queue.MAX_BYTES // 2
@@ -245,7 +279,7 @@ def test_large_jobs_wait_in_smaller_numbers(ledger: Ledger, sent: Submissions, m
     assert ledger.brought == [[0], [1], [2, 3], [4]]
 
 
-def test_a_thread_that_is_dismissed_brings_what_it_has_and_ends(ledger: Ledger, sent: Submissions) -> None:
+def test_a_thread_that_is_dismissed_brings_what_it_has_and_ends(ledger: Ledger, sent: SubmissionQueue) -> None:
     for number in range(3):
         add(sent, job(number))
     thread = sent._thread

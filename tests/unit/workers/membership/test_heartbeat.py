@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -73,6 +74,25 @@ def heartbeat_of(ledger: Any, reachability: Any, membership: Any = None) -> Hear
     nothing: Any = Mock()
     member: Any = Member() if membership is None else membership
     return HeartbeatThread(context, member, nothing, nothing, nothing, nothing)
+
+
+def test_cold_end_is_not_put_off_by_later_signals() -> None:
+    heartbeat = heartbeat_of(Gone(), SimpleNamespace(note=lambda **_: None, lost=False))
+    begun, ends = threading.Event(), []
+
+    def end() -> None:
+        ends.append(time.monotonic())
+        # The signal of the cold end comes back as another stop.
+        heartbeat.cold_in(0.0)
+        begun.set()
+
+    heartbeat.on_cold = end
+    heartbeat.cold_in(0.2)
+    heartbeat.cold_in(3600.0)
+    heartbeat.start()
+    assert begun.wait(10)
+    heartbeat.stop(10)
+    assert len(ends) == 1
 
 
 def test_a_ledger_that_is_gone_is_not_asked_without_a_pause() -> None:

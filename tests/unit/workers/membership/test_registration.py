@@ -84,6 +84,21 @@ def test_rejoin_disowns_the_attempt_that_lost_its_lease_alone() -> None:
     assert recorded == [("job", Token(2, 2))]
 
 
+def test_capacity_that_the_ledger_did_not_hear_of_is_published_again() -> None:
+    ledger = Mock()
+    membership = Membership(context_of(Mock(), ledger, Mock(epoch=2)))
+    membership._capacity = Capacity.of({"cpus": 4000, "slots": 4})
+    membership._published = frozenset()
+    smaller = Capacity.of({"cpus": 2000, "slots": 2})
+    ledger.register.side_effect = StoreUnavailable("no answer")
+    with pytest.raises(StoreUnavailable):
+        membership.resize(smaller, held())
+    ledger.register.side_effect = [Filled(0)]
+    for _ in range(2):
+        membership.resize(smaller, held())
+    assert [call.args[3] for call in ledger.register.call_args_list] == [smaller.shape] * 2
+
+
 def test_leave_keeps_the_book_until_postgres_has_it() -> None:
     """A worker whose book alone is gone would be ready in Postgres for ever: nothing of it lapses any more."""
     engine, ledger = MagicMock(), Mock()

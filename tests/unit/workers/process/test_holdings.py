@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.token import Token
@@ -72,3 +75,25 @@ def test_lost_lease_of_one_attempt_costs_no_other_of_its_job() -> None:
         held.add(holding("job", token=token))
     held.disown({("job", Token(1, 1)), ("job", Token(9, 9))})
     assert held.left_of(Capacity.of({"cpus": 3000})).get("cpus") == 2000
+
+
+def test_signal_in_the_middle_of_a_step_may_end_an_attempt() -> None:
+    """Celery ends running jobs in the handler of a QUIT, in the main thread, which may hold the lock just then."""
+
+    class Interrupted(dict[Any, Any]):
+        def get(self, key: Any, default: Any = None) -> Any:
+            if not ends:
+                ends.append(True)
+                ends.append(held.end("running", FIRST))
+            return super().get(key, default)
+
+    ends: list[bool] = []
+    held = holdings(2000)
+    for job in ("running", "next"):
+        held.add(holding(job))
+    held._held = Interrupted(held._held)
+    main = threading.Thread(target=held.start, args=("next", FIRST), daemon=True)
+    main.start()
+    main.join(10.0)
+    assert not main.is_alive()
+    assert (ends, [holding_.job for holding_ in held.running()]) == ([True, True], ["next"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,14 @@ import pytest
 
 from celery_capacity.routing.config import process_identity
 from celery_capacity.routing.config.process_identity import PidSpace
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.store.worker_rows import WorkerRow
-from celery_capacity.workers.process.identity import is_known_dead, new_identity
+from celery_capacity.workers.process.identity import Identity, is_known_dead, nodename_of
 
 
 def own_row() -> WorkerRow:
     """Return the row of a worker that is this process."""
-    identity = new_identity("a")
+    identity = Identity("a")
     return WorkerRow(
         name=identity.name,
         incarnation=identity.incarnation,
@@ -36,6 +38,21 @@ def own_row() -> WorkerRow:
 
 
 HERE = process_identity.pid_space()
+
+
+@pytest.mark.parametrize(
+    ("celery_name", "node_name", "expected"),
+    [
+        ("celery@box", "", "box@{host}"),
+        ("w1@box", "", "w1@box"),
+        ("w1@box", "w2", "w2@{host}"),
+        ("w1", "", "w1@{host}"),
+        ("celery@text", "", "text@{host}"),
+    ],
+)
+def test_node_keeps_the_host_that_its_worker_is_named_with(celery_name: str, node_name: str, expected: str) -> None:
+    settings = Settings.from_environ({"NODE_NAME": node_name} if node_name else {})
+    assert nodename_of(settings, celery_name) == expected.format(host=socket.gethostname())
 
 
 def test_own_process_is_not_dead() -> None:

@@ -129,6 +129,22 @@ def test_items_that_are_put_off_are_tried_again_under_load(items: Items) -> None
     until(is_done, "it was tried among the others")
 
 
+def test_add_wakes_no_thread_that_collects_a_batch(items: Items, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that wakes for each item of its batch takes the interpreter from the caller each time."""
+    monkeypatch.setattr(Items, "collects", WITHIN)
+    items.start()
+    items.add([1])
+    until(lambda: items._collecting, "the thread collects a batch")
+    woken: list[None] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(items._changed, "notify_all", lambda: woken.append(None))
+        items.add([2])
+        items.add([3])
+        assert (woken, items.done) == ([], [])
+    items.add(range(4, 4 + items.most))
+    until(lambda: len(items.done) >= items.most, "a full batch is done at once")
+
+
 def test_items_are_kept_after_an_unknown_error(items: Items) -> None:
     items.errors = [RuntimeError("nobody thought of it")]
     items.start()

@@ -19,7 +19,7 @@ from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.process.attempts import Attempt
 from celery_capacity.workers.results import chord_parts as module
 from celery_capacity.workers.results.backends import CarriedResults
-from celery_capacity.workers.results.chord_parts import Part, Parts
+from celery_capacity.workers.results.chord_parts import ChordPart, ChordParts
 from celery_capacity.workers.results.deliver import Delivery, key_of
 
 PATIENCE = 20.0
@@ -44,11 +44,11 @@ class Chords:
     """
 
     def __init__(self) -> None:
-        self.parts = Parts("life")
+        self.parts = ChordParts("life")
         self.delivered: list[str] = []
         self.after: SimpleQueue[tuple[str, Exception | None]] = SimpleQueue()
 
-    def part(self, name: str, does: Callable[[], Any] = lambda: None, *, remembered: bool = False) -> Part:
+    def part(self, name: str, does: Callable[[], Any] = lambda: None, *, remembered: bool = False) -> ChordPart:
         def deliver() -> None:
             self.delivered.append(name)
             does()
@@ -56,14 +56,14 @@ class Chords:
         def afterwards(error: Exception | None) -> None:
             self.after.put((name, error))
 
-        return Part(f"job {name}", f"chord {name}", name, deliver, afterwards, remembered)
+        return ChordPart(f"job {name}", f"chord {name}", name, deliver, afterwards, remembered)
 
-    def bring(self, *parts: Part) -> list[str]:
+    def bring(self, *parts: ChordPart) -> list[str]:
         """Return the fate of each part, as it was known when the part was yielded."""
-        return [_fate(part) for part in self.parts.bring(parts)]
+        return [_fate(part) for part in self.parts.deliver(parts)]
 
 
-def _fate(part: Part) -> str:
+def _fate(part: ChordPart) -> str:
     return "late" if part.late else "done" if part.done else f"failed: {part.error}" if part.error else "left"
 
 
@@ -134,11 +134,11 @@ def test_a_part_that_never_comes_through_is_given_up_aloud(
     chords: Chords, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert chords.bring(chords.part("a", gate.wait)) == ["late"]
-    chords.parts.complain()
+    chords.parts.give_up_stuck()
     assert not caplog.records
     monkeypatch.setattr(module, "GIVEN_UP_AFTER", 0.0)
-    chords.parts.complain()
-    chords.parts.complain()
+    chords.parts.give_up_stuck()
+    chords.parts.give_up_stuck()
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert "job a" in caplog.text
     assert "chord a" in caplog.text
@@ -182,7 +182,7 @@ def test_the_end_of_a_job_whose_part_is_late_is_written_with_what_is_left(
         for transition in some:
             recorded.put(transition)
 
-    delivery = Delivery(lambda: backend, "life", record, Parts("life"), lambda *said: settled.put(said))
+    delivery = Delivery(lambda: backend, "life", record, record, ChordParts("life"), lambda *said: settled.put(said))
     delivery.start()
     delivery.add([ended("slow"), ended("a")])
     delivery.add([ended("b")])
@@ -206,7 +206,7 @@ def test_the_end_of_a_job_whose_part_is_late_is_written_with_what_is_left(
 
 def test_where_the_system_has_no_thread_parts_are_left(chords: Chords, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(module._Hand, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+        patched.setattr(module._PartThread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
         assert chords.bring(chords.part("a"), chords.part("b")) == ["left", "left"]
     assert not chords.parts.is_under_way("a")
     assert chords.bring(chords.part("a"), chords.part("b")) == ["done", "done"]

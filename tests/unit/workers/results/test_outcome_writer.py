@@ -60,7 +60,7 @@ class Takes:
         monkeypatch.setattr(refused_transitions, "write", self.write)
         monkeypatch.setattr(outcome_writer, "RETRY_AFTER", (0.001,))
 
-    def write(self, _: Any, batch: list[Any], *, wait: bool) -> tuple[list[Any], list[Any]]:
+    def write(self, _: Any, __: Any, batch: list[Any], *, wait: bool) -> tuple[list[Any], list[Any]]:
         self.tried.release()
         if not self.takes:
             raise OperationalError("", None, Exception("read-only"))
@@ -83,12 +83,12 @@ def test_recorder_is_behind_while_postgres_takes_nothing_for_too_long(postgres: 
     assert not writing.is_behind()
     writing.add(transitions("a"))
     until(writing.is_behind, "nothing was taken for so long")
-    until(lambda: ledger.count.called, "it is counted")
+    until(lambda: ledger.tally.add.called, "it is counted")
     assert not level.is_set()
     postgres.takes = True
     assert level.wait(10.0)
     assert not writing.is_behind()
-    ledger.count.assert_called_once_with("behind")
+    ledger.tally.add.assert_called_once_with("behind")
     writing.stop(5.0)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.ledger.replies import Released, ReleaseVerdict, Settled
+from celery_capacity.routing.model.reasons import Tally
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome, State
 from celery_capacity.routing.model.token import Token
@@ -30,6 +31,7 @@ class Ledger:
     def __init__(self) -> None:
         self.epoch, self.settings = 1, type("Settings", (), {"most_losses": 3})
         self.known, self.forgets = False, 0
+        self.tally = Tally()
         self.errors: list[Exception] = []
         self.verdicts: list[str] = []
 
@@ -44,9 +46,6 @@ class Ledger:
 
     def follow(self, worker: str, settled: Settled) -> None:
         assert not settled.shapes
-
-    def count(self, what: str) -> None:
-        assert what == "stale.release"
 
     def adopt(self, *_: Any) -> list[tuple[str, str]]:
         if self.errors:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from celery_capacity.routing.model.job import NewJob
-from tests.fixtures.alike import (
+from tests.fixtures.jobs.alike import (
     CHANGES,
     SHOWING,
     TASKS,

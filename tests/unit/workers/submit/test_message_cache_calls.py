@@ -18,7 +18,7 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.app.install import install
 from celery_capacity.workers.process.attempts import Attempt, held
 from celery_capacity.workers.submit.message_cache import MAX_CHANGES, MAX_KINDS
-from tests.fixtures.alike import (
+from tests.fixtures.jobs.alike import (
     NOWHERE,
     caught,
     compare,

@@ -21,7 +21,7 @@ from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.message import Template, decode
 from celery_capacity.workers.app.install import create_app, install
 from celery_capacity.workers.submit.sender import Sender
-from tests.fixtures.alike import NOWHERE, caught, compare, make_app, run, two
+from tests.fixtures.jobs.alike import NOWHERE, caught, compare, make_app, run, two
 
 LATER: Final = datetime(2100, 1, 1, tzinfo=UTC)
 

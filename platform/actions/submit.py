@@ -1,0 +1,199 @@
+"""`celery -A platform submit TASK`: submit a job by the name of its task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from celery_capacity.platform.actions.wait_codes import CODES, timeout_option
+from celery_capacity.platform.console.command import Command, WrongUsage, json_option, stores_of_app
+from celery_capacity.platform.console.terminal import facts, print_json, talk
+from celery_capacity.platform.console.text_type import Text
+from celery_capacity.routing.config.task_rules import RERUN
+from celery_capacity.routing.errors import InvalidRequest, show
+from celery_capacity.routing.model.amounts import (
+    CPUS,
+    GPUS,
+    MEMORY,
+    cpus_number,
+    is_named,
+    parse_count_text,
+    parse_cpus_text,
+)
+from celery_capacity.routing.model.request import Request
+from celery_capacity.workers.process.exit_codes import Exit
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from celery_capacity.workers.process.stores import Stores
+
+
+@click.command(
+    "submit",
+    cls=Command,
+    examples=(
+        ("With the request that the task declares", "celery -A platform submit demo.sleep --args '[1]'"),
+        ("With another one", "celery -A platform submit demo.sleep --cpus 8 --memory 2GiB"),
+        ("And wait for its end", "celery -A platform submit demo.sleep --args '[1]' --wait"),
+    ),
+    codes={**CODES, Exit.FAILED: "the job was refused; with --wait also: it failed or was lost"},
+)
+@click.argument("task", metavar="TASK", type=Text())
+@click.option("--args", metavar="JSON", type=Text(), help="Its arguments, as a list.")
+@click.option("--kwargs", metavar="JSON", type=Text(), help="Its named arguments, as an object.")
+@click.option("--cpus", metavar="N", type=Text(), help="CPUs, such as 8 or 0.5.")
+@click.option("--memory", metavar="SIZE", type=Text(), help="Memory, such as 2GiB.")
+@click.option("--gpus", metavar="N", type=Text(), help="GPUs.")
+@click.option("--resource", metavar="NAME=N", type=Text(), multiple=True, help="A named resource; again for more.")
+@click.option("--queue", metavar="NAME", type=Text(), help="Its queue.")
+@click.option("--priority", metavar="N", type=click.IntRange(0, 9), help="0 to 9, 9 first.")
+@click.option("--countdown", metavar="SECONDS", type=click.FloatRange(min=0), help="Start no earlier than that.")
+@click.option("--expires", metavar="SECONDS", type=click.FloatRange(min=0), help="Start no later than that.")
+@click.option("--unique", is_flag=True, help="Unless an equal job has not ended yet.")
+@click.option("--after", metavar="ID", type=Text(), multiple=True, help="When this job has succeeded; again for more.")
+@click.option("--wait", is_flag=True, help="Wait for its end; the exit code says how it ended.")
+@timeout_option("With --wait: no longer than that.")
+@json_option
+@click.pass_context
+def command(context: click.Context, /, **options: Any) -> None:
+    """Submit a job of TASK, and print its id.
+
+    The job asks for what the task declares; --cpus, --memory, --gpus and --resource replace an amount each. --unique
+    prints the id of the equal job where there is one.
+    """
+    from kombu.utils.uuid import uuid
+
+    from celery_capacity.platform.actions.waiting import wait_for
+
+    task, as_json = options.pop("task"), options.pop("as_json")
+    wait, timeout = options.pop("wait"), options.pop("timeout")
+    if timeout is not None and not wait:
+        raise WrongUsage("--timeout needs --wait", advice="Add --wait.")
+    args, kwargs = _arguments(options.pop("args"), options.pop("kwargs"))
+    call = _call(options)
+    stores = stores_of_app(context)
+    app: Celery = context.obj.app
+    proposed = uuid()
+    if as_json:
+        _check_readable(stores, proposed)
+    job = str(app.send_task(task, args, kwargs, task_id=proposed, **{**_declared(app, stores, task), **call}).id)
+    # The process ends soon, and the ledger is to know the job before.
+    stores.sending.flush()
+    if not as_json:
+        facts().print(job)
+    if not wait:
+        if as_json:
+            print_json(_facts(stores, job, new=job == proposed))
+        return
+    awaited = wait_for(stores, [job], timeout)
+    if as_json:
+        print_json({**_facts(stores, job, new=job == proposed), "state": awaited.events[job].state.value})
+    else:
+        text = f"not ended after {timeout:g} s" if awaited.timed_out else awaited.events[job].state.value
+        talk().print(text)
+    raise SystemExit(awaited.code)
+
+
+def _arguments(args: str | None, kwargs: str | None) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arguments that a command line has as JSON. Raises `InvalidRequest`."""
+    return (
+        _parsed("--args", args, list, "a list, such as --args '[1, \"a\"]'"),
+        _parsed("--kwargs", kwargs, dict, "an object, such as --kwargs '{\"name\": 1}'"),
+    )
+
+
+def _parsed(option: str, value: str | None, kind: type, right: str) -> Any:
+    if value is None:
+        return kind()
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(
+            f"{option} {show(value)} is not JSON", value=value, advice=f"It must be {right}."
+        ) from error
+    if not isinstance(parsed, kind):
+        raise InvalidRequest(f"{option} {show(value)} is not valid", value=value, advice=f"It must be {right}.")
+    return parsed
+
+
+def _call(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `send_task` that a command line has. Raises `InvalidRequest`."""
+    call: dict[str, Any] = {
+        name: options[name]
+        for name in ("memory", "queue", "priority", "countdown", "expires")
+        if options[name] is not None
+    }
+    if options["cpus"] is not None:
+        call["cpus"] = cpus_number(parse_cpus_text(options["cpus"], "--cpus"))
+    if options["gpus"] is not None:
+        call["gpus"] = parse_count_text(options["gpus"], "--gpus")
+    if options["resource"]:
+        call["resources"] = dict(map(_resource, options["resource"]))
+    if options["unique"]:
+        call["unique"] = True
+    if options["after"]:
+        call["after"] = list(options["after"])
+    return call
+
+
+def _resource(value: str) -> tuple[str, int]:
+    name, equals, amount = value.partition("=")
+    if not (name and equals):
+        advice = "It must be a name and a number, such as licence=1."
+        raise InvalidRequest(f"--resource {show(value)} is not valid", value=value, advice=advice)
+    return name, parse_count_text(amount, f"--resource {name}")
+
+
+def _declared(app: Celery, stores: Stores, task: str) -> dict[str, Any]:
+    """Return the request that Postgres has for a task, as options, where nobody else can tell it.
+
+    The app knows its own tasks, and asks the ledger for others. A task that nobody declared gives a warning.
+    """
+    from celery_capacity.platform.console.render import WITH_ITS_CODE
+    from celery_capacity.routing.store import queries
+    from celery_capacity.routing.store.worker_rows import declarations
+
+    if task in app.tasks:
+        return {}
+    with stores.engine.connect() as connection:
+        if not queries.may_read(connection, "declarations"):
+            return {}
+        declared = declarations(connection)
+    if task not in declared:
+        near = get_close_matches(task, declared, n=1)
+        advice = f"Did you mean {near[0]}?" if near else WITH_ITS_CODE
+        talk().print(f"Warning: no worker has declared the task {task}; it waits for one that does. {advice}")
+        return {}
+    if stores.sending.ask(lambda ledger: ledger.client.ping()):
+        return {}
+    request = Request.from_people({name: value for name, value in declared[task].items() if name != RERUN})
+    options: dict[str, Any] = {}
+    for name, value in request.to_people().items():
+        if name in (CPUS, MEMORY, GPUS):
+            options[name] = value
+        elif is_named(name):
+            options.setdefault("resources", {})[name] = value
+    return options
+
+
+def _check_readable(stores: Stores, job: str) -> None:
+    """Read a job that is not there yet. A role that may not read jobs is refused before anything is written."""
+    from celery_capacity.routing.store import queries
+
+    with stores.engine.connect() as connection:
+        queries.find(connection, job)
+
+
+def _facts(stores: Stores, job: str, *, new: bool) -> dict[str, Any]:
+    from celery_capacity.routing.store import queries
+
+    with stores.engine.connect() as connection:
+        file = queries.find(connection, job)
+    assert file is not None, "a job that was accepted is in Postgres"
+    line = file.job.to_json()
+    return {"new": new, **{name: line[name] for name in ("id", "name", "state", "request", "queue", "priority")}}

@@ -1,0 +1,1 @@
+"""Ways to break things: processes, stores, clocks, connections."""

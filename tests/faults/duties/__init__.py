@@ -1,0 +1,1 @@
+"""Duties, beat and clients that die, and messages that are lost or doubled."""

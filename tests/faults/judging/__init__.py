@@ -1,0 +1,1 @@
+"""The oracle that judges a run, and its evidence."""

@@ -1,0 +1,1 @@
+"""Stores that die, stall, or come back empty."""

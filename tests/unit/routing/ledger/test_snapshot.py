@@ -1,0 +1,82 @@
+"""Reads of many keys at once: the bytes that are sent, and the connection afterwards."""
+
+from __future__ import annotations
+
+import gc
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import redis
+
+from celery_capacity.routing.ledger.snapshot import pairs, read_many, without_collection
+
+
+class Connection:
+    """A connection that gives prepared replies, and raises those that are errors."""
+
+    def __init__(self, replies: list[Any]) -> None:
+        self.replies = replies
+        self.sent: list[bytes] = []
+        self.fate: list[str] = []
+
+    def send_packed_command(self, command: list[bytes]) -> None:
+        self.sent.append(b"".join(command))
+
+    def read_response(self) -> Any:
+        reply = self.replies.pop(0)
+        if isinstance(reply, BaseException):
+            raise reply
+        return reply
+
+    def disconnect(self) -> None:
+        self.fate.append("disconnected")
+
+
+def _client(connection: Connection) -> Any:
+    def release(_: Connection) -> None:
+        connection.fate.append("released")
+
+    return SimpleNamespace(connection_pool=SimpleNamespace(get_connection=lambda: connection, release=release))
+
+
+def test_many_commands_are_sent_at_once_and_answered_in_order() -> None:
+    connection = Connection([{b"a": b"1"}, [None, b"x"]])
+    replies = read_many(_client(connection), [("HGETALL", "book:w\u00e9"), ("HMGET", "view", "pid", "host")])
+    assert replies == [{b"a": b"1"}, [None, b"x"]]
+    assert connection.sent == [
+        b"*2\r\n$7\r\nHGETALL\r\n$8\r\nbook:w\xc3\xa9\r\n*4\r\n$5\r\nHMGET\r\n$4\r\nview\r\n$3\r\npid\r\n$4\r\nhost\r\n"
+    ]
+    assert connection.fate == ["released"]
+
+
+def test_no_command_takes_no_connection() -> None:
+    connection = Connection([])
+    assert read_many(_client(connection), []) == []
+    assert connection.fate == []
+
+
+@pytest.mark.parametrize(
+    "error", [redis.ResponseError("WRONGTYPE"), redis.ConnectionError("gone"), KeyboardInterrupt()]
+)
+def test_unread_replies_do_not_stay_on_the_connection(error: BaseException) -> None:
+    connection = Connection([b"first", error, b"third"])
+    with pytest.raises(type(error)):
+        read_many(_client(connection), [("GET", "a"), ("GET", "b"), ("GET", "c")])
+    assert connection.fate == ["disconnected", "released"]
+
+
+def test_a_hash_is_read_in_either_protocol() -> None:
+    assert pairs({b"a": b"1"}) == pairs([b"a", b"1"]) == {b"a": b"1"}
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_collection_goes_on_as_before(enabled: bool) -> None:
+    was = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with without_collection():
+            assert not gc.isenabled()
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if was else gc.disable)()

@@ -1,1 +1,0 @@
-"""Celery's remote control of a worker."""
