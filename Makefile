@@ -2,6 +2,10 @@
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-celery test-docker test-servers test-installed test-pythons check docs reference pictures bench bench-costs check-costs store-costs bench-load bench-peers soak bench-size chaos clean
 
+# Some machines tell Python to keep no bytecode. The tests start about a thousand processes, and each would compile the
+# package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 # Stamps: what the demo needs, and what the developers' tools need besides.
 INSTALLED_DEMO := $(VENV)/.installed-demo
