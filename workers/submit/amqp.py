@@ -25,7 +25,7 @@ from celery_capacity.workers.broker.queues import queue_of
 from celery_capacity.workers.broker.transport import Connection
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit.encode import shown
-from celery_capacity.workers.submit.groups import here
+from celery_capacity.workers.submit.groups import gathering_of
 from celery_capacity.workers.submit.router import Router
 from celery_capacity.workers.submit.sender import Sender
 
@@ -137,7 +137,7 @@ class PlatformAMQP:
 
                 jobs = _JobProducer(producer, SessionJobs(sender, self.stores, session), queues)
             else:
-                gathering = here(self)
+                gathering = gathering_of(self)
                 if gathering is not None:
                     return gathering.publish(plain, producer, name, message, options)
                 jobs = _JobProducer(producer, sender, queues)
@@ -163,17 +163,17 @@ class PlatformAMQP:
                 options[header] = self.shown(header, arguments)
         if len(more) <= _ORIGIN:
             options.setdefault("origin", origin(os.getpid()))
-        gathering = here(self)
+        gathering = gathering_of(self)
         if gathering is not None:
             gathering.made(name, kwargs, more, options)
         return super().as_task_v2(task_id, name, args, kwargs, *more, **options)  # type: ignore[misc]
 
-    def shown(self, what: str, given: Any) -> str:
-        """Return the header `what` (argsrepr or kwargsrepr) of arguments."""
-        if not given:
-            return repr(given)
-        most: int = getattr(self, f"{what}_maxsize")
-        return shown(given, most, self.app.conf.task_repr_maxlevels)
+    def shown(self, header: str, arguments: Any) -> str:
+        """Return the header (argsrepr or kwargsrepr) that shows these arguments."""
+        if not arguments:
+            return repr(arguments)
+        most: int = getattr(self, f"{header}_maxsize")
+        return shown(arguments, most, self.app.conf.task_repr_maxlevels)
 
     def _retry_publish(self, publish: Any, *args: Any, **options: Any) -> Any:
         """Publish as Celery does, without a priority of None. A task publishes its followers by this method.

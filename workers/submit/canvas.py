@@ -32,8 +32,8 @@ def steps_of(canvas: Any) -> Iterator[Any]:
     arguments = canvas.get("kwargs")
     if not isinstance(arguments, Mapping):
         return
-    for place in _COMPOSED.get(str(canvas.get("subtask_type")), ()):
-        inner = arguments.get(place)
+    for name in _COMPOSED.get(str(canvas.get("subtask_type")), ()):
+        inner = arguments.get(name)
         # A chord's body is one signature. Its header may be one too: a group.
         for step in [inner] if isinstance(inner, Mapping) else inner or ():
             yield from steps_of(step)
@@ -44,8 +44,9 @@ def mark(canvas: Any, job: str, nesting: int) -> None:
 
     Steps in the replacement of another job keep their mark: they followed the replaced task there.
 
-    `nesting`: how often the id has been replaced. By this number the step that carries the id on is known as newer. All
-    steps have it, because a step that is replaced itself counts on from there. Celery leaves it out inside a chord.
+    `nesting`: how often the id has been replaced. This number makes the step that carries the id on newer than the
+    replaced job. All steps have it, because a step that is replaced itself counts on from there. Celery leaves it out
+    inside a chord.
 
     A composed signature is marked only where it has headers of its own: these override the headers of its steps.
     """

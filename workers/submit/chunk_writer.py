@@ -2,7 +2,7 @@
 
 While a thread brings one chunk to the ledger, another thread stores the next one, and the caller builds the one after
 that. There are never more than these three. Chunks come to the ledger in their order. Where the caller may be slow to
-build a chunk, a thread stores what there is of it after 50 ms, and goes on so while there is some.
+build a chunk, a thread stores its jobs after 50 ms, and again every 50 ms, until it finds no new job.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 #: Bytes of messages that one `store_timeout` is long enough for, at a few MB a second.
 BYTES_IN_LIMIT: Final = 32 * 1024**2
 
-#: Seconds after which a chunk is stored that is not full yet: as long as nobody notices.
+#: Seconds after which an incomplete chunk is stored: a delay that nobody notices.
 MAX_AGE: Final = 0.05
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ T = TypeVar("T")
 After = Callable[[], None] | None
 
 
-#: Takes stored jobs to the ledger: the jobs, what was committed, and when their storing began (ms).
+#: Takes stored jobs to the ledger: the jobs, their committed rows, and the time at which their storing began (ms).
 Bring = Callable[[Sequence[NewJob], Committed, float], None]
 
 
@@ -86,7 +86,7 @@ class ChunkWriter:
         self._storing: Future[list[After]] | None = None
         #: The stored chunk that is being brought to the ledger.
         self._bringing: Future[None] | None = None
-        #: The work that stores chunks at their age, and the callbacks of its chunks that were not called yet.
+        #: The work that stores chunks every `MAX_AGE`, and the callbacks of its chunks that were not called yet.
         self._aging: Future[None] | None = None
         self._aged: list[After] = []
         #: True once that work found no job, and ends.
@@ -95,7 +95,7 @@ class ChunkWriter:
         self._left = threading.Event()
         #: Number of stored jobs.
         self.accepted = 0
-        #: Ids of jobs of which it is not known whether they are stored.
+        #: Ids of jobs whose commit was not confirmed: they may be stored.
         self.unknown: tuple[str, ...] = ()
         #: True once a chunk was not stored. Then no other chunk is stored.
         self.failed = False
@@ -115,7 +115,8 @@ class ChunkWriter:
         self._wait()
         chunk = self._taken()
         if not chunk[0]:
-            return  # it was stored for its age just now
+            # A thread has just stored this chunk because of its age.
+            return
         self._storing = self._submit(self._store, *chunk, self._hand_on)
         if self._storing is None:
             self._tell(self._store(*chunk))
@@ -146,7 +147,7 @@ class ChunkWriter:
             return None
 
     def _age(self) -> None:
-        """Have the chunk that is built stored at its age, whatever the caller does meanwhile."""
+        """Have a thread store the chunk once it is `MAX_AGE` old, whatever the caller does meanwhile."""
         if self._aging is not None and (self._aging_ends or self._aging.done()):
             # Raise its error before more jobs come.
             self._wait()
@@ -156,9 +157,9 @@ class ChunkWriter:
             self._aging = self._submit(self._store_aged, self._storing)
 
     def _store_aged(self, before: Future[list[After]] | None) -> None:
-        """Store what is built at its age, until nothing was added meanwhile or the caller takes over.
+        """Store the built jobs every `MAX_AGE`, until no job was added meanwhile or the caller takes over.
 
-        `before`: the full chunk that is being stored. Its jobs come first, and none follows where it fails.
+        `before`: the full chunk that is being stored. Its jobs come first. Where it fails, no other job is stored.
         """
         if before is not None:
             wait([before])
@@ -183,7 +184,7 @@ class ChunkWriter:
             self._threads.shutdown()
 
     def _wait(self) -> None:
-        """Wait for the chunk that is being stored. A chunk that ages is left to the caller."""
+        """Wait for the chunk that is being stored, and stop storing chunks because of their age."""
         storing, self._storing = self._storing, None
         aging, self._aging = self._aging, None
         if storing is not None:

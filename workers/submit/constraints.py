@@ -43,13 +43,12 @@ RATE: Final = "rate"
 CARRIED: Final = frozenset({UNIQUE, AFTER, RATE})
 #: Jobs that one job can wait for.
 MAX_NEEDS: Final = 10_000
-#: Seconds for which a sender trusts the rates that it read. A rate that is set at run time takes so long to be known.
+#: Seconds for which a sender trusts the rates that it read. A rate that is set at run time reaches it that late.
 RATES_FOR: Final = 5.0
 #: Seconds in which the end of a job is written, and seconds between two looks for it. Workers write ends in batches.
 WRITTEN_WITHIN: Final = 5.0
 LOOK_EVERY: Final = 0.005
-#: Intervals of the duty (`due_interval`) for which starts are saved up, because none of its passes comes exactly in
-#: time.
+#: Intervals of the duty (`due_interval`) for which unused starts are saved up, because no pass comes exactly in time.
 BURST_INTERVALS: Final = 1.5
 
 #: Constraints of a job that waits for nothing but its time and a worker.
@@ -88,7 +87,7 @@ def header_of(name: str, args: Any, kwargs: Any, options: dict[str, Any], task: 
 
 
 def key_of(name: str, args: Any, kwargs: Any, unique: Any) -> str:
-    """Return the digest under which a submission is the only one.
+    """Return the digest of a submission's key: no other job may have this key at the same time.
 
     A text is the caller's key, whatever the task. True stands for the task's name and its arguments, as JSON with
     sorted keys.
@@ -213,7 +212,8 @@ def declare_rates(app: Celery, stores: Stores) -> None:
 def until_written(stores: Stores, job: str) -> bool:
     """Wait for the end in Postgres of a job that has ended in the ledger.
 
-    A job's result is out before its row. A caller that has the result submits another job, not the first one once more.
+    A client has a job's result before the row says that the job has ended. If this client submits an equal job, it
+    means another one, and must not get the ended job.
     Returns False where the job has not ended. Raises `NotAccepted` where Postgres does not say so in time.
     """
     ledger_event = stores.sending.ask(lambda ledger: job_events.in_ledger(ledger.client, job))
@@ -225,7 +225,7 @@ def until_written(stores: Stores, job: str) -> bool:
             with stores.engine.connect() as connection:
                 row_event = job_events.in_postgres(connection, job)
         except SQLAlchemyError as error:
-            raise NotAccepted(f"whether job {job}, which has the same key, has ended is not known") from error
+            raise NotAccepted(f"job {job} has the same key, and Postgres does not say if it has ended") from error
         if row_event is None or row_event.final:
             return True
         if row_event.rank > ledger_event.rank:

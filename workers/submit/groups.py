@@ -28,7 +28,8 @@ from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit.chunk_writer import After, ChunkWriter
 
-_here = threading.local()
+#: The gathering of each thread.
+_of_thread = threading.local()
 
 
 class _HandedOver(Exception):
@@ -172,29 +173,29 @@ _PUBLISHING: Final = frozenset(
 )
 
 
-def here(amqp: Any) -> Gathering | None:
+def gathering_of(amqp: Any) -> Gathering | None:
     """Return this thread's gathering for an app's AMQP, None where each message goes by itself."""
-    gathering: Gathering | None = getattr(_here, "gathering", None)
+    gathering: Gathering | None = getattr(_of_thread, "gathering", None)
     return gathering if gathering is not None and gathering.amqp is amqp else None
 
 
 @contextmanager
 def active(gathering: Gathering | None) -> Iterator[None]:
     """Publish into a gathering within the block, in this thread. None: publish as if there were no gathering."""
-    before = getattr(_here, "gathering", None)
-    _here.gathering = gathering
+    before = getattr(_of_thread, "gathering", None)
+    _of_thread.gathering = gathering
     try:
         yield
     finally:
-        _here.gathering = before
+        _of_thread.gathering = before
 
 
 @contextmanager
 def stored_together(app: Celery, jobs: ChunkWriter) -> Iterator[Gathering]:
     """Gather jobs within the block, and store them by its end.
 
-    After an error the jobs that were taken before it are accepted. The error is raised as it is where none of them
-    stays, or else as the cause of `PartlyAccepted`. A `LeaseLost` is always raised as it is.
+    After an error, the jobs that were taken before it are accepted. Where some of them stay, the error is raised as the
+    cause of `PartlyAccepted`. Where none stays, and for a `LeaseLost`, it is raised as it is.
     """
     try:
         yield Gathering(app, jobs)
@@ -220,8 +221,8 @@ def stored_together(app: Celery, jobs: ChunkWriter) -> Iterator[Gathering]:
 def within_session(app: Celery, session: Any) -> Iterator[None]:
     """Write all jobs that are published within the block into a session's transaction, or none of them.
 
-    They are written at the end of the block, when all are known to be right. A refusal by Postgres after that fails the
-    whole transaction. Raises `InvalidRequest` for a session that cannot be used, before anything is published.
+    They are written at the end of the block, after all of them were checked. A refusal by Postgres then fails the whole
+    transaction. Raises `InvalidRequest` for a session that cannot be used, before anything is published.
     """
     # Imported late: it loads SQLAlchemy's ORM.
     from celery_capacity.workers.submit.session_jobs import SessionJobs
@@ -280,7 +281,7 @@ def in_chunks(apply_tasks: Callable[..., Iterable[Any]]) -> Callable[..., Iterab
         # A job that the worker itself publishes may not wait, or waits for Postgres. In a group within a group the
         # outer group gathers.
         alone = attempt is not None and (attempt.deferred or attempt.patient is not None)
-        if not on_platform or alone or here(app.amqp) is not None:
+        if not on_platform or alone or gathering_of(app.amqp) is not None:
             return apply_tasks(self, tasks, producer, app, *more, **options)
         jobs = ChunkWriter(app.amqp.job_sender, app.platform, attempt)
         # The tasks come from a generator of the caller's.

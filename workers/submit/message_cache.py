@@ -41,7 +41,7 @@ from celery_capacity.workers.submit import validation
 from celery_capacity.workers.submit.amqp import PlatformAMQP, origin
 from celery_capacity.workers.submit.constraints import declares
 from celery_capacity.workers.submit.encode import encode_body
-from celery_capacity.workers.submit.groups import here
+from celery_capacity.workers.submit.groups import gathering_of
 from celery_capacity.workers.submit.router import Router
 
 #: Attributes of a task that Celery's own code and ours read for its message.
@@ -159,8 +159,8 @@ class MessageCache:
         """Return an ordinary call, with its kind where there is a template for it. None: the call goes by Celery."""
         if not self._is_ordinary(task, plain, args, kwargs, options):
             return None
-        # The key has the type of a value: True equals 1, and is written otherwise. It has the id of the task, whose
-        # class may say what equals it. The state has the task itself.
+        # The key has the type of a value, because True equals 1 and is written otherwise. It has the id of the task,
+        # because a task's class may define equality. The state has the task itself.
         key = (id(task), *[(option, type(value), value) for option, value in options.items() if option != "task_id"])
         learnt = self._seen.get(key)
         if learnt is None:
@@ -220,15 +220,15 @@ class MessageCache:
             or not isinstance(kwargs or {}, dict)
             or conf["task_always_eager"]
             or conf["task_send_sent_event"]
-            or here(app.amqp) is not None
+            or gathering_of(app.amqp) is not None
         )
 
     def _state(self, task: Any, amqp: Any) -> tuple[Any, ...]:
-        """Return all else that the messages of a task's calls depend on, at this moment.
+        """Return the objects on which the messages of a task's calls depend, besides their arguments and options.
 
         The messages are alike while each item is the same object.
         """
-        # Nothing is made here: Celery makes it in its order, and its errors come first.
+        # Read only what exists: Celery makes the rest in its own order, so that its errors come first.
         made, stores = vars(amqp), self._stores.made
         routes = made["router"].routes if "router" in made else ()
         return (
@@ -289,10 +289,10 @@ class MessageCache:
         return template if self._fill(job, template, job.id, args, kwargs, may_ask=False) == job else None
 
     def like(self, task: Any, job: NewJob, args: Any, kwargs: Any) -> Callable[[str, Any], NewJob] | None:
-        """Return a function that makes the job of a call like the one of `job`, of its id and positional arguments.
+        """Return a function that makes a job like `job` from another id and other positional arguments.
 
-        The caller ensures that nothing but these two differs, and asks `listens` before each call. None where there is
-        no template for such calls, and Celery makes each message.
+        The caller ensures that nothing but these two differs, and asks `listens` before each call. Return None where
+        such calls have no template, so that Celery makes each message.
         """
         try:
             if listens() or not _is_plain_app(self._app):
@@ -302,7 +302,7 @@ class MessageCache:
             # The first job is accepted, and Celery makes the others too.
             logger.debug("no template of %s was made", job.name, exc_info=True)
             return None
-        return None if template is None else lambda another, its: self._fill(job, template, another, its, kwargs)
+        return None if template is None else lambda job_id, values: self._fill(job, template, job_id, values, kwargs)
 
 
 def listens() -> bool:

@@ -78,7 +78,7 @@ class Sender:
         return job
 
     def in_time(self) -> deadlines.within:
-        """Return the deadline within which all that one job asks Postgres ends, by the setting."""
+        """Return the deadline for all questions of one job to Postgres, by the setting `store_timeout`."""
         return deadlines.within(self._stores.settings.store_timeout)
 
     def check_backlog(self, attempt: Attempt | None) -> None:
@@ -89,7 +89,7 @@ class Sender:
     def store(self, job: NewJob, attempt: Attempt | None) -> None:
         """Make a job durable, and bring it to the ledger. `attempt`: the attempt that publishes it. In any thread.
 
-        An error behind the insert leaves an accepted row, which the sweep brings in.
+        An error after the insert leaves an accepted row, which the sweep brings in.
         """
         sending = self._stores.sending
         began, began_ms = sending.begin(), time.time() * 1000
@@ -101,7 +101,7 @@ class Sender:
             self.bring(job, inserted, began, began_ms, alone=attempt is not None)
 
     def bring(self, job: NewJob, inserted: Inserted, began: Beginning, began_ms: float, *, alone: bool = False) -> None:
-        """Bring an inserted job to the ledger, or wake those who take jobs in Postgres, if it may start now.
+        """Bring an inserted job to the ledger, or wake the workers that take jobs in Postgres, if it may start now.
 
         `began`, `began_ms`: the start of the submission, by `sending.begin` and by the clock. `alone`: tell the ledger
         at once.
@@ -126,8 +126,8 @@ class Sender:
     def ask(self, inserted: Inserted, question: Callable[[Ledger], object]) -> bool:
         """Ask the ledger, in the epoch that this insert confirmed. Returns True if it answered.
 
-        The duties bring in a job that the ledger does not hear of or take. Where Postgres decides, wake those who take
-        jobs there instead.
+        Where the ledger does not answer, or refuses the job, the duties bring the job in. Where Postgres decides, wake
+        the workers that take jobs there instead.
         """
         if inserted.authority != Store.LEDGER:
             self._wake_pullers()

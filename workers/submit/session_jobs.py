@@ -1,9 +1,9 @@
 """Transactional enqueue: `apply_async(session=...)`. The job's row is part of the caller's own transaction.
 
 Nobody sees the job until the commit. A rollback, also of a savepoint, takes it back. After the commit of a Session this
-process brings the job to the ledger. The commit of a bare Connection is reported to nobody here, and a process may die
+process brings the job to the ledger. SQLAlchemy does not report the commit of a bare Connection, and a process may die
 right after a commit. Then a worker brings the job in, because a notification goes with the rows
-(`workers.runner.commit_listener`). The sweep is behind both.
+(`workers.runner.commit_listener`). Where both fail, the sweep brings it in.
 """
 
 from __future__ import annotations

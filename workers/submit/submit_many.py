@@ -4,9 +4,9 @@ The first job goes through all of Celery's code, as `apply_async` does. The outc
 request) holds for all other jobs, unless something looks at each call. That is a router, a task class or an app with
 code of its own, or an option that is not known here. Then each job goes through all of Celery's code.
 
-Where nobody listens to Celery's signals, and the messages differ in the ids and the arguments alone, they are filled
-into a template of the first message (`workers.submit.message_cache`), for a quarter of the time. Else Celery makes each
-message, and its signals are sent for each.
+Where nobody listens to Celery's signals, and the messages differ in the ids and the arguments alone, ids and arguments
+are filled into a template of the first message (`workers.submit.message_cache`), in a quarter of the time. Else Celery
+makes each message, and its signals are sent for each.
 
 Ids are made here: a random part for all jobs, and a number for each. So a handle of a million jobs is a few bytes, and
 their rows and keys stand beside each other.
@@ -64,7 +64,7 @@ _SAME_FOR_ALL: Final = frozenset(
     }
 )
 #: Options that belong to one job, or to Celery's canvas.
-_NOT_HERE: Final = frozenset(
+_OPTIONS_OF_ONE: Final = frozenset(
     {"task_id", "group_id", "group_index", "chord", "chain", "producer", "connection", "unique", "unique_for"}
 )
 
@@ -126,12 +126,12 @@ def submit_many(
     `PartlyAccepted`, with that error as its cause. With a `session` all jobs are part of its transaction, and errors
     are raised as they are.
     """
-    for option in _NOT_HERE & options.keys():
+    for option in _OPTIONS_OF_ONE & options.keys():
         raise InvalidRequest(f"submit_many({option}=...) is not an option", value=option, advice="Leave it out.")
     check_chunk(chunk)
     resolved: Task | str = app.tasks.get(task, task) if isinstance(task, str) else task
     if not isinstance(resolved, str) and is_unique(resolved):
-        advice = "Submit its jobs one by one: which of them are others is only known then."
+        advice = "Submit its jobs one by one: only then each of them is compared with the others."
         raise InvalidRequest(
             f"task {resolved.name} is unique, and many are submitted", value=resolved.name, advice=advice
         )
@@ -197,7 +197,7 @@ class _Call:
             self._gathering.add(self._fill(job, args))
 
     def _learn(self, args: Sequence[Any]) -> Callable[[str, Any], NewJob] | None:
-        """Return what makes further jobs like the first one, None where Celery makes their messages."""
+        """Return the function that makes further jobs like the first one, None where Celery makes their messages."""
         templates, first = getattr(self._app, "platform_templates", None), self._gathering.newest
         if templates is None or first is None or self._attempt is not None or self._app.conf.task_send_sent_event:
             return None

@@ -1,4 +1,4 @@
-"""The platform's base for tasks: attributes declare a request, and a replaced job is known as such."""
+"""The platform's base for tasks: attributes declare a request, and the steps of a replacement name the replaced job."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PlatformTask:
     memory: int | str | None = None
     gpus: int | None = None
     resources: dict[str, int] | None = None
-    #: False: the job must not start twice by itself. Its first attempt that is lost with its worker or process ends it.
+    #: False: the platform starts the job only once. An attempt that is lost with its worker or process ends the job.
     rerun: bool = True
     #: True: no two jobs with equal arguments at once. A text: no two jobs with this key at once.
     unique: bool | str | None = None
@@ -43,10 +43,10 @@ class PlatformTask:
 
     def update_state(self, task_id: str | None = None, state: Any = None, meta: Any = None, **more: Any) -> Any:
         """Store a state as Celery does. `current` and `total` in `meta` are kept as the progress of the job, too."""
-        plain = super().update_state(task_id=task_id, state=state, meta=meta, **more)  # type: ignore[misc]
+        returned = super().update_state(task_id=task_id, state=state, meta=meta, **more)  # type: ignore[misc]
         if task_id is None or task_id == self.request.id:
             report_meta(meta)
-        return plain
+        return returned
 
     def replace(self, sig: Signature) -> Any:
         """Replace as Celery does. Chunks are replaced by their group, which alone can carry an id on."""
