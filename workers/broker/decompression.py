@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from kombu import compression
 
-#: A body, before it is compressed, may be so many times as large as the largest message (PLATFORM_MAX_MESSAGE).
+#: A decompressed body may be this many times as large as the largest message (PLATFORM_MAX_MESSAGE).
 TIMES: Final = 16
 #: Bytes of memory that xz may ask for. Its messages say themselves how much they need.
 LZMA_MEMORY: Final = 128 * 1024**2

@@ -1,6 +1,6 @@
 """The queue of a message, by Celery's exchanges, routing keys and bindings, resolved before it becomes a row.
 
-None of these reach a broker here. A job is one and is in one queue. So a message that a broker would copy to several
+No broker sees the exchange of a job. A job is in exactly one queue, so a message that a broker would copy to several
 queues is refused.
 """
 
@@ -68,7 +68,7 @@ def as_queue(
 
     Without options the queue is direct, with an exchange and a routing key of its name.
     """
-    # Look first: to ask for a queue that is missing would make it.
+    # Look first: Celery's mapping makes a missing queue when it is asked for one.
     if name in queues:
         return check_queue(queues[name])
     made = Exchange(exchange or name, exchange_type or "direct")

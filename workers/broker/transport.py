@@ -159,8 +159,8 @@ def digest_of(message: Any) -> str:
     return envelopes.digest(envelope) if isinstance(envelope, Envelope) and envelope.raw else ""
 
 
-#: Seconds for which the server waits for a message before it says that there is none. kombu's 1 s is a question a
-#: second of each worker.
+#: Seconds for which the server waits for a message before it says that there is none. By kombu's own 1 s each worker
+#: would ask every second.
 WAIT: Final = 60
 
 #: Redis channels of this process. Threads that end take theirs out.
@@ -168,17 +168,17 @@ _channels: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 
 
 def _channels_now() -> list[Any]:
-    """Return the Redis channels of this process, whose other threads may make one meanwhile."""
+    """Return the Redis channels of this process. Other threads may make one meanwhile."""
     while True:
         with suppress(RuntimeError):
             return list(_channels)
 
 
 def doubt() -> None:
-    """Have every connection that waits for a message of Redis made anew. May run in any thread.
+    """Reconnect every connection that waits for a message of Redis. May run in any thread.
 
-    The server was away, and a connection that waits since before may wait for ever. The sockets are shut down, so that
-    their readers find out.
+    The server was away, and a connection that has waited since then may wait for ever. Shut down their sockets, so that
+    their readers notice.
     """
     for channel in _channels_now():
         for name in ("client", "subclient"):
@@ -198,7 +198,7 @@ def close_spare_connections() -> None:
 
 
 class _CheckedReads:
-    """Channel mixin that validates raw messages before kombu decodes them, and sets the rest aside."""
+    """Channel mixin that validates raw messages before kombu decodes them, and sets unreadable ones aside."""
 
     Message = Message
     # Attributes of kombu's channel that are used here.

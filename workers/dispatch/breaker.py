@@ -110,7 +110,7 @@ class Breaker:
     def submit(self, jobs: Sequence[Submission], *, keep: bool = True) -> None:
         """Bring durable jobs to the ledger, those of one epoch in one step.
 
-        `keep`: keep jobs that it does not hear of for a while. The duties bring in those that it does not take.
+        `keep`: keep for a while the jobs that do not reach the ledger. The duties bring in the jobs that it refuses.
         """
         for epoch, together in groupby(jobs, key=_epoch):
             group, heard = list(together), False
@@ -138,16 +138,16 @@ class Breaker:
             while len(self._missed) > MAX_MISSED or self._missed_bytes > MAX_MISSED_BYTES:
                 self._missed_bytes -= self._missed.popleft()[1].size
         if self._circuit.closed:
-            # It closed meanwhile.
+            # The breaker closed meanwhile.
             self._bring_missed()
 
     def _bring_missed(self) -> None:
-        """Bring the kept jobs, each of them once. The sweep brings those that it has had the time to bring."""
+        """Bring the kept jobs, each of them once, but for those that the sweep has had the time to bring."""
         try:
             while self._circuit.closed and (jobs := self._next_missed()):
                 self.submit(jobs, keep=False)
         except Exception:
-            # Any error here would be that of a caller who waits for nothing of this.
+            # The caller waits for none of these jobs, and must not get their errors.
             logger.exception("jobs that the ledger missed are left to the sweep")
 
     def _next_missed(self) -> list[Submission]:

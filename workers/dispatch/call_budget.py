@@ -14,7 +14,8 @@ from typing import Any
 
 import redis
 
-_here = threading.local()
+#: The end of each thread's attempt.
+_of_thread = threading.local()
 
 
 class attempt:  # noqa: N801 - reads as a statement
@@ -29,10 +30,10 @@ class attempt:  # noqa: N801 - reads as a statement
         self._seconds = seconds
 
     def __enter__(self) -> None:
-        _here.until = time.monotonic() + self._seconds
+        _of_thread.until = time.monotonic() + self._seconds
 
     def __exit__(self, *_: object) -> None:
-        _here.until = None
+        _of_thread.until = None
 
 
 class _Bounded:
@@ -41,9 +42,9 @@ class _Bounded:
     socket_timeout: float
 
     def read_response(self, *args: Any, **options: Any) -> Any:
-        until: float | None = getattr(_here, "until", None)
+        until: float | None = getattr(_of_thread, "until", None)
         if until is not None and time.monotonic() + self.socket_timeout > until:
-            # Disconnect, or the late answer would be taken for the answer to the next question.
+            # Disconnect: else the next question would take the late answer for its own.
             self.disconnect()  # type: ignore[attr-defined]
             raise redis.TimeoutError("the server answers too slowly")
         return super().read_response(*args, **options)  # type: ignore[misc]

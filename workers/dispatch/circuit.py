@@ -98,7 +98,7 @@ class Circuit:
                 quick = False
             except Exception:
                 # Go on after any error: without this thread nobody would ever ask again.
-                logger.exception("it could not be seen whether a server answers")
+                logger.exception("the look at a server that did not answer failed; it is repeated")
                 quick = False
             if quick:
                 logger.warning(self._closed_again)

@@ -40,11 +40,11 @@ PAUSE: Final = 0.0002
 #: of a step hardly grows with its jobs, and a sender of a second does not feel a hundredth of it.
 GATHER: Final = 0.1
 GATHER_AT_MOST: Final = 0.01
-#: Number of jobs that wait for the thread, from which on a sender waits for it.
+#: Number of waiting jobs from which on a sender waits for the thread.
 MAX_WAITING: Final = 100
 #: Bytes of their messages, likewise. The server takes them at one time, and answers nobody else meanwhile.
 MAX_BYTES: Final = 4 * 1024**2
-#: Seconds for which a sender waits then, and for which a process waits at its end.
+#: Seconds for which such a sender waits, and for which a process waits at its end.
 PATIENCE: Final = 1.0
 #: Seconds for which the thread waits for another job, before it ends.
 REST_AT_MOST: Final = 5.0
@@ -146,7 +146,7 @@ class SubmissionQueue:
     def ask(self, question: Callable[[Ledger], T]) -> T | None:
         """Ask the ledger, once it has the jobs that were added before, and return its answer.
 
-        Returns None where the ledger is left alone, or does not answer. Raises `LedgerClosed`.
+        Return None where the breaker is open, or the ledger does not answer. Raises `LedgerClosed`.
         """
         self.flush()
         return self._breaker.ask(question)
@@ -235,8 +235,8 @@ class SubmissionQueue:
 _all: weakref.WeakSet[SubmissionQueue] = weakref.WeakSet()
 #: True once this process ends. Then no job is left to a thread any more.
 _ending = False
-#: True once `multiprocessing` has been told.
-_told = False
+#: True once `multiprocessing` has the flush.
+_registered = False
 
 
 @atexit.register
@@ -250,9 +250,9 @@ def _flush_all() -> None:
 
 def _flush_at_the_end() -> None:
     """Flush at the end of `multiprocessing`'s children too: a forked child leaves `atexit` out."""
-    global _told
-    if not _told:
-        _told = True
+    global _registered
+    if not _registered:
+        _registered = True
         for util in map(sys.modules.get, ("multiprocessing.util", "billiard.util")):
             if util is not None:
                 util.Finalize(None, _flush_all, exitpriority=0)
@@ -268,9 +268,9 @@ def _before_fork() -> None:
 
 
 def _after_fork() -> None:
-    """Forget the parent's jobs in a child: it has no thread, and the jobs are not its own to bring."""
-    global _told
-    _told = False
+    """Forget the parent's jobs in a child: the child has no thread, and the parent brings them."""
+    global _registered
+    _registered = False
     _all.clear()
 
 
