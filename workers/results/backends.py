@@ -54,7 +54,7 @@ BACKENDS: Final = {
 ENDS: Final = frozenset({*states.READY_STATES, states.RETRY})
 #: Most seconds for which a result is kept: a century. Redis refuses times that its milliseconds cannot hold.
 MAX_EXPIRES: Final = 100 * 366 * 86_400
-#: Errors of a backend for a result that it will never take. Any other error may pass.
+#: Errors of a backend for a result that it will never take. After any other error, a later try may succeed.
 HOPELESS: Final = (EncodeError, TypeError, ValueError, AttributeError, LookupError)
 #: Attributes of a request that are kept with a chord part.
 _CHORD: Final = ("id", "task", "group", "group_index", "chord", "root_id", "parent_id", "errbacks", "chain", "reply_to")
@@ -336,7 +336,7 @@ class CarriedReplies(CarriedResults):
 
 
 def is_asked(backend: Any) -> bool:
-    """Return whether a backend is asked now. A backend in Redis is left alone while it does not answer."""
+    """Return False for a backend in Redis that is left alone, because it does not answer."""
     reach = getattr(backend, "reach", None)
     return reach is None or bool(reach.closed)
 

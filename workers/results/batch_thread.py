@@ -1,4 +1,4 @@
-"""Queue of a worker whose thread works through batches: the one loop of all services that others hand items to."""
+"""Queue whose thread works through batches: the loop of all services of a worker that get items from other threads."""
 
 from __future__ import annotations
 

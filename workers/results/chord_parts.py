@@ -120,8 +120,8 @@ class ChordParts:
                 part.given_up = True
         for part in stuck:
             logger.error(
-                "what job %s left for %s does not come through in %.0f seconds, it is given up: the join of the "
-                "results, or an error callback, does not end. A thread of this worker stays with it",
+                "the chord part that job %s left for %s is given up after %.0f seconds: the join of the results, or an "
+                "error callback, does not end. A thread of this worker stays with it",
                 part.job,
                 part.chord,
                 GIVEN_UP_AFTER,
@@ -229,10 +229,10 @@ class _PartThread(os_threads.Thread):
             part.error = error
         except BaseException:
             # For example an error callback that ends its process. It would do so again, so the part is dropped.
-            logger.exception("what job %s left for %s is dropped", part.job, part.chord)
+            logger.exception("the chord part that job %s left for %s is dropped", part.job, part.chord)
         if self._parts.end(self, part):
             try:
                 part.afterwards(part.error)
             except Exception as error:
-                logger.warning("that job %s has left nothing more is not noted yet: %s", part.job, error)
+                logger.warning("the row of job %s still has an outbox that is delivered: %s", part.job, error)
             self._parts.forget(part)

@@ -99,12 +99,12 @@ class RowChords(RowResults):
 
     def _count(self, request: Any, state: str, result: Any, away: BaseException | None) -> None:
         """Keep a part whose chord may be counted in Postgres. Raises the error of Redis if it may be counted there."""
-        place = request.group_index
-        position = float("inf") if place is None else float(place)
+        index = request.group_index
+        position = float("inf") if index is None else float(index)
         outcome = self.encode([1, request.id, state, self.encode_result(result, state)])
         raw = outcome.encode() if isinstance(outcome, str) else bytes(outcome)
         with self._transaction() as connection:
-            chord_counts.add_part(connection, request.group, f"{request.id}:{place}", position, raw)
+            chord_counts.add_part(connection, request.group, f"{request.id}:{index}", position, raw)
             noted = chord_counts.is_noted(connection, request.group)
         if noted:
             self._complete(request)

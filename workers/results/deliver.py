@@ -80,7 +80,7 @@ def _try(action: Callable[[Any], None], notes: Any) -> None:
     try:
         action(notes)
     except HOPELESS:
-        logger.exception("what a job left for the result backend cannot be delivered and is dropped: %.200r", notes)
+        logger.exception("the result backend will never take this result, which is dropped: %.200r", notes)
 
 
 def as_part(
@@ -192,15 +192,15 @@ class Delivery(BatchThread[Transition]):
         if ready:
             self._write(ready)
 
-    def _part(self, one: Transition, outbox: Outbox) -> ChordPart:
-        attempt = Attempt(Tag(one.job, one.token), self._incarnation, patient=self._may_wait)
+    def _part(self, transition: Transition, outbox: Outbox) -> ChordPart:
+        job = transition.job
+        attempt = Attempt(Tag(job, transition.token), self._incarnation, patient=self._may_wait)
 
         def afterwards(error: Exception | None) -> None:
             if error is not None:
-                logger.warning("the part of a chord that job %s left is kept: %s", one.job, error)
-            self._note_rest(
-                one.job, self._under_way(outbox).to_text(), _left(outbox).to_text() if error is not None else ""
-            )
+                logger.warning("the part of a chord that job %s left is kept: %s", job, error)
+            rest = _left(outbox).to_text() if error is not None else ""
+            self._note_rest(job, self._under_way(outbox).to_text(), rest)
 
         return as_part(
             attempt,
@@ -222,6 +222,6 @@ def _left(outbox: Outbox) -> Outbox:
     return Outbox(outbox.publishes, chords_in(outbox))
 
 
-def _without(one: Transition, outbox: Outbox) -> Transition:
+def _without(transition: Transition, outbox: Outbox) -> Transition:
     """Return a transition whose results and chord parts are all delivered. Its publishes stay in the outbox."""
-    return replace(one, outbox=Outbox(outbox.publishes).to_text(), told=True)
+    return replace(transition, outbox=Outbox(outbox.publishes).to_text(), told=True)

@@ -57,14 +57,14 @@ _LEFT: Final = text(
     "SELECT id, epoch, attempt, state, error, outbox, message, coalesce(incarnation, '') AS incarnation, replaces "
     "FROM jobs WHERE outbox IS NOT NULL AND (:announces OR outbox <> :unannounced) "
     "AND (CAST(:ids AS text[]) IS NULL OR id = ANY(CAST(:ids AS text[]))) "
-    # The worker that delivers an outbox just now stands at its end, see `Outbox.to_text`.
+    # The outbox ends with the worker that is delivering it, see `Outbox.to_text`.
     "AND NOT EXISTS (SELECT 1 FROM workers w WHERE w.incarnation <> :me AND w.status IN ('ready', 'draining') "
     """AND w.incarnation = substring(right(outbox, :tail) FROM '"by": "([^"]+)"[}]$')) """
     "ORDER BY id LIMIT :most"
 )
-#: Characters at the end of an outbox in which the delivering worker stands.
+#: Characters at the end of an outbox that name the delivering worker.
 _TAIL: Final = 500
-#: Nobody else delivers a locked row, and a row that was delivered since it was read is not delivered again.
+#: Locks a row for its delivery, unless another process has it or has delivered it since it was read.
 _MINE: Final = text("SELECT id FROM jobs WHERE id = :id AND outbox = :outbox FOR UPDATE SKIP LOCKED")
 #: Locks many rows that are to be delivered. Outboxes may be large, so they are compared by a digest.
 _ALL_MINE: Final = text("""
@@ -153,7 +153,7 @@ def _deliver_together(app: Celery, connection: Connection, rows: Sequence[Any]) 
                 if isinstance(error, OF_A_JOB):
                     refused += mine
                     continue
-                logger.warning("what %d jobs left is not delivered yet: %s", len(mine), error)
+                logger.warning("the outboxes of %d jobs are not delivered yet: %s", len(mine), error)
                 return delivered, refused, False
             connection.execute(_ALL_DONE, {"ids": [row.id for row in mine]})
         delivered += mine
@@ -211,7 +211,7 @@ def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: To
 
     def afterwards(error: Exception | None) -> None:
         if error is not None:
-            logger.warning("what job %s left late is dropped: %s", job, error)
+            logger.warning("the late outbox of job %s is dropped: %s", job, error)
 
     part = as_part(speaker, outbox, lambda: deliver(app.backend, outbox, speaker), afterwards)
     # A value alone needs no thread, so that it is not dropped because chord parts are late.
@@ -221,7 +221,7 @@ def tell_late(app: Celery, engine: Engine, incarnation: str, job: str, token: To
     if part.error is not None:
         raise part.error
     if not part.done:
-        logger.error("what job %s left late is dropped: too many parts of chords are late", job)
+        logger.error("the late outbox of job %s is dropped: too many parts of chords are late", job)
 
 
 def note_rest(engine: Engine, job: str, left: str, rest: str | None) -> None:
@@ -243,7 +243,7 @@ def _deliver(app: Celery, connection: Connection, row: Any, parts: ChordParts | 
 
     def afterwards(error: Exception | None) -> None:
         if error is not None:
-            logger.warning("what job %s left is not delivered yet: %s", job, error)
+            logger.warning("the outbox of job %s is not delivered yet: %s", job, error)
         note_rest(engine, job, by, announce() if error is None else replace(outbox, by="").to_text())
 
     part = as_part(speaker, outbox, lambda: _tell_all(app, row, outbox, speaker), afterwards)
@@ -256,7 +256,7 @@ def _deliver(app: Celery, connection: Connection, row: Any, parts: ChordParts | 
         connection.execute(_DONE, {"id": job, "outbox": row.outbox, "rest": by})
         return None
     if part.error is not None:
-        logger.warning("what job %s left is not delivered yet: %s", job, part.error)
+        logger.warning("the outbox of job %s is not delivered yet: %s", job, part.error)
         # The outbox stays in the row. Any other error concerns the backend, and so all other rows.
         return None if isinstance(part.error, OF_A_JOB) else False
     if not part.done:
@@ -271,7 +271,7 @@ def _outbox_of(app: Celery, engine: Engine, row: Any) -> Outbox:
         return parse(row.outbox)
     except (ValueError, TypeError, LookupError) as error:
         left = {"job": row.id, "outbox": row.outbox}
-        detail = f"what job {row.id} left cannot be read: {error!r}"
+        detail = f"the outbox of job {row.id} cannot be read: {error!r}"
         tally = app.platform.ledger.tally
         refused_transitions.set_aside(engine, tally, left, Refusal.UNREADABLE_OUTBOX, detail)
         return parse(UNTOLD)
@@ -339,13 +339,13 @@ def _tell_anyhow(app: Celery, job: str, state: State, error: str, message: bytes
     try:
         request = context_of(app, message)
     except Exception as problem:
-        # `context_of` asks no store: the error is in the message, will come again, and must hold up no other job's end.
-        logger.warning("the message of job %s cannot be read, its result alone is told: %s", job, problem)
+        # `context_of` asks no store: its error would come again, and must hold up no other job's end.
+        logger.warning("the message of job %s cannot be read: only its result is stored: %s", job, problem)
         request = Context(id=job)
     try:
         _tell(app, job, state, error, request)
     except (*HOPELESS, Unsupported, NotAccepted):
-        logger.exception("what follows job %s cannot be called, its result alone is told", job)
+        logger.exception("a callback of job %s cannot be called: only its result is stored", job)
         _tell(app, job, state, error, Context(id=job))
 
 
@@ -353,8 +353,8 @@ def _tell(app: Celery, job: str, state: State, error: str, request: Context) -> 
     """Store the result of a job that ended while no worker held it, and tell its chord and its callbacks."""
     value_wanted, errors = kept_of(app, request)
     if state is State.SUCCEEDED:
-        # The job ended itself (`celery_capacity.fenced`), and its process died before it could return a value. Or its
-        # value was stored with its end, of which Postgres did not hear: such a value stays.
+        # The job ended itself (`celery_capacity.fenced`), and its process died before it could return a value. Or the
+        # ledger stored its value with its end, and Postgres did not hear of that: such a value stays.
         stored = app.backend.get_state(job) == states.SUCCESS
         value = app.backend.get_result(job) if stored else None
         app.backend.mark_as_done(job, value, request=request, store_result=value_wanted and not stored)
@@ -366,7 +366,7 @@ def _tell(app: Celery, job: str, state: State, error: str, request: Context) -> 
         # Only a replaced job comes here: the failure of any other job is told by its worker.
         app.backend.mark_as_failure(job, TaskError(error), request=request, store_result=errors)
     else:
-        # A revoked job is found as revoked, whatever is kept of its task: Celery does so too.
+        # Like Celery, store that a job was revoked even where no error of its task is kept.
         kept = errors or state is State.CANCELLED
         app.backend.mark_as_revoked(job, error or state.value, request=request, store_result=kept)
 

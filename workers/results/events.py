@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 #: States that Celery's `State` makes of the platform's events, and Celery's own states of equal precedence. Celery puts
 #: an unknown state above STARTED and REVOKED, so that an admitted job would never be seen to start.
-PLACES: Final = {"WAITING": "PENDING", "ADMITTED": "REJECTED"}
+EQUAL_STATES: Final = {"WAITING": "PENDING", "ADMITTED": "REJECTED"}
 
 #: Sender of the events of jobs that wait. Flower shows a job on the sender of its newest event, which must not be the
 #: worker that wrote the row.
@@ -49,8 +49,8 @@ _ROWS: Final = text(
 
 def teach_states() -> None:
     """Tell this process's Celery the precedence of the states of the platform's events (Flower, `celery events`)."""
-    for name, like in PLACES.items():
-        celery_states.PRECEDENCE_LOOKUP[name] = celery_states.PRECEDENCE_LOOKUP[like]
+    for name, equal in EQUAL_STATES.items():
+        celery_states.PRECEDENCE_LOOKUP[name] = celery_states.PRECEDENCE_LOOKUP[equal]
 
 
 def allocation(worker: str, tag: Tag) -> dict[str, Any]:

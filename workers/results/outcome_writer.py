@@ -45,8 +45,8 @@ RETRY_AFTER: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 _TAKEABLE: Final = text("""
 SELECT EXISTS (SELECT 1 FROM jobs
-  JOIN unnest(CAST(:jobs AS text[]), CAST(:lives AS text[])) AS x (job, life) ON id = job
-  WHERE finished_at IS NULL AND NOT (state IN ('admitted', 'running') AND incarnation = life))
+  JOIN unnest(CAST(:jobs AS text[]), CAST(:incarnations AS text[])) AS x (job, writer) ON id = job
+  WHERE finished_at IS NULL AND NOT (state IN ('admitted', 'running') AND incarnation = writer))
 """)
 
 
@@ -83,7 +83,7 @@ class Recorder(BatchThread[Transition]):
     def add(self, items: Iterable[Transition]) -> None:
         transitions = list(items)
         if not transitions:
-            # An entry without transitions would stay, and its time would count as that of later transitions.
+            # An entry without transitions would stay, and later transitions would seem as old as this entry.
             return
         with self._changed:
             self._came.append((time.monotonic(), len(transitions)))
@@ -92,8 +92,8 @@ class Recorder(BatchThread[Transition]):
     def write(self, transitions: Sequence[Transition]) -> None:
         """Write transitions in the caller's thread, which saves a hand-off to another one.
 
-        They are added where others are unwritten for long, so that nobody waits for a Postgres that is away.
-        Transitions that Postgres does not take now are added too.
+        Where earlier transitions have been unwritten for long, these are queued behind them, so that nobody waits for a
+        Postgres that is away. Transitions that Postgres does not take now are queued too.
         """
         left = Left(transitions) if self._is_late(LATE) else self._work(transitions, again=True)
         self.add([*left.kept, *left.put_off])
@@ -103,7 +103,7 @@ class Recorder(BatchThread[Transition]):
         self._calls.call(action)
 
     def is_behind(self) -> bool:
-        """Return True if so much is unwritten, or for so long, that nothing more should start here.
+        """Return True if so much is unwritten, or for so long, that this worker should start nothing more.
 
         Transitions of locked rows count by their number alone: a single locked row holds nobody up.
         """
@@ -123,9 +123,9 @@ class Recorder(BatchThread[Transition]):
         self._calls.start()
         super().start()
 
-    def claim(self, one: Transition) -> bool | None:
+    def claim(self, transition: Transition) -> bool | None:
         """Write a claim now, in the caller's thread; see `workers.process.claim_writer`."""
-        return claim_writer.write(self._engine, one)
+        return claim_writer.write(self._engine, transition)
 
     def flush(self, within: float) -> bool:
         """Wait until all added transitions are written and all calls are done; return False if time ran out."""
@@ -136,7 +136,7 @@ class Recorder(BatchThread[Transition]):
     def is_level(self, flush: Callable[[], bool]) -> bool:
         """Return True if all is written (`flush`), or if no other worker could take an unwritten job from Postgres.
 
-        Were Postgres to decide, it would give nobody a job that has ended, or that this worker holds by its row. Raises
+        If Postgres decided, it would give away neither an ended job nor a job that this worker holds by its row. Raises
         the error of Postgres.
         """
         if flush():
@@ -144,9 +144,10 @@ class Recorder(BatchThread[Transition]):
         unwritten = {(transition.job, transition.incarnation) for transition in self.unfinished()}
         if not unwritten:
             return True
-        jobs, lives = zip(*sorted(unwritten), strict=True)
+        jobs, incarnations = map(list, zip(*sorted(unwritten), strict=True))
         with self._engine.connect() as connection:
-            return not connection.execute(_TAKEABLE, {"jobs": list(jobs), "lives": list(lives)}).scalar_one()
+            takeable = connection.execute(_TAKEABLE, {"jobs": jobs, "incarnations": incarnations})
+            return not takeable.scalar_one()
 
     def stop(self, within: float) -> bool:
         """Write what is pending, if Postgres takes it, and end. Waits `within` seconds at the most for each thread.
@@ -175,11 +176,11 @@ class Recorder(BatchThread[Transition]):
             return
         self._was_behind = behind
         if not behind:
-            logger.warning("Postgres has what this worker noted: jobs start here again")
+            logger.warning("Postgres has the outcomes of this worker: it starts jobs again")
             self._on_level()
             return
         logger.warning(
-            "Postgres has not taken %d outcomes, the oldest for more than %g s: nothing more starts here until it has",
+            "Postgres has not taken %d outcomes, the oldest for more than %g s: this worker starts no more jobs",
             len(self._pending) + len(self._put_off),
             self._write_within,
         )

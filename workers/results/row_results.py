@@ -42,7 +42,8 @@ LOOK_AT_MOST: Final = 0.5
 _ROWS: Final = text("SELECT id, state, error, outbox FROM jobs WHERE id = ANY(CAST(:ids AS text[]))")
 
 
-_here: Final = threading.local()
+#: `once` is True in a thread that does not retry.
+_of_thread: Final = threading.local()
 
 
 class Unknown(Exception):
@@ -99,7 +100,7 @@ class RowConsumer(ResultConsumer):
         try:
             results = self.backend.rows(list(self.subscribed_to), tolerant=True)
         except SQLAlchemyError as error:
-            logger.info("the results that are waited for cannot be read from Postgres: %s", error)
+            logger.info("the awaited results cannot be read from Postgres: %s", error)
             return
         for stored in results:
             if stored is not None:
@@ -193,18 +194,18 @@ class RowResults(RedisBackend):
 
     def ensure(self, fun: Callable[..., Any], args: Sequence[Any], **policy: Any) -> Any:
         """Try once within `asking_once`, and in a thread that delivers results. Else retry as Celery, for some 20 s."""
-        if self._may_read_rows() and not getattr(_here, "once", False):
+        if self._may_read_rows() and not getattr(_of_thread, "once", False):
             return super().ensure(fun, args, **policy)
         return self.ask(lambda: fun(*args))
 
     @contextmanager
     def asking_once(self) -> Iterator[None]:
         """Have this thread try once, within the context, what Celery would retry for some 20 s."""
-        _here.once = True
+        _of_thread.once = True
         try:
             yield
         finally:
-            _here.once = False
+            _of_thread.once = False
 
     def exception_safe_to_retry(self, exc: Exception) -> bool:
         return self._may_read_rows() and bool(super().exception_safe_to_retry(exc))

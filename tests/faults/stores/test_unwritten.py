@@ -83,7 +83,7 @@ def test_workers_start_nothing_more_while_postgres_is_too_far_behind(world: Worl
     jobs = send(submitter, 0.2, 150)
     until(lambda: len(runs(world)) >= 4, "work goes on")
     with world.broken("lock the table of jobs for who writes"):
-        worker.wait_for("nothing more starts here")
+        worker.wait_for("this worker starts no more jobs")
         # Running jobs end, and no job takes their place.
         until(lambda: not running(world), "nothing runs")
         ran = len(runs(world))
@@ -95,7 +95,7 @@ def test_workers_start_nothing_more_while_postgres_is_too_far_behind(world: Worl
         assert shown["unapplied_seconds"] > world.platform.settings.write_within
         assert late(world)
         assert len(runs(world)) == ran
-    worker.wait_for("jobs start here again")
+    worker.wait_for("it starts jobs again")
     assert {submitter.ended(job).state for job in jobs} == {"succeeded"}
     assert runs(world) == Counter(range(len(jobs)))
     assert not late(world)
