@@ -36,7 +36,7 @@ CHILDREN_EVERY: Final = 0.25
 #: so that a listener waits for the next one. Celery's 2 s would be most of the cost of an idle worker.
 EVENT_EVERY: Final = 60.0
 
-#: Held while the tasks of an app name the requests of one worker.
+#: Held while the tasks of an app name the request classes of one worker.
 _naming: Final = threading.Lock()
 
 
@@ -72,7 +72,7 @@ class Consumer(celery_consumer.Consumer):
         if not (conf.broker_connection_retry if again is None else again):
             return super().ensure_connected(conn)
         if self.connection is not None:
-            # The broker answered just now. If it does not any more, the start begins anew, with the lines below.
+            # The broker answered just now. If it no longer answers, the start begins anew, with the lines below.
             return conn.ensure_connection(max_retries=0, reraise_as_library_errors=False)
         self.pool_loop.connect(conn)
         self.first_connection_attempt = False
@@ -101,7 +101,7 @@ class Consumer(celery_consumer.Consumer):
     def update_strategies(self) -> None:
         """Make the strategies with this worker's request classes.
 
-        A strategy keeps the class that its task names meanwhile. Another worker of the app names its own classes.
+        A strategy keeps the class that its task names at this moment. Another worker of the app names its own classes.
         """
         runtime = self.runtime
         with _naming:
@@ -166,8 +166,8 @@ class Consumer(celery_consumer.Consumer):
         """Join the platform where Celery's signal did not do so, and replace killed processes of the pool.
 
         Ready means that jobs can be admitted to the worker, also to a worker of `celery.contrib.testing`, which sends
-        no signal. A process of the pool that was killed while the worker joined is replaced, as any later one is.
-        Celery would end the worker, because it takes the pool for one that cannot start.
+        no signal. A process of the pool that was killed while the worker joined is replaced like one that is killed
+        later. Celery would take the pool for one that cannot start, and end the worker.
         """
         if getattr(self.pool, "is_green", False):
             self.runtime.start_queue.runs_bodies = True
@@ -181,10 +181,10 @@ class Consumer(celery_consumer.Consumer):
             maintain()
 
     def on_close(self) -> None:
-        """Keep jobs over a lost connection, and hand jobs back at the stop that have provably not started.
+        """Keep jobs over a lost connection. At a stop, hand back the jobs that have provably not started.
 
-        Celery drops messages here, because its broker would deliver them again. Here nobody would. A job that was given
-        to the pool runs to its end, and reports the end itself.
+        Celery drops its messages at this point, because its broker delivers them again. Our broker does not. A job that
+        was given to the pool runs to its end, and reports the end itself.
         """
         if self.blueprint.state == RUN:
             self.runtime.start_queue.detach()
@@ -197,7 +197,7 @@ class Consumer(celery_consumer.Consumer):
         self.runtime.drain()
         self.runtime.start_queue.stop()
         if self.hub is not None:
-            # Celery's pool looks there for the loop of its worker when it stops. Another loop may have begun since.
+            # A stopping pool of Celery's uses the newest loop of the process, which may be another worker's.
             set_event_loop(self.hub)
         if self.controller is not None and self.controller.semaphore is not None:
             self.controller.semaphore.clear()

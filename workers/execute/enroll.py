@@ -47,7 +47,7 @@ from celery_capacity.workers.submit.encode import RawMessage
 from celery_capacity.workers.submit.router import Router
 from celery_capacity.workers.submit.sender import Sender
 
-#: Classes of SQLSTATEs of errors that lie in the data, and will lie there the next time.
+#: Classes of SQLSTATEs of errors that lie in the data, so that another try meets them again.
 DATA_ERRORS: Final = ("22", "23")
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ class Intake(Service):
         try:
             enroll(self._app.amqp.job_sender, self._router, message, queue)
         except (InvalidRequest, LeaseLost, Unsupported) as error:
-            # A message may say that it is a retry, of an attempt that is not the job's any more. That is no less final.
+            # A `LeaseLost` is final too: the message says that it is a retry of an attempt that lost its lease.
             self._refuse(message, error, Refusal.NO_JOB)
         except (NotAccepted, OutcomeUnknown, PlatformError) as error:
             if _lies_in_the_data(error):
@@ -189,7 +189,7 @@ class Intake(Service):
             message.requeue()
             self._ending.wait(RETRY_AFTER)
         except Exception as error:
-            # Headers hold anything that a sender wrote into them. No use of them may end the intake.
+            # A sender may write anything into headers. No use of them may end the intake.
             self._refuse(message, f"no job can be made of it: {error!r}")
         else:
             message.ack()
@@ -236,10 +236,10 @@ def enroll(sender: Sender, router: Router, message: Any, queue: str) -> None:
 
 
 def with_arguments(body: bytes) -> bytes:
-    """Return a body of protocol 2 in JSON with empty arguments in place of those that other languages write.
+    """Return a body of protocol 2 in JSON whose empty arguments have the form that Python writes.
 
-    They write `null` for empty arguments, and PHP writes a list for an empty map. Without arguments, Celery makes no
-    call, and no error either.
+    Other languages write `null` for empty arguments, and PHP writes a list for an empty map. For these Celery neither
+    calls the task nor reports an error.
     """
     try:
         args, kwargs, embed = json.loads(body)

@@ -1,7 +1,7 @@
 """Worker whose pool is of greenlets (`-P gevent`): its threads, its loop, and the meaning of a greenlet's end.
 
-Celery's main loop is another one there, without the events by which a worker of processes or threads hears of its jobs.
-So a thread takes the messages (`workers.broker.ledger_queue`), as it does where the broker is not the ledger's. A
+Such a worker has another main loop of Celery's, without the events that tell a worker of processes or threads of its
+jobs. So a thread takes the messages (`workers.broker.ledger_queue`), as it does where the broker is not the ledger's. A
 greenlet starts the claimed jobs (`Starter`). The threads of the platform are the operating system's
 (`routing.os_threads`).
 """
@@ -32,7 +32,7 @@ ENDING: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
 
 
 class Killed:
-    """Stand-in for the value of a body whose greenlet was killed, of which gevent says nothing."""
+    """Stand-in for the value of a body whose greenlet was killed: gevent reports no value and no error of it."""
 
 
 def check_pool(pool: Any) -> bool:
@@ -69,8 +69,8 @@ def prepare(app: Celery, drain: Callable[[], None]) -> None:
     os_threads.install()
     platforms.signals.__class__ = Signals
     platforms.signals.drain = drain
-    # Remote control uses the main loop's own connection, as beside other pools: nothing else tells that the broker is
-    # gone. Celery's main loop may wait for a place in the pool, but here that is the starter's affair.
+    # Remote control uses the main loop's own connection, as with other pools: only by this connection the loop notices
+    # that the broker is gone. The loop may use it, because the starter waits for a place in the pool, not the loop.
     pidbox.gPidbox = pidbox.Pidbox
     # These locks were made before, and the platform's threads meet them.
     app.clock.mutex = threading.Lock()
@@ -121,7 +121,7 @@ class Starter:
             self._greenlet = spawn(self._run)
 
     def end(self) -> None:
-        """End the greenlet: it starts nothing any more, not even a job for which it waits to find a place."""
+        """End the greenlet: it starts no other job, not even one that waits for a place in the pool."""
         if self._greenlet is not None:
             self._greenlet.kill()
 
@@ -135,8 +135,8 @@ class Starter:
             try:
                 self._start()
             except Exception:
-                # The greenlet outlives any error: without it nothing would start here.
-                logger.exception("what was claimed could not be started; it is tried again with the next")
+                # The greenlet outlives any error: without it this worker would start nothing.
+                logger.exception("claimed jobs could not be started; they are tried again with the next one")
 
 
 def was_killed(error: BaseException) -> bool:

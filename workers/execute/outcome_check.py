@@ -45,9 +45,9 @@ JUDGED: Final = frozenset({*Ambiguous, *UNLESS_COMMITTED})
 
 
 def gone_back(rerun: bool) -> Outcome:
-    """Return the outcome of an attempt that had started and is not over: it goes back.
+    """Return the outcome of a started attempt that does not end its job: handed back, or lost without `rerun`.
 
-    If its job may start only once (`rerun=False`), the attempt is lost instead.
+    Without `rerun` the job may start only once.
     """
     return Outcome.HANDED_BACK if rerun else Outcome.LOST
 
@@ -63,10 +63,10 @@ class BodyEnd(NamedTuple):
 
 
 def judge(engine: Engine, end: BodyEnd, rerun: bool) -> BodyEnd:
-    """Return the end of an attempt as the ledger is told it. `rerun`: False where the job may start only once.
+    """Return the end of an attempt for the ledger. `rerun`: False where the job may start only once.
 
-    While Postgres does not answer, a lost attempt is lost, and an attempt that lost its lease goes back. Should the job
-    have ended itself after all, its next attempt cannot commit, is told so, and comes here.
+    While Postgres does not answer, a lost attempt is lost, and an attempt that lost its lease goes back. If the job had
+    ended itself all the same, its next attempt cannot commit: it gets `LeaseLost`, and is judged in turn.
     """
     try:
         with engine.connect() as connection:
@@ -79,6 +79,6 @@ def judge(engine: Engine, end: BodyEnd, rerun: bool) -> BodyEnd:
         return end._replace(outcome=UNLESS_COMMITTED[end.outcome])
     if end.outcome is Ambiguous.STOPPED or ended_as is None:
         return end._replace(outcome=gone_back(rerun), outbox=Outbox())
-    # The books are told that this attempt is over; the row stays as it is.
+    # The books need to know that this attempt is over; the row stays as it is.
     error = f"the job had ended as {ended_as}: {end.error}"
     return end._replace(outcome=Outcome.CANCELLED, error=error, outbox=Outbox())

@@ -45,8 +45,8 @@ class BrokerProbe(os_threads.Thread):
         self._stopped = os_threads.Event()
         #: True when no other try follows.
         self.done = False
-        #: True when the last try had a connection, or failed in a way that no later try changes. The caller's own try
-        #: then tells which.
+        #: True when the last try had a connection, or failed in a way that no later try changes. The caller then tries
+        #: itself, and meets the error.
         self.answers = False
         #: True when at least one try is over.
         self.tried = False
@@ -162,7 +162,7 @@ class PoolLoop:
         probe.start()
         try:
             if not consumer.runtime.joining.begun:
-                # At its start a worker has nothing to serve: it is ready with its broker, if that answers at once.
+                # A starting worker has nothing to serve. Where its broker answers at once, it is ready with the broker.
                 while not probe.tried:
                     self._idle()
             if not probe.done:

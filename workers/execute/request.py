@@ -52,9 +52,9 @@ class JobRequest:
     end_job: EndJob
     #: True while the worker stops without waiting for its jobs: a job that dies now is handed back, not lost.
     stopping_cold: Callable[[], bool]
-    #: Has a function called in the main loop, which speaks to events and signals.
+    #: Has a function called in the main loop, which alone may send events and signals.
     later: Callable[[Callable[[], None]], None]
-    #: The incarnation: the life of the worker.
+    #: The incarnation of the worker.
     incarnation: str
     #: The task's own request class, of which `request_class` made this class.
     plain_class: type
@@ -247,8 +247,8 @@ class JobRequest:
     def killed(self) -> None:
         """End an attempt whose greenlet was ended from outside.
 
-        For a revoked job all is said. When the worker stops, the job goes back. Otherwise code that knows nothing of
-        jobs ended the greenlet, and the job has failed.
+        The end of a revoked job is reported already. When the worker stops, the job goes back. Otherwise code that
+        knows nothing of jobs ended the greenlet, and the job has failed.
         """
         worker_state.task_ready(self)
         if self.ended_by == "stop":
@@ -287,7 +287,7 @@ def _ending(on_success: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(value, Killed):
             return self.killed()
         if not failed and value is None:
-            # For a body that returned, Celery gives a text. Here it made no call of the arguments.
+            # For a returned value, Celery gives a text. None means that it did not call the task with these arguments.
             return self.on_failure(_not_called(), return_ok=False)
         if not failed:
             self._end(Outcome.SUCCEEDED)
@@ -334,7 +334,7 @@ def request_class(
     stopping_cold: Callable[[], bool],
     later: Callable[[Callable[[], None]], None],
 ) -> type:
-    """Return a task's request class with the platform's in front of it, for this life of a worker.
+    """Return a task's request class with the platform's in front of it, for this incarnation of a worker.
 
     A process that becomes a worker anew, as a test does in a thread, gets a class of the same plain class again.
     """

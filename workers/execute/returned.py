@@ -4,7 +4,7 @@ A message may be of a newer format, or of a task that this worker has not regist
 worker that knows its task, so the latter is rare: a job that an older release filed, or a task that was taken away.
 
 A job is handed back at once when it comes the first time. A job that comes again, because no other worker had room, is
-held for START before it goes back. So it does not go to and fro as fast as the ledger answers.
+held for START before it goes back. Else it would go back and forth as fast as the ledger answers.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ class ReturnedMessages:
     """Handling of messages that this worker cannot run, for the main loop.
 
     `knows` tells whether a task is registered. `put_off` gets a job and its token, `hand_back` the reason too, in any
-    thread: the body has not begun, and the job goes back. `hold`: seconds for which
-    a repeated job is held.
+    thread: the body has not begun, and the job goes back. `hold`: seconds for which a repeated job is held.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class ReturnedMessages:
         self._hand_back = hand_back
         self._hold = hold
         self._returned: OrderedDict[str, None] = OrderedDict()
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     def takes(self, message: Any) -> bool:
         """Return True if this worker cannot run the message. Then its job goes back."""
@@ -62,7 +61,7 @@ class ReturnedMessages:
             self._return(message, str(error))
             return True
         task = message.headers.get("task")
-        # No catalogue says who has a task that every worker should have: such a job would come back for ever.
+        # A task that every worker should have is in no catalogue. If its job went back, it would come again for ever.
         if isinstance(task, str) and not task.startswith(KNOWN_EVERYWHERE) and not self._knows(task):
             self._tally.add(Refusal.TASK)
             self._return(message, f"this worker does not know the task {show(task)}")
@@ -72,8 +71,8 @@ class ReturnedMessages:
     def _return(self, message: Any, reason: str) -> None:
         tag = parse_tag(message.delivery_tag)
         assert tag is not None, "it was claimed by its tag"
-        if reason not in self._told and len(self._told) < MAX_REMEMBERED:
-            self._told.add(reason)
+        if reason not in self._logged and len(self._logged) < MAX_REMEMBERED:
+            self._logged.add(reason)
             logger.warning("job %s is handed back: %s", tag.job, reason)
         self._put_off(tag.job, tag.token)
         if tag.job not in self._returned:

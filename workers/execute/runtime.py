@@ -188,7 +188,7 @@ class Runtime:
         membership = (self.confirmation, self.puller, self.heartbeat)
         self.member_services = Services(*membership, self.ledger_queue, self.intake, self.duties)
 
-    # -- the life of the worker ----------------------------------------------------------------------------------
+    # -- from start to end ---------------------------------------------------------------------------------------
 
     def run(self, start: Callable[[], None]) -> None:
         """Run the worker's `start`, which returns at its end. Whatever the end, no part of the runtime outlives it."""
@@ -274,7 +274,7 @@ class Runtime:
         for holding in self.holdings.running():
             ended = Ambiguous.STOPPED if holding.started else Outcome.HANDED_BACK
             self.end_job(holding.job, holding.token, ended, why, Outbox(), None)
-        # These have ended by now, unless Postgres did not answer when it was asked about them.
+        # All of them have ended by now, but for those about which Postgres did not answer.
         self.recorder.flush(self._leave_within)
         for holding in self.holdings.running():
             outcome = gone_back(holding.rerun or not holding.started)
@@ -286,7 +286,7 @@ class Runtime:
                 self.membership.drain()
                 self.recorder.call(lambda: self.membership.tell_postgres(self.reachability.lost, 0.0))
         except (PlatformError, LedgerClosed) as error:
-            logger.warning("what was admitted here and not started is taken back later: %s", error)
+            logger.warning("jobs that this worker has not started are taken back later: %s", error)
 
     def _deregister(self) -> None:
         try:
@@ -340,7 +340,7 @@ class Runtime:
         outbox: Outbox,
         on_lost: Callable[[], None] | None,
     ) -> bool:
-        """End an attempt; False for all but the first end of it. Postgres is asked first about an ambiguous end."""
+        """End an attempt; return False for a repeated end. Postgres is asked first about an ambiguous end."""
         end = BodyEnd(job, token, outcome, error, outbox)
         if outcome in JUDGED:
             rerun = self.holdings.may_rerun(job, token)

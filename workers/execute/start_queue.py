@@ -65,7 +65,7 @@ class StartQueue:
         self.settles: SettleLoop | None = None
         #: True for a pool whose bodies run in the main loop, or make it wait.
         self.runs_bodies = False
-        #: True while the main loop starts messages; True once it took the turn that it was last asked for.
+        #: `_busy`: the main loop is starting messages. `_turned`: it took the turn that it was last asked for.
         self._busy, self._turned = False, True
 
     def start_greenlets(self) -> None:

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between tries while the ledger does not answer, or while this process may not claim.
 RETRY_AFTER: Final = 0.25
-#: Messages that the ledger did not push, in words, by the verdict on their claims. They are set aside.
+#: Text for a message that the ledger did not push and that is set aside, by the verdict on its claim.
 NOT_OURS: Final = {
     ClaimVerdict.FORGED: "job {0.job}: the message is not that of attempt {0.token}; its own is delivered again",
     ClaimVerdict.UNKNOWN: "there is no job {0.job}",
@@ -95,10 +95,10 @@ class Answers(LookingService):
         self._record = record
         self._start_job = start_job
         self._set_aside = set_aside
-        #: Called when the ledger does not know a job that this worker holds: its lease was lost, or the ledger's key.
+        #: Called when the ledger does not know a job that this worker holds: the lease or the job's key is lost.
         self.on_missing: Callable[[], None] = lambda: None
         self._ends: deque[End] = deque()
-        self._keyless = LostKeys(context, self._ends.append, self._said_again)
+        self._keyless = LostKeys(context, self._ends.append, self._on_repeated)
         #: Shapes of jobs that were handed back, which are offered again at `_retry_at`.
         self._refused: set[str] = set()
         self._retry_at = 0.0
@@ -112,7 +112,7 @@ class Answers(LookingService):
     def _say_missing(self) -> None:
         self.on_missing()
 
-    def _said_again(self) -> None:
+    def _on_repeated(self) -> None:
         self._wake.set()
         self.on_missing()
 
@@ -174,7 +174,7 @@ class Answers(LookingService):
 
     def _refuse(self, job: str, token: Token, request: Request) -> None:
         """Hand back a job that does not fit by this worker's own count, and admit nothing here for a moment."""
-        # Else the books would offer it again at once, for ever: they do not count attempts that run without a lease.
+        # The books do not count attempts that run without a lease. They would offer the job again at once, for ever.
         logger.warning("job %s would exceed this worker's capacity by its own count: handed back", job)
         self._refused.add(request.shape)
         self._retry_at = time.monotonic() + RETRY_AFTER
@@ -209,12 +209,12 @@ class Answers(LookingService):
         return [self._transition(*attempt, now) for attempt in over]
 
     def _after_claim(self, arrivals: list[Arrival], claimed: list[Claimed]) -> list[Transition]:
-        """Start claimed jobs that fit by this worker's own count. Only a claim tells if a message may be believed."""
+        """Start claimed jobs that fit by this worker's own count. Only a claim proves that a message is genuine."""
         transitions = []
         for arrival, claim in zip(arrivals, claimed, strict=True):
             if claim.verdict in NOT_OURS:
                 detail = NOT_OURS[claim.verdict].format(claim)
-                # The ledger forgets ended jobs, Postgres does not: it knows a doubled message, however late it comes.
+                # The ledger forgets ended jobs. Postgres does not, and knows even a very late doubled message.
                 ended = claim.job if claim.verdict is ClaimVerdict.UNKNOWN else ""
                 self._set_aside(raw_of(arrival.message), self._identity.queue, Refusal.FOREIGN, detail, ended)
                 continue

@@ -32,22 +32,22 @@ ASK_AFTER: Final = 0.25
 class LostKeys:
     """Ends whose keys the ledger lost, and which are repeated once Postgres has judged them.
 
-    `say_again` gets each end once more, in a thread of the recorder's that may wait for a store. `said` is called after
-    that.
+    `repeat` gets each end once more, in a thread of the recorder's that may wait for a store. `on_repeated` is called
+    after that.
     """
 
     def __init__(
         self,
         context: WorkerContext,
-        say_again: Callable[[End], None],
-        said: Callable[[], None],
+        repeat: Callable[[End], None],
+        on_repeated: Callable[[], None],
     ) -> None:
         self._ledger = context.ledger
         self._identity = context.identity
         self._holdings = context.holdings
         self._recorder = context.recorder
-        self._say_again = say_again
-        self._said = said
+        self._repeat = repeat
+        self._on_repeated = on_repeated
         self._pause = os_threads.Event()
         #: Attempts (job, token) whose ends are under examination.
         self._under_way: set[tuple[str, Token]] = set()
@@ -60,7 +60,7 @@ class LostKeys:
     def takes(self, end: End) -> bool:
         """Return True if an end that the ledger calls unknown is examined here, and then repeated.
 
-        That goes on until Postgres says that the job is no longer this worker's.
+        It is repeated until Postgres says that the job is no longer this worker's.
         """
         holding = self._holdings.find(end.ended.job, end.ended.token)
         if holding is None or end.refused:
@@ -75,12 +75,12 @@ class LostKeys:
         except Exception as error:
             # No error may stop the repeat: an end that nobody repeats keeps its allocation for ever.
             if not isinstance(error, (StoreUnavailable, LedgerClosed)):
-                logger.exception("job %s: its key is not there and is not restored; that is tried again", holding.job)
+                logger.exception("job %s: the ledger lost its key; the next try restores it", holding.job)
             self._pause.wait(ASK_AFTER)
         # The order matters: a leaving worker looks first if an end is under way, then at the ends, and is woken last.
-        self._say_again(end)
+        self._repeat(end)
         self._under_way.discard(holding.key)
-        self._said()
+        self._on_repeated()
 
     def _judged(self, end: End, holding: Holding) -> End:
         has_claim = self._recorder.claim(running(self._identity, holding))

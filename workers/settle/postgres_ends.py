@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 #: Most ends written in one transaction.
 MAX_ENDS: Final = 200
-#: Text in the outbox of a job that left a chord part. Results may be kept apart from the outbox, chord parts are not.
+#: Text in the outbox of a job that left a chord part. Results may be kept apart from the outbox, chord parts never.
 CHORD: Final = '"chord": "'
 
 
@@ -154,7 +154,7 @@ class PostgresEnds:
             self._later(partial(self._on_chord_parts, chord_jobs))
 
     def _write_all(self, batch: Sequence[End]) -> Written:
-        """Write ends so that an end that Postgres refuses concerns its own job alone; return those that are written.
+        """Write ends, so that a refused end holds up no other job; return the written ends.
 
         Raises an error that concerns the whole store.
         """
@@ -228,7 +228,7 @@ class PostgresEnds:
             with self._transactions.begin() as connection:
                 claims.wake(connection)
         except SQLAlchemyError as error:
-            logger.info("nobody was told that there is something to take: %s", error)
+            logger.info("the workers were not told that there are jobs to take: %s", error)
 
     def _open_needs(self, applied: Sequence[Applied]) -> None:
         """Bring in jobs that waited for these ends. A duty does so where this fails."""

@@ -157,10 +157,10 @@ class Puller(OnDemandLookingService):
         return self._take_these(connection, ids[:half]) + self._take_these(connection, ids[half:])
 
     def _compare(self) -> bool:
-        """Give back jobs that this worker has by Postgres and does not hold; return True if that could be compared.
+        """Give back jobs that this worker has by its rows and does not hold; return False where it cannot compare.
 
-        The old books admitted such a job and nobody claimed it, or a statement took it and its answer was lost. False:
-        this worker's own notes are not in Postgres yet.
+        The old books admitted such a job and nobody claimed it, or a statement took it and its answer was lost. Nothing
+        can be compared while Postgres lacks notes of this worker.
         """
         if not self._flush(self._flush_within):
             return False
@@ -185,7 +185,7 @@ class Puller(OnDemandLookingService):
     # -- waiting -------------------------------------------------------------------------------------------------
 
     def _wait(self) -> None:
-        """Wait until somebody wakes this thread, Postgres notifies of something to take, or an interval is over."""
+        """Wait until somebody wakes this thread, Postgres notifies of a job to take, or an interval is over."""
         if self._listening is None and time.monotonic() >= self._listen_at:
             self._listen()
         poll = os_threads.poll()
@@ -213,7 +213,7 @@ class Puller(OnDemandLookingService):
             self._listen_no_more()
             self._listen_at = time.monotonic() + self._settings.renew_interval
             logger.warning(
-                "pull: nothing is heard from Postgres, it is asked every %g s: %s", self._settings.due_interval, error
+                "pull: Postgres sends no notifications, it is asked every %g s: %s", self._settings.due_interval, error
             )
 
     def _hear(self) -> None:

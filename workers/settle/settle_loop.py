@@ -1,11 +1,12 @@
-"""Settling in the worker's main loop: no job is passed to the ledger thread and back on its usual way.
+"""Settling in the worker's main loop: as a rule no job is passed to the ledger thread and back.
 
 The main loop hears of an end, sends the release at once, and goes on. When the reply is there it starts the next jobs.
 Jobs that end or arrive meanwhile go together in the next call. So the loop never waits for the ledger: it reads only
 what came (`routing.line`).
 
 Everything that may wait stays with the ledger thread: connections, errors, lost answers, a call whose reply is late, a
-ledger of another epoch, and every end while Postgres decides. Either of them has its turn while it holds `exclusive`.
+ledger of another epoch, and every end while Postgres decides. Loop or thread, it has its turn while it holds
+`exclusive`.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ class SettleLoop:
         self._main = 0
         #: Time (monotonic) before which no connection is tried: the server takes no more, or is reached by TLS.
         self._connect_at = 0.0
-        #: True if the connection was of use since the last `rest`; and if it is to be closed where nothing is pending.
+        #: `_is_used`: the connection was of use since the last `rest`. `_rests`: close it once nothing is pending.
         self._is_used = self._rests = False
-        #: Starts jobs that are ready, in the main loop, and has the main loop call `send`; set with the loop.
+        #: `_start` starts ready jobs, in the main loop. `_wake_main` has the main loop call `send`. Set with the loop.
         self._start: Callable[[], None] = lambda: None
         self._wake_main: Callable[[], None] = lambda: None
         #: Time (monotonic) at which the ledger thread looks by itself. It sets this before it sleeps.
@@ -113,7 +114,7 @@ class SettleLoop:
         try:
             is_sent = self._send(line)
         except BaseException:
-            # A signal ends the worker by an error in the main thread, wherever that is. A reply may be on its way.
+            # A signal that ends the worker raises an error anywhere in the main thread. A reply may be on its way.
             self.forget(line)
             self._exclusive.release()
             raise
@@ -143,7 +144,7 @@ class SettleLoop:
 
     def _receive(self, line: Line) -> None:
         """Take the reply, and start the jobs that it brings. In the main loop."""
-        # The reply to an earlier call, on a connection that is used no more, is not the reply to this one.
+        # A connection that is used no more may bring the reply to an earlier call.
         flight = self.take() if line is self._line else None
         if flight is None:
             self._leave_to_thread(line)
@@ -152,7 +153,7 @@ class SettleLoop:
         try:
             settled = self._ledger.receive_settled(line, flight.settling)
             if settled is None:
-                # More of it is to come, and the turn goes on.
+                # The reply is not complete: the turn goes on.
                 self._flights.append(flight)
                 is_over = False
                 return
@@ -164,7 +165,7 @@ class SettleLoop:
             self.forget(line)
             self._wake_thread()
         except BaseException:
-            # The reply may still be unread, as above.
+            # The reply may still be unread.
             self.forget(line)
             raise
         finally:

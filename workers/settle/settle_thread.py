@@ -1,7 +1,7 @@
 """Settling of a worker's jobs with the ledger: arrived messages are claimed, and ended attempts are released.
 
-All that is pending goes in one round trip, and the jobs that may start are started. The main loop does this where it
-can, without a wait (`workers.settle.settle_loop`). Else the ledger thread does. Nobody waits for either of them.
+All pending jobs go in one round trip, and the jobs that may start are started. The main loop does this where it need
+not wait (`workers.settle.settle_loop`). Else the ledger thread does it. Nobody waits for either of them.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class LedgerThread(Answers):
         """Note that an attempt is over. Return True for the first call, which counts, and False for later ones."""
         if not self._holdings.end(job, token):
             return False
-        # A job that is lost because its worker stops is told by another worker.
+        # Where a job is lost because its worker stops, another worker reports its end.
         is_told = outcome != Outcome.LOST or on_lost is not None
         ended = Ended(job, token, outcome, storable(error or "", ERROR_LENGTH), outbox, results, is_told)
         self._ends.append(End(ended, on_lost, whole))
@@ -112,7 +112,7 @@ class LedgerThread(Answers):
         return True
 
     def give_back(self, job: str, token: Token, reason: str) -> None:
-        """Hand a claimed job back that cannot run here. For a moment it is not offered here again."""
+        """Hand back a claimed job that cannot run here. For a moment this worker is not offered the job again."""
         self._returns.append((job, token, reason))
         self._wake.set()
 
@@ -181,7 +181,7 @@ class LedgerThread(Answers):
             if late is not None:
                 self.loop.wait_for(late)
                 return True
-            # Not while it registers in a new epoch: books without its holdings refuse its ends.
+            # Not while this worker registers in a new epoch: books without its holdings refuse its ends.
             if not self._exclusive.acquire(timeout=LATE):
                 # Perhaps a call of the main loop has its turn, and is late.
                 return True
@@ -210,11 +210,11 @@ class LedgerThread(Answers):
             self._follows.clear()
             return self._in_postgres.settle(self._ends, self._arrivals)
         if self._confirmation.epoch != self._ledger.epoch:
-            # Until this worker is in the epoch that Postgres names, its ends belong to other books than these.
+            # Until this worker has joined the epoch that Postgres names, these books do not know its attempts.
             self._on_closed()
             return False
         may_claim = self._may_claim()
-        # Each of these calls may take long, and who decides may change meanwhile: after it this thread looks again.
+        # Each of these calls may take long, and the authority may change meanwhile. So look again after each of them.
         if self._unsure and may_claim:
             self._recover()
             return True
@@ -242,9 +242,9 @@ class LedgerThread(Answers):
         return list(itertools.takewhile(lambda end: end.ended.token.epoch <= self._ledger.epoch, oldest))
 
     def _next_batch(self, ends: list[End], may_claim: bool) -> Batch | None:
-        """Return what is pending, None if nothing is. From here to the answer all of it stays pending.
+        """Return the pending ends and arrivals, None if there are none. They stay pending until the answer is there.
 
-        Jobs that the answer hands over, or gives a lease of, may be lost with the answer.
+        A lost answer may have handed over jobs, or given leases.
         """
         arrivals = [self._arrivals[i] for i in range(min(MAX_JOBS, len(self._arrivals)))] if may_claim else []
         if not ends and not arrivals:
@@ -262,9 +262,9 @@ class LedgerThread(Answers):
         return Batch(ends, arrivals, claiming, unsure, (self._identity.name, self._identity.incarnation), arguments)
 
     def _finish(self, batch: Batch, settled: Settled, start: Callable[[], None] | None = None) -> None:
-        """Take the answer to a batch: nothing of it is pending any more.
+        """Take the answer to a batch, of which nothing is pending any more.
 
-        The jobs that it brings start first, by `start` in the main loop. The notes for Postgres come after that.
+        The jobs of the answer start first, by `start` in the main loop. The notes for Postgres come after that.
         """
         for _ in batch.ends:
             self._ends.popleft()
@@ -277,7 +277,7 @@ class LedgerThread(Answers):
         if settled.handed_over:
             self._fed_at = time.monotonic()
         started += self._take_over(settled.handed_over)
-        # Only now are all jobs of the answer held here. An earlier lost answer is still to be asked for.
+        # Not before all jobs of the answer are held. An earlier lost answer is still to be asked for.
         self._unsure = batch.unsure
         try:
             if start is not None:
@@ -321,7 +321,7 @@ class LedgerThread(Answers):
         self.end(job, token, Outcome.HANDED_BACK, reason)
 
     def _offer_again(self) -> None:
-        """Have the jobs that were handed back placed, here or elsewhere, once the moment is over."""
+        """Have the jobs that were handed back placed on any worker, once the pause is over."""
         shapes, self._refused = self._refused, set()
         for shape in sorted(shapes):
             self._ledger.place_shape(shape)
@@ -329,6 +329,6 @@ class LedgerThread(Answers):
 
 
 def _size(end: End) -> int:
-    """Return the bytes of an end that go to the ledger, but for some hundred."""
+    """Return the bytes of an end that go to the ledger, a few hundred fixed ones left out."""
     ended = end.ended
     return len(ended.error or "") + len(ended.outbox) + sum(len(text) for _, _, text in ended.results)
