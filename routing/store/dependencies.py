@@ -200,6 +200,6 @@ DELETE FROM unique_keys WHERE key IN (
 """)
 
 
-def forget_keys(connection: Connection, start: str, age: float, most: int = KEYS) -> int:
+def forget_keys(connection: Connection, start: str, age: float) -> int:
     """Delete keys from `start` on that block no job any more and are at least `age` seconds old; return how many."""
-    return connection.execute(_FORGET, {"start": start, "age": age, "most": most}).rowcount
+    return connection.execute(_FORGET, {"start": start, "age": age, "most": KEYS}).rowcount
