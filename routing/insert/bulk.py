@@ -24,16 +24,16 @@ from celery_capacity.routing.insert.single import may_publish
 from celery_capacity.routing.model.job import NewJob, Publisher
 from celery_capacity.routing.model.states import Store
 
-#: Rows of one statement: enough that its round trip and its commit do not count, at some 1 MB of memory.
+#: Rows of one statement. With so many, its round trip and its commit cost next to nothing. They take some 1 MB.
 CHUNK: Final = 1000
 #: Bytes that the driver takes from the text at once.
 _BUFFER: Final = 1 << 20
 #: SQLSTATE of an insert with an existing id.
 _EXISTS: Final = "23505"
-#: Columns in which each job differs, and the others: the jobs of one call have most of these in common.
+#: Columns in which each job differs. The jobs of one call have most of the other columns in common.
 _OWN: Final = ("id", "root_id", "message")
 _COMMON: Final = tuple(column for column in COLUMNS if column.name not in _OWN)
-#: All that the common columns are made of.
+#: Values of a job from which the common columns are made.
 _KIND: Final = attrgetter(
     *("name", "shape", "priority", "declared", "queue", "retries", "nesting", "parent_id", "due_at", "expires_at"),
     *("rerun", "replaces", "stamps"),

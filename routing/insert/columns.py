@@ -59,14 +59,14 @@ COLUMNS: Final = (
 )
 NAMES: Final = ", ".join(column.name for column in COLUMNS)
 TYPES: Final = ", ".join(column.type for column in COLUMNS)
-_PLACES: Final = {column.name: place for place, column in enumerate(COLUMNS)}
+_INDEXES: Final = {column.name: index for index, column in enumerate(COLUMNS)}
 
 
 def values(job: NewJob, **others: Any) -> tuple[Any, ...]:
     """Return the values of a job in the order of `COLUMNS`. `others`: columns with another value than the job's."""
     row = [column.value(job) for column in COLUMNS]
     for name, value in others.items():
-        row[_PLACES[name]] = value
+        row[_INDEXES[name]] = value
     return tuple(row)
 
 

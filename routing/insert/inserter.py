@@ -111,7 +111,7 @@ class Inserter:
             raise OutcomeUnknown(job.id) from error
 
     def doubt_connections(self) -> None:
-        """Make the connections to Postgres anew that nobody uses now, after one broke: a restart breaks all of them.
+        """Replace the unused connections to Postgres after one broke, because a restart of the server breaks all.
 
         Waits for nobody.
         """

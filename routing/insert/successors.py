@@ -109,7 +109,7 @@ def publish_again(connection: Connection, job: NewJob, by: Publisher | None, *, 
     """
     if by is not None and not may_publish(connection, by):
         return Existing.STALE
-    # A job never retried or replaced succeeds nothing, and a role that only submits may not change a row.
+    # A first publish is nobody's successor, and a role that only submits may not change a row.
     prior_state = put_successor(connection, job) if job.retries or job.nesting else None
     if prior_state == State.REPLACED:
         # The attempt ended long ago. This is the last step of its replacement, and the row goes on with it.

@@ -177,11 +177,11 @@ WHERE {_STAYS} AND (-priority, seq) < (-CAST(:priority AS int), CAST(:seq AS big
 
 
 def mark_behind(connection: Connection, shapes: Mapping[str, str], *, waiting: bool = False) -> Counter[str]:
-    """Note of jobs that they wait in Postgres alone, by id with the shape under which the ledger would file them.
+    """Mark jobs as waiting in Postgres alone. `shapes`: the shape under which the ledger would file each job, by id.
 
-    Return how many of each shape were noted. Left out are jobs that went on meanwhile, or whose rows somebody keeps
-    locked. `waiting`: rows that wait already are noted too, which only a caller may ask for that keeps all others from
-    filing them.
+    Return how many jobs of each shape were marked. Jobs that went on meanwhile, or whose rows somebody keeps locked,
+    are left out. `waiting`: mark jobs that wait already, too. Only a caller that keeps all others from filing these
+    jobs may do so.
     """
     values = {"ids": list(shapes), "shapes": list(shapes.values()), "waiting": waiting}
     return Counter(connection.execute(_MARK, values).scalars()) if shapes else Counter()

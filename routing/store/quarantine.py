@@ -42,7 +42,7 @@ class SetAside:
 
     @classmethod
     def of(cls, raw: bytes, queue: str, reason: Refusal, detail: str, worker: str | None = None) -> SetAside:
-        """Make one, with each value cut to the limits of the table, in characters that Postgres stores."""
+        """Make a row of the table: cut each value to its limit, and keep only characters that Postgres stores."""
         text = storable(f"{reason.word}: {detail}", REASON_LENGTH)
         return cls(bytes(raw[:MAX_BYTES]), storable(queue, QUEUE_LENGTH), text, worker)
 
