@@ -183,7 +183,7 @@ def _scan(client: redispy.Redis, ledger: LedgerReading) -> dict[str, set[str]]:
     prefixes = {name: key for name, key in keys.KEYS.items() if key.endswith(":")}
     fixed = set(keys.KEYS.values()) - set(prefixes.values())
     names: dict[str, set[str]] = {name: set() for name in prefixes}
-    for raw in client.scan_iter(match="ledger:*", count=1000):
+    for raw in client.scan_iter(match=keys.LEDGER, count=1000):
         key = snapshot.text(raw)
         family = next((name for name, prefix in prefixes.items() if key.startswith(prefix)), None)
         if family is not None:
