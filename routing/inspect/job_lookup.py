@@ -10,11 +10,11 @@ from sqlalchemy import Connection, TableClause, func, select
 from celery_capacity.routing.database import schema
 from celery_capacity.routing.inspect.job_list import JobFilter, newest
 
-#: Fewest leading characters by which a job is found, and that two ids must share to be taken as beginning alike.
+#: Fewest leading characters by which a job is found, and that two similar ids must share.
 SHORTEST_PREFIX: Final = 4
-#: Rows of the index that a search by the beginning reads.
+#: Rows of the index that a search by a prefix reads.
 EXAMINED: Final = 64
-#: Ids that an ambiguous beginning names.
+#: Ids that are named for an ambiguous prefix.
 NAMED: Final = 5
 #: Newest jobs that are searched for an id like the wrong one.
 LOOKED_AT: Final = 2000
@@ -23,7 +23,7 @@ SIMILAR: Final = 0.8
 
 
 def with_prefix(connection: Connection, prefix: str) -> list[str]:
-    """Return the ids that begin so, at most `NAMED`, of jobs and of archived jobs; [] for a very short beginning."""
+    """Return the ids with this prefix, at most `NAMED`, of jobs and of archived jobs; [] for a very short prefix."""
     if len(prefix) < SHORTEST_PREFIX:
         return []
     ids = [job for table in (schema.jobs, schema.jobs_archive) for job in _with_prefix(connection, table, prefix)]
@@ -31,10 +31,10 @@ def with_prefix(connection: Connection, prefix: str) -> list[str]:
 
 
 def _with_prefix(connection: Connection, table: TableClause, prefix: str) -> list[str]:
-    """Return ids of a table that begin so.
+    """Return ids of a table with this prefix.
 
-    In the index they follow the prefix itself, whatever the collation of the database is. An upper bound for a range
-    would depend on the collation.
+    In the index they come right after the prefix itself, whatever the collation of the database. An upper bound for a
+    range would depend on the collation.
     """
     follow = select(table.c.id).where(table.c.id >= prefix).order_by(table.c.id).limit(EXAMINED).subquery()
     query = select(follow.c.id).where(func.starts_with(follow.c.id, prefix)).order_by(follow.c.id).limit(NAMED)
@@ -56,7 +56,7 @@ def nearest(connection: Connection, job: str, most: int = 3) -> list[str]:
 
 
 def _agree(left_id: str, right_id: str) -> int:
-    """Return how many leading characters two ids have in common."""
+    """Return the number of leading characters that two ids have in common."""
     for position, (left, right) in enumerate(zip(left_id, right_id, strict=False)):
         if left != right:
             return position

@@ -96,7 +96,7 @@ class Admission(Repairs):
         if not rows:
             return Brought(0)
         jobs = [self._submit_values(*row) for row in rows]
-        # The deadline is that of the row that was read first.
+        # The row that was read first has the earliest deadline.
         deadline = min(job.pop("deadline") for job in jobs)
         reply = self._call("submit_many", jobs, deadline=deadline)
         if reply.head == SubmitVerdict.LATE:
@@ -112,15 +112,15 @@ class Admission(Repairs):
     def begin_refill(self) -> dict[str, tuple[int, int | None]]:
         """Begin to fetch jobs that stay in Postgres: return the shapes whose heads run low, with the jobs they want.
 
-        Each has the number of jobs, and the order before which they are, None for any.
-        Call it before the rows are read: jobs that are left in Postgres later keep their place.
+        For each shape: the number of jobs, and the order before which they stand, None for any order. Call it before
+        the rows are read: jobs that are left in Postgres later keep their place.
         """
         reply = self._call("begin_refill")
         rows = zip(reply.rest[::3], reply.rest[1::3], reply.rest[2::3], strict=True)
         return {shape: (int(jobs), int(before) if before else None) for shape, jobs, before in rows}
 
     def find_low(self) -> None:
-        """Find shapes whose heads run low, and of which the runner was not told or the note is lost."""
+        """Find shapes whose heads run low without a note for the runner of the duties: it was lost, or never made."""
         seen, looked = 0, 1
         while looked:
             looked = self._call("find_low", seen=seen).number("looked")

@@ -172,7 +172,8 @@ class Ledger(Held, Elections):
     def find_room(self) -> Iterator[tuple[str, str]]:
         """Yield each waiting shape that may have room, with a worker that has room for its first job.
 
-        The worker is "" where not all of them were looked at, or where one is to be kept for a job that runs alone.
+        The worker is "" where the search left out some workers, or where a worker is to be kept for a job that runs
+        alone.
         """
         cursor, done = "", False
         while not done:

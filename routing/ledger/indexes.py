@@ -1,7 +1,7 @@
 """Indexes of the ledger by resource: the workers that have a resource, by free CPUs, and the shapes that ask for it.
 
-They stand beside the whole indexes. The functions read them from Redis, and find the places that differ from the books
-and the backlog.
+Beside them stands one index of all workers and one of all shapes. The functions read these indexes from Redis, and find
+the places that differ from the books and the backlog.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from celery_capacity.routing.model.amounts import CPUS, MEMORY, ONLY_LABELLED
 from celery_capacity.routing.model.states import WorkerStatus
 from celery_capacity.routing.policy.placement import asked_score, waits_beside
 
-#: The name of the whole index beside those of resources.
+#: The name of the index of all workers, beside the names of resources.
 WHOLE = ""
 #: Resources with an index of the amounts that waiting shapes ask for.
 ASKED = (CPUS, MEMORY)

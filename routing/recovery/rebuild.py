@@ -116,7 +116,7 @@ class Opener:
     """The one process that opens an epoch. `term`: seconds of silence after which another process opens the next.
 
     The epoch is its fence: each script compares it with the books, each statement with the row `authority`. An opener
-    that was stopped, and goes on after it was overtaken, is refused at its next step, whichever that is.
+    that was stopped, and goes on after it was overtaken, is refused at its next step, whatever the step.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Opener:
         self._whole_stream = whole_stream
         #: The run of the server on which the ledger is opened.
         self._run_id = ledger.run_id
-        self._said_at = time.monotonic()
+        self._reported_at = time.monotonic()
 
     def run(self) -> Rebuilt | None:
         """Write the books, then file the backlog.
@@ -152,15 +152,15 @@ class Opener:
 
     def _go_on(self) -> None:
         """Report that this process goes on, when it is time. Raises `LedgerClosed` where it was overtaken."""
-        if time.monotonic() < self._said_at + self._term / 4:
+        if time.monotonic() < self._reported_at + self._term / 4:
             return
         with self._engine.connect() as connection:
             if not still_opens(connection, self._epoch):
                 raise LedgerClosed(None)
-        self._said_at = time.monotonic()
+        self._reported_at = time.monotonic()
 
     def _close(self) -> None:
-        """Close the old books, apply what they noted to Postgres, if the stream survived, and remove them."""
+        """Close the old books, apply the stream to Postgres where it survived, and remove the books."""
         self._ledger.close_epoch(self._epoch, self._run_id, "begin")
         transition_log.apply_all(self._engine, self._ledger, between=self._go_on)
         self._wipe()
@@ -176,7 +176,7 @@ class Opener:
         kept = (keys.EPOCH, keys.COUNTERS, keys.DECLARATIONS, keys.STREAM, keys.RUNNER, keys.ASKED)
         keep = {key.encode() for key in kept}
         try:
-            for pattern in ("ledger:*", keys.VIEWS):
+            for pattern in (keys.LEDGER, keys.VIEWS):
                 batch: list[bytes] = []
                 for key in self._ledger.client.scan_iter(match=pattern, count=WIPE_CHUNK):
                     if key not in keep:
@@ -194,7 +194,7 @@ class Opener:
             self._ledger.close_epoch(self._epoch, self._run_id, "remove", batch)
 
     def _rebuild(self, connection: Connection) -> Rebuilt:
-        # First of all: a job that is submitted meanwhile stays behind those that stay in Postgres.
+        # First restore the borders: a job that is submitted meanwhile stays behind the jobs that stay in Postgres.
         refill.restore_borders(self._engine, self._ledger)
         workers, held = self._reserve(connection)
         self._await_reports([worker.name for worker in workers if worker.seen])

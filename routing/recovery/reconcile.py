@@ -78,14 +78,15 @@ class Row:
                 return True
             if self.state in (State.WAITING, *HOLDING):
                 return False
-            # An outcome that Postgres does not know. Without one the job is being cancelled on its way to the ledger.
+            # Postgres lacks this outcome. A tombstone without an outcome is of a job that is being cancelled on its way
+            # to the ledger.
             unknown = card is not None and card.final and card.outcome is not None and is_newer(card, self)
             return self.state in FINAL or not unknown
         if self.step == Step.COMMITTED:
             # The attempt ended the job itself, and its body goes on: its worker releases it.
             return (card.state, card.token) == (State.RUNNING, self.token)
         if self.step == Step.GIVEN_UP and card.state in HOLDING:
-            # The worker lives after all. Its later claims are not written any more, but its ends are.
+            # The worker lives after all. Postgres refuses its later claims, and takes its ends.
             return (card.token, card.worker) == (self.token, self.worker)
         if self.state != card.state:
             return False
@@ -100,7 +101,7 @@ _COLUMNS: Final = (
 #: The states of jobs that the ledger has, in the order in which most jobs go through them.
 _OPEN: Final = (State.WAITING, State.ADMITTED, State.RUNNING)
 #: Reads one state at a time, because the index has the rows of a state in their order.
-_SAID: Final = text("""
+_LINES: Final = text("""
 SELECT max(seq), string_agg(concat_ws(' ', id, state, epoch || '.' || attempt, coalesce(worker, '-')), chr(10))
 FROM (SELECT seq, id, state, epoch, attempt, worker FROM jobs
       WHERE state = :state AND behind IS NULL AND seq > :after ORDER BY seq LIMIT :most) AS j
@@ -173,7 +174,7 @@ def _rows_against_ledger(connection: Connection, ledger: Ledger, result: Reconci
     for state in _OPEN:
         after = -1
         while True:
-            last, rows = connection.execute(_SAID, {"state": state.value, "after": after, "most": CHUNK}).one()
+            last, rows = connection.execute(_LINES, {"state": state.value, "after": after, "most": CHUNK}).one()
             if last is None:
                 break
             after = last
@@ -185,11 +186,11 @@ def _rows_against_ledger(connection: Connection, ledger: Ledger, result: Reconci
 
 
 def _ledger_against_rows(
-    connection: Connection, ledger: Ledger, told: set[str], result: Reconciled
+    connection: Connection, ledger: Ledger, compared: set[str], result: Reconciled
 ) -> dict[str, set[str]]:
-    """Compare the other jobs of the ledger: those that Postgres has ended, never had, or knows less of.
+    """Compare the other jobs of the ledger: jobs that have ended in Postgres, are unknown there, or are ahead of it.
 
-    Return the names of all other keys, by family. `told`: jobs that were compared already.
+    Return the names of all other keys, by family. `compared`: jobs that were compared already.
     """
     names: dict[str, set[str]] = {family: set() for family in _FAMILIES}
     job, prefixes = keys.KEYS["job"], {family: keys.KEYS[family] for family in names}
@@ -202,7 +203,7 @@ def _ledger_against_rows(
                     names[family].add(key[len(prefix) :])
             continue
         name = key[len(job) :]
-        if name not in told:
+        if name not in compared:
             batch.append(name)
         if len(batch) == CHUNK:
             _look_at(connection, ledger, _not_over(connection, ledger, batch), result)
@@ -256,10 +257,10 @@ def _close_committed(connection: Connection, ledger: Ledger, result: Reconciled)
 
 
 def _repair_all(connection: Connection, ledger: Ledger, suspects: Sequence[str], result: Reconciled) -> None:
-    """Repair the suspects that do differ, by the ledger as it is between two equal readings of Postgres.
+    """Repair the suspects that differ between two equal readings of Postgres, by the ledger in between.
 
-    A job with an entry in the stream is on its way and not judged; the stream is read after the job, so that an entry
-    that was applied meanwhile shows in the second reading of Postgres.
+    A job with an entry in the stream is on its way and not judged. The stream is read after the job. An entry that was
+    applied before that shows as a difference between the readings of Postgres.
     """
     if not suspects:
         return

@@ -1,9 +1,9 @@
 """Fill free room that was left beside jobs which wait: the safety net behind submissions and releases.
 
-Each waiting shape is searched for, by the indexes, as a new job is. That costs the same in any cluster, and in a
-healthy one it finds nothing. Only where a search does not look at all workers, their books are read. It does not where
-many workers lack another part of a request than the scarcest resource, or its task. Nor does it tell which worker is to
-be kept for a job that must run alone.
+A search by the indexes looks for room for each waiting shape, as for a new job. It costs the same in any cluster, and
+finds nothing in a healthy one. Two cases need the books of the workers too. The search is bounded: it does not see all
+workers where many of them lack the task, or a part of the request besides the scarcest resource. And it does not tell
+which worker is to be kept for a job that must run alone.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def fill_all(ledger: Ledger) -> int:
             else:
                 unseen.append(shape)
         if admitted == before:
-            # A pass over a worker does not see a shape whose place in an index was lost. The search for it does.
+            # `fill` does not see a shape whose place in an index was lost. A search for the shape's own job does.
             admitted += sum(len(ledger.place_shape(shape)) for shape in unseen)
             return admitted + sum(map(ledger.fill, with_room(ledger.client, unsure)))
     return admitted
@@ -84,7 +84,7 @@ def _ask_who_knows(
 
 
 def smallest(shapes: Iterable[str]) -> list[Request] | None:
-    """Return the smallest of these requests: no other one asks for less of everything.
+    """Return the minimal requests: a worker that has room for none of them has room for no request of these shapes.
 
     Return None where there are more than `MAX_SMALLEST`, or a shape is no valid request.
     """
