@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
-from typing import Final
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any, Final
 
 import pytest
 
+from celery_capacity.routing import insert, inspect, recovery, store
 from celery_capacity.routing.insert import successors
 from celery_capacity.routing.ledger import scripts
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE
 from celery_capacity.routing.model.states import FINAL, TRANSITIONS, Event, State, Step
 from celery_capacity.routing.recovery import rebuild, reconcile
 from celery_capacity.routing.store import fencing, job_transitions
+from celery_capacity.workers import results
 
 NAMES: Final = scripts.names()
 HELD: Final = (State.ADMITTED, State.RUNNING)
@@ -151,3 +156,48 @@ def test_no_statement_leaves_a_final_state() -> None:
     final = ", ".join(f"'{state.value}'" for state in sorted(FINAL))
     assert f"jobs.state NOT IN ({final})" in str(job_transitions._APPLY.plain)
     assert f"state NOT IN ({final})" in str(successors._SUCCESSOR)
+
+
+#: A condition on the state of a row, which keeps a write from a row that went on.
+OF_STATE: Final = re.compile(r"\b(state|step) (=|<|IN|NOT IN)|\b(finished_at|ended_at) IS NULL")
+#: A condition on the token of an attempt: (epoch, attempt), or (epoch, attempt, step).
+OF_TOKEN: Final = re.compile(
+    r"epoch, (\w+\.)?attempt(, [^)]*)?\)\s*<|epoch = :epoch AND attempt = :attempt|attempt <= CAST\(:publisher"
+)
+#: Writes of jobs and attempts that are guarded by the state alone, and why no attempt writes them.
+BY_STATE: Final = {
+    "backlog._MARK": "a job that has not started, and stays in Postgres",
+    "backlog._FETCH": "a job that has not started, and leaves Postgres",
+    "claims._TAKE": "it makes the attempt",
+    "dependencies._OPEN": "a job that waits for others",
+    "fencing._GIVE_UP": "all attempts of an incarnation",
+    "fencing._GIVE_UP_FREE": "all attempts of an incarnation",
+    "job_transitions._DROP": "a job that is not in the ledger",
+    "replacements._END": "a job whose attempt has ended by a replacement",
+    "revocation._MARK": "a mark on a job that may be held by any attempt",
+}
+#: Writes of the outbox of an ended job, guarded by the outbox that was read.
+BY_OUTBOX: Final = {"deliver_later._DONE", "deliver_later._ALL_DONE"}
+
+
+def writes() -> Iterator[tuple[str, str]]:
+    """Yield the statements that change jobs or attempts: name, and all that follows its first WHERE."""
+    for package in (insert, store, recovery, inspect, results):
+        for listed in pkgutil.iter_modules(package.__path__):
+            module = import_module(f"{package.__name__}.{listed.name}")
+            for name, value in vars(module).items():
+                plain: Any = getattr(value, "plain", value)
+                if not isinstance(value, type) and hasattr(plain, "bindparams"):
+                    text = str(plain)
+                    if re.search(r"\b(UPDATE|DELETE FROM) (jobs|attempts)\b", text):
+                        yield f"{listed.name}.{name}", text[text.index("WHERE") :]
+
+
+def test_every_write_of_a_job_is_guarded_by_its_state() -> None:
+    unguarded = {name for name, condition in writes() if not OF_STATE.search(condition)}
+    assert unguarded == BY_OUTBOX
+
+
+def test_every_write_of_an_attempt_is_guarded_by_its_token() -> None:
+    without = {name for name, condition in writes() if not OF_TOKEN.search(condition)}
+    assert without == {*BY_STATE, *BY_OUTBOX}
