@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
 
 import pytest
 from sqlalchemy import Engine, text
@@ -14,9 +18,35 @@ from sqlalchemy import Engine, text
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.states import Store
+from celery_capacity.workers import duties
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.runner.duty_runner import DUTIES, SUSPICION, Duty, Runner
 from tests.fixtures.stores.staged import Stage
+
+#: Files without a duty of their own: what runs in place of others while Postgres decides, and the time of observation.
+OF_OTHERS: Final = {"fallback", "window"}
+MODULES: Final = [
+    import_module(f"{duties.__name__}.{path.stem}")
+    for path in sorted(Path(str(duties.__file__)).parent.glob("*.py"))
+    if path.stem not in {"__init__", *OF_OTHERS}
+]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_duty_is_one_pass_that_returns_its_counts(module: ModuleType) -> None:
+    signature = inspect.signature(module.run_once)
+    needed = [name for name, parameter in signature.parameters.items() if parameter.default is parameter.empty]
+    assert needed == ["app", "stores"]
+    assert signature.return_annotation == "dict[str, int]"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_runner_has_each_duty_once(module: ModuleType) -> None:
+    assert [duty.run for duty in DUTIES].count(module.run_once) == 1
+
+
+def test_duty_has_a_name_of_its_own() -> None:
+    assert len({duty.name for duty in DUTIES}) == len(DUTIES) == len(MODULES)
 
 
 @pytest.fixture
@@ -102,7 +132,7 @@ def test_duty_that_fails_is_tried_again_sooner_than_its_interval(stage: Stage, r
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_what_a_runner_was_to_compare_its_successor_compares(stage: Stage, runner: Runner, begun: bool) -> None:
+def test_successor_compares_the_suspects_of_a_former_runner(stage: Stage, runner: Runner, begun: bool) -> None:
     """Where keys of the ledger are gone, the lease of the runner may be among them."""
     runner.suspect()
     due_now = runner._due() if begun else []
