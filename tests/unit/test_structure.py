@@ -158,6 +158,18 @@ def test_the_arrows_between_folders_go_one_way(layer: str) -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("wiring", ["app/signals.py", "execute/consumer.py"])
+def test_module_that_wires_celery_imports_no_store_and_no_policy(wiring: str) -> None:
+    """The objects behind Celery's signals and classes decide, and are tested without Celery."""
+    path = ROOT / "workers" / wiring
+    stores = {f"{PACKAGE}.routing.{name}" for name in FOLDERS["routing"]} - {
+        f"{PACKAGE}.routing.{name}" for name in ("model", "config")
+    }
+    name = ".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts))
+    imports = _imports(name, path)
+    assert [imported for imported in imports for store in stores if _of(store, {imported})] == []
+
+
 @pytest.mark.parametrize("layer", FOLDERS)
 def test_each_folder_is_one_concept_with_a_role(layer: str) -> None:
     folders = {path.name for path in (ROOT / layer).iterdir() if path.is_dir() and path.name != "__pycache__"}
