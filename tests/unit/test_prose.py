@@ -34,9 +34,8 @@ REPLACED: Final = frozenset(
 )
 #: Whole names of values that say no more of them: a time-out, a position or an endpoint, a transition.
 VAGUE: Final = frozenset({"within", "place", "places", "hand", "one"})
-#: Folders whose names keep to the glossary, by layer, and those that do not yet.
+#: Layers whose names keep to the glossary.
 KEPT_LAYERS: Final = ("platform", "routing", "workers")
-NOT_YET: Final = ("routing/insert", "workers/submit", "workers/dispatch", "workers/results", "workers/execute")
 #: Fields of the JSON of `celery -A platform job`, which keep their names.
 FIELDS: Final = {("routing/inspect/explain.py", "place")}
 #: A parameter in a statement.
@@ -109,7 +108,7 @@ def words(name: str) -> set[str]:
 def kept_files() -> Iterator[tuple[Path, str]]:
     for path in FILES:
         name = path.relative_to(ROOT).as_posix()
-        if name.startswith(tuple(f"{layer}/" for layer in KEPT_LAYERS)) and not name.startswith(NOT_YET):
+        if name.startswith(tuple(f"{layer}/" for layer in KEPT_LAYERS)):
             yield path, name
 
 
