@@ -55,7 +55,7 @@ def ends(rows: Rows, *jobs: str) -> None:
         assert rows.attempts(job) == [(1, 1, "a", 10, 20, 30, "succeeded", None)]
 
 
-def test_it_is_planned_once_and_other_statements_as_before(rows: Rows, connection: Connection) -> None:
+def test_statement_is_planned_once_and_others_as_before(rows: Rows, connection: Connection) -> None:
     ends(rows, "j0")
     before, until = known(connection), connection.info[NAME]
     for number in range(1, 5):

@@ -165,7 +165,7 @@ class Masked(str):
         return "'***'"
 
 
-def test_what_a_statement_is_called_tells_all_that_it_says(engine: Engine, inserter: Inserter) -> None:
+def test_name_of_a_statement_differs_with_its_text(engine: Engine, inserter: Inserter) -> None:
     shape = Request.of({"cpus": 500}).shape
     jobs = [
         job_of({"name": Masked(name), "shape": shape, "message": b"m", "root_id": "itself"})

@@ -150,7 +150,7 @@ def test_a_row_that_is_behind_does_not_go_on_by_itself(stage: Stage) -> None:
     assert (bytes(row.message), bytes(row.successor)) == (MESSAGE, LATER)
 
 
-def test_what_is_left_to_be_published_goes_on_with_a_replaced_job(stage: Stage) -> None:
+def test_publish_left_by_an_attempt_continues_a_replaced_job(stage: Stage) -> None:
     """A step that ran while Postgres was away publishes with its end, for example."""
     job = replaced(stage)
     box = Outbox(publishes=[NewJob(job, "task", ONE, LATER, nesting=1)]).to_text()

@@ -286,7 +286,7 @@ def test_a_release_admits_what_the_policy_fills_in_with_in_its_order(
 
 @ON_A_SERVER
 @given(BACKLOG, vectors(st.integers(1, 50)))
-def test_a_worker_that_asks_is_handed_over_what_others_are_sent(
+def test_reply_hands_over_the_jobs_that_a_queue_would_get(
     ledger: Ledger, backlog: list[Waiting], capacity: dict[str, int]
 ) -> None:
     write(ledger, [])

@@ -52,7 +52,7 @@ def test_a_full_ledger_refuses_a_submit_and_changes_nothing(cluster: Cluster) ->
     assert (cluster.state("job"), cluster.book()["a.cpus"]) == (None, "0")
 
 
-def test_what_waits_in_a_full_ledger_runs_and_ends(cluster: Cluster) -> None:
+def test_waiting_job_of_a_full_ledger_runs_and_ends(cluster: Cluster) -> None:
     cluster.run("whole", WHOLE)
     assert cluster.submit("next", WHOLE) is None
     assert cluster.submit("last", WHOLE) is None

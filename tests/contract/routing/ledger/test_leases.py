@@ -56,7 +56,7 @@ def test_an_attempt_that_went_back_cannot_be_adopted_again(cluster: Cluster) -> 
     assert (cluster.state("job"), cluster.book()["a.cpus"]) == ("waiting", "0")
 
 
-def test_a_worker_recovers_what_it_was_handed_over_and_does_not_know(cluster: Cluster) -> None:
+def test_worker_recovers_jobs_of_a_lost_reply(cluster: Cluster) -> None:
     cluster.run("known")
     cluster.run("whole", Request.of({"cpus": 3000}).shape)
     cluster.submit("next", ONE)

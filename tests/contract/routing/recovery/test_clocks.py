@@ -28,7 +28,7 @@ def test_duty_runner_is_elected_though_the_clock_was_set_back(cluster: Cluster) 
     assert cluster.ledger.elect("a", 1, 0.9).fence == 0
 
 
-def test_what_is_submitted_is_taken_again_after_the_clock_was_set_forward(cluster: Cluster) -> None:
+def test_submission_is_taken_at_the_second_try_after_a_clock_step(cluster: Cluster) -> None:
     """The deadline of a submit is a time by the clock offset that each connection measured when it was made."""
     cluster.ledger._clock_offset_ms -= HOUR_MS
     assert cluster.submit("first") is None

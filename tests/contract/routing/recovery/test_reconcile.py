@@ -118,7 +118,7 @@ def test_nothing_is_found_where_nothing_is_wrong(scene: Scene) -> None:
     assert (report.drift, report.checked) == (0, 0)
 
 
-def test_what_the_stream_still_says_is_applied_and_is_no_drift(scene: Scene) -> None:
+def test_unapplied_stream_entry_is_applied_and_is_no_drift(scene: Scene) -> None:
     scene.stage.submit(cpus=1000, applied=False)
     scene.stage.end(scene.other, applied=False)
     report = reconcile(scene.stage.engine, scene.stage.ledger)

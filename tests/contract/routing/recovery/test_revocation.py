@@ -172,7 +172,7 @@ def test_sweep_goes_on_behind_a_revoked_job_whose_row_is_locked(
     bounded.dispose()
 
 
-def test_what_has_ended_is_not_marked(stage: Stage, app: Celery) -> None:
+def test_ended_job_is_not_marked_as_revoked(stage: Stage, app: Celery) -> None:
     job = stage.submit(cpus=1000)
     stage.start(job)
     stage.end(job)

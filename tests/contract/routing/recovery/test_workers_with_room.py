@@ -130,7 +130,7 @@ REQUESTS = st.lists(
 
 
 @given(REQUESTS, st.integers(0, 4), st.integers(0, 4), st.integers(0, 2))
-def test_smallest_requests_say_what_all_say(requests: list[Request], cpus: int, memory: int, gpus: int) -> None:
+def test_smallest_requests_decide_like_all_requests(requests: list[Request], cpus: int, memory: int, gpus: int) -> None:
     book = Book("w", {"cpus": cpus, "memory": memory, "gpus": gpus, "slots": 1}, {})
     wanted = workers_with_room.smallest(request.shape for request in requests)
     assert wanted is not None

@@ -150,7 +150,7 @@ def test_the_oldest_go_first_and_no_more_than_asked_for(stage: Stage) -> None:
     assert ids(stage, "jobs_archive") == sorted([jobs[2], jobs[4]])
 
 
-def test_what_is_not_delivered_stays_until_it_is(stage: Stage) -> None:
+def test_job_with_an_undelivered_outbox_is_not_archived(stage: Stage) -> None:
     job = stage.submit(cpus=9000)
     assert stage.ledger.cancel(job, State.CANCELLED).verdict == "ended"
     stage.apply()
@@ -262,7 +262,7 @@ def test_an_attempt_of_an_archived_job_publishes_nothing(stage: Stage) -> None:
     assert ids(stage, "jobs") == ["child"]
 
 
-def test_what_an_attempt_of_an_archived_job_says_late_leaves_no_trace(stage: Stage) -> None:
+def test_late_transition_of_an_archived_job_changes_nothing(stage: Stage) -> None:
     job = done(stage)
     assert move(stage) == 1
     left = Outbox(publishes=[NewJob("late-child", "task", "slots=1", MESSAGE)]).to_text()

@@ -203,7 +203,7 @@ WRONG: Final[tuple[dict[str, Any], ...]] = (
 )
 
 
-def test_what_cannot_be_meant_is_refused(app: Celery, stage: Stage) -> None:
+def test_invalid_constraints_are_refused(app: Celery, stage: Stage) -> None:
     for options in WRONG:
         with pytest.raises(InvalidRequest):
             send(app, **options)
@@ -246,7 +246,7 @@ def test_a_job_waits_until_all_that_it_needs_have_succeeded(app: Celery, stage: 
         assert connection.execute(text("SELECT count(*) FROM dependencies")).scalar_one() == 0
 
 
-def test_what_has_succeeded_already_is_not_waited_for(app: Celery, stage: Stage, run: Run) -> None:
+def test_job_does_not_wait_for_jobs_that_have_succeeded(app: Celery, stage: Stage, run: Run) -> None:
     first, archived = send(app), send(app)
     for job in (first, archived):
         run(job)
@@ -438,7 +438,7 @@ def test_any_jobs_that_need_one_another_end_as_the_rule_says(
     assert (states, left) == (expected, 0)
 
 
-def test_what_an_attempt_left_to_be_published_keeps_its_gates(stage: Stage) -> None:
+def test_publish_left_by_an_attempt_keeps_its_constraints(stage: Stage) -> None:
     left = [
         NewJob("a", TASK, SHAPE, MESSAGE, constraints=Constraints(key="k" * 64)),
         NewJob("b", TASK, SHAPE, MESSAGE, constraints=Constraints(key="k" * 64)),
@@ -585,7 +585,7 @@ def test_job_that_puts_itself_back_starts_by_the_rate_too(app: Celery, stage: St
         assert started(stage, [job]) == [job]
 
 
-def test_what_the_code_declares_holds_unless_one_was_set_at_run_time(app: Celery, stage: Stage) -> None:
+def test_declared_rate_holds_unless_another_is_set_at_run_time(app: Celery, stage: Stage) -> None:
     @app.task(name=TASK, rate_limit="1/h", shared=False)
     def limited() -> None: ...
 

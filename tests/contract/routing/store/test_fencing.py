@@ -86,7 +86,7 @@ def test_an_attempt_that_published_its_retry_cannot_commit(stage: Stage) -> None
 
 
 @pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled", "retried"])
-def test_whatever_its_worker_says_the_end_that_was_committed_stands(stage: Stage, end: str) -> None:
+def test_committed_end_stands_against_any_report_of_its_worker(stage: Stage, end: str) -> None:
     job = running(stage)
     assert commit(stage, job)
     before = stage.row(job)
@@ -232,9 +232,7 @@ def test_a_worker_that_renewed_just_now_keeps_its_jobs_and_may_speak(stage: Stag
 
 @pytest.mark.leaves("I3", "I6", because="the ledger still has the life that ended", sometimes=True)
 @pytest.mark.parametrize(("losses", "rerun", "state"), [(0, True, "accepted"), (2, True, "lost"), (0, False, "lost")])
-def test_what_ran_on_a_life_that_has_ended_goes_back_or_is_lost(
-    stage: Stage, losses: int, rerun: bool, state: str
-) -> None:
+def test_job_of_an_ended_incarnation_goes_back_or_is_lost(stage: Stage, losses: int, rerun: bool, state: str) -> None:
     job = running(stage)
     stage.sql("UPDATE jobs SET losses = :losses, rerun = :rerun", losses=losses, rerun=rerun)
     stage.sql("UPDATE workers SET status = 'lost'")

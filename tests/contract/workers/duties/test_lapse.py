@@ -95,7 +95,7 @@ def test_a_life_that_is_over_is_not_revived_by_the_next_one_of_its_name(stage: S
     assert (status(stage, "a-former"), status(stage, "a-life")) == ("lost", "ready")
 
 
-def test_what_a_worker_claims_that_was_nearly_given_up_is_left_to_it(stage: Stage) -> None:
+def test_claim_of_a_worker_that_was_nearly_given_up_stands(stage: Stage) -> None:
     """The worker woke up with a message in its queue, at the moment in which its jobs were about to be taken back."""
     stage.worker("a", cpus=1000)
     job = stage.submit(cpus=1000)

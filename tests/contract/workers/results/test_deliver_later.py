@@ -184,7 +184,7 @@ def test_large_results_are_delivered_in_small_batches(
     assert len(app.backend.get_result(jobs[0])) == 2 * TOGETHER_BYTES
 
 
-def test_two_who_deliver_at_once_call_what_follows_once(
+def test_two_deliveries_at_once_call_an_errback_once(
     app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pass may last longer than the turn of its duty; and a client that revokes delivers by itself."""
@@ -301,7 +301,7 @@ def test_slow_part_is_left_to_its_deliverer_while_that_worker_lives(
 
 
 @pytest.mark.leaves("I3", because="the jobs are ended in their rows alone")
-def test_what_a_late_part_left_is_noted_when_it_has_come_through(
+def test_row_is_cleared_once_a_late_part_is_delivered(
     app: Celery, stage: Stage, monkeypatch: pytest.MonkeyPatch, become: Callable[[ChordParts | None], None]
 ) -> None:
     become(ChordParts(stage.worker("a")))

@@ -113,7 +113,7 @@ def test_a_number_grows_though_the_store_has_forgotten_it(kept: Kept, stage: Sta
     assert kept.elect("c", 3, TERM).fence == 4
 
 
-def test_what_others_ask_for_comes_to_the_holder_once(stage: Stage) -> None:
+def test_requested_duty_comes_to_the_holder_once(stage: Stage) -> None:
     elect = stage.ledger.elect
     elect("a", 0, TERM)
     assert elect("b", 0, TERM, ["suspicion"]).fence == 0

@@ -62,7 +62,7 @@ def test_url_of_a_socket_or_of_sentinels_is_kept_as_celery_reads_it() -> None:
         ("http://h", "no Redis is named"),
     ],
 )
-def test_what_is_wrong_with_one_is_said(url: str, why: str) -> None:
+def test_redis_url_is_refused_with_the_reason(url: str, why: str) -> None:
     with pytest.raises(InvalidRequest, match=why):
         redis_urls.check(url, "REDIS_URL")
 

@@ -86,7 +86,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("/dev/zero", "does not hold one URL"),
     ],
 )
-def test_what_is_no_file_with_a_url_is_refused(path: str, says: str) -> None:
+def test_file_without_a_url_is_refused(path: str, says: str) -> None:
     assert f"REDIS_URL_FILE={path} {says}" in problem({"REDIS_URL_FILE": path, "DATABASE_URL": DATABASE})
 
 

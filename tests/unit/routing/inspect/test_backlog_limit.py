@@ -46,7 +46,7 @@ def test_a_count_serves_for_a_second() -> None:
     limit.check(100)
 
 
-def test_what_a_process_sent_since_the_count_may_wait_too() -> None:
+def test_backlog_is_counted_anew_once_own_jobs_could_fill_it() -> None:
     limit = Counted()
     limit.waiting = 7
     for _ in range(3):

@@ -69,7 +69,7 @@ def test_brackets_in_text_are_no_levels() -> None:
 
 
 @pytest.mark.parametrize("text", [b"[" * 1_000_000, b"[{" * 500_000, b'["' + b"[" * 100, b"]" * 200 + b"[" * 200])
-def test_what_is_no_json_is_not_climbed_into(text: bytes) -> None:
+def test_text_that_is_no_json_ends_the_search_for_its_depth(text: bytes) -> None:
     # Such a text is refused as too deep, or where it is read.
     try:
         check_body(text, "task")

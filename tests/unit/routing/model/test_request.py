@@ -43,7 +43,7 @@ def test_computed_memory_makes_few_shapes_and_reserves_enough() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"cpus": None}, {"memory": None, "gpus": None, "resources": None}])
-def test_what_is_not_given_has_its_default(options: dict[str, Any]) -> None:
+def test_request_has_defaults_for_missing_options(options: dict[str, Any]) -> None:
     assert Request.from_options(options, default_cpus=1500).amounts == (("cpus", 1500), ("slots", 1))
 
 

@@ -106,7 +106,7 @@ def test_an_event_leads_to_one_state_wherever_it_happens() -> None:
         (State.RUNNING, Event.LOSE, State.LOST),
     ],
 )
-def test_what_happens_on_the_way_of_a_job(state: State, event: Event, target: State) -> None:
+def test_event_leads_a_job_to_its_next_state(state: State, event: Event, target: State) -> None:
     assert TRANSITIONS[state, event] is target
 
 

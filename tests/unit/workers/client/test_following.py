@@ -83,7 +83,7 @@ def test_time_out_must_be_finite(timeout: float) -> None:
         next(follow("ended", timeout=timeout))
 
 
-def test_what_ended_before_an_unsure_look_is_looked_at_again(looks: list[str]) -> None:
+def test_follow_looks_again_after_an_unsure_first_look(looks: list[str]) -> None:
     seen = [(event.job, event.state) for event in follow("late-1", "late-2", timeout=30)]
     assert sorted(seen) == [(f"late-{n}", state) for n in (1, 2) for state in (State.RUNNING, State.SUCCEEDED)]
     assert sorted(looks) == ["late-1", "late-1", "late-2", "late-2"]

@@ -61,7 +61,7 @@ def held(*attempts: tuple[str, Token]) -> Holdings:
     return holdings
 
 
-def test_rejoin_writes_what_ended_before_it_says_what_is_held() -> None:
+def test_rejoin_writes_ends_before_it_names_holdings() -> None:
     order, ledger, _ = rejoin(held(("job", Token(1, 1))), [])
     assert order == [("flush", 1.0), "register", "adopt", "renew"]
     # Each end that is not written by then is named, so that nobody takes it for lost.

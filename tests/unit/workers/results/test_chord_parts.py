@@ -106,7 +106,7 @@ def test_where_the_backend_is_away_the_others_are_left(chords: Chords) -> None:
     assert chords.delivered == ["a", "a", "b"]
 
 
-def test_what_fails_late_is_said(chords: Chords, gate: threading.Event) -> None:
+def test_late_part_reports_its_error(chords: Chords, gate: threading.Event) -> None:
     def fail() -> None:
         gate.wait()
         _fails()
@@ -117,7 +117,7 @@ def test_what_fails_late_is_said(chords: Chords, gate: threading.Event) -> None:
     assert (name, str(error)) == ("a", "away")
 
 
-def test_there_is_a_limit_to_what_may_be_late(
+def test_late_parts_are_limited_in_number(
     chords: Chords, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_THREADS", 2)
@@ -170,7 +170,7 @@ def ended(job: str) -> Transition:
 
 
 @pytest.mark.parametrize("fails", [None, ConnectionError("away")])
-def test_the_end_of_a_job_whose_part_is_late_is_written_with_what_is_left(
+def test_end_is_written_with_the_rest_of_its_outbox_while_a_part_is_late(
     gate: threading.Event, fails: Exception | None
 ) -> None:
     backend = Backend(gate)
@@ -221,7 +221,7 @@ def test_a_callback_that_ends_its_thread_is_not_called_again(chords: Chords) -> 
     assert not chords.parts.is_under_way("a")
 
 
-def test_what_came_through_is_known_without_what_it_said() -> None:
+def test_key_of_a_delivered_part_is_short() -> None:
     box = Outbox([], [{"chord": "a", "group": "g", "text": "x" * 10_000}])
     key: Any = key_of(Attempt(Tag("a", Token(1, 1)), "life"), box)
     assert key == key_of(Attempt(Tag("a", Token(1, 1)), "another"), box)

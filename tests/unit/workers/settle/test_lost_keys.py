@@ -86,7 +86,7 @@ def bench() -> Iterator[Bench]:
     bench.calls.stop(10.0)
 
 
-def test_end_is_said_again_once_the_job_is_restored(bench: Bench) -> None:
+def test_end_is_repeated_once_the_job_is_restored(bench: Bench) -> None:
     bench.thread.end("job", Token(1, 1), Outcome.SUCCEEDED)
     assert bench.thread.stop(10.0)
     assert bench.ledger.verdicts == ["unknown", "released"]

@@ -162,23 +162,7 @@ def test_end_of_a_newer_epoch_never_goes_to_older_books(
     assert [end.ended.job for end in thread._ends] == ["pulled", "first"]
 
 
-@pytest.mark.parametrize("left", [{"shapes": ["s"]}, {"cursors": ["", "7"]}, {"freed": ["", "v"]}])
-def test_thread_follows_an_answer_of_the_main_loop_that_left_work(thread: LedgerThread, left: dict[str, Any]) -> None:
-    """A worker that was kept for a job which this one took has free room, and waiting jobs may fit there."""
-    thread.end("first", Token(1, 1), Outcome.SUCCEEDED)
-    batch = thread._next_batch(thread._next_ends(), may_claim=True)
-    assert batch is not None
-    thread._finish_in_loop(batch, Settled([], [], []), None)
-    assert not thread._follows
-    settled = Settled([], [], [], **left)
-    thread.end("second", Token(1, 1), Outcome.SUCCEEDED)
-    batch = thread._next_batch(thread._next_ends(), may_claim=True)
-    assert batch is not None
-    thread._finish_in_loop(batch, settled, None)
-    assert list(thread._follows) == [settled]
-
-
-def test_it_is_asked_for_though_nothing_else_is_to_be_said(
+def test_lost_answer_is_asked_for_though_nothing_else_is_pending(
     thread: LedgerThread, started: SimpleQueue[Any], confirmation: Confirmation
 ) -> None:
     thread.end("first", Token(1, 1), Outcome.SUCCEEDED)
@@ -192,7 +176,7 @@ def test_it_is_asked_for_though_nothing_else_is_to_be_said(
     assert thread.stop(10.0)
 
 
-def test_what_was_handed_over_is_held_before_the_ledger_is_asked_for_more(
+def test_handed_over_job_is_held_before_the_next_call_of_the_ledger(
     thread: LedgerThread, started: SimpleQueue[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such questions take long where Redis is slow.
@@ -228,6 +212,7 @@ def in_loop(thread: LedgerThread, settled: Settled) -> bool:
 
 @pytest.mark.parametrize("more", [{"shapes": [ONE.shape]}, {"cursors": ["7"]}, {"cursors": [""], "freed": ["other"]}])
 def test_thread_follows_up_an_answer_that_the_main_loop_took(thread: LedgerThread, more: dict[str, list[str]]) -> None:
+    """A worker that was kept for a job which another one took has free room, and waiting jobs may fit there."""
     assert not in_loop(thread, Settled([], [], [], cursors=[""], freed=[""]))
     settled = Settled([], [], [], **more)
     assert in_loop(thread, settled)

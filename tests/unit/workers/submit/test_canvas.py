@@ -76,7 +76,7 @@ def test_headers_that_stand_over_those_of_the_steps_are_marked_too() -> None:
     ],
     ids=repr,
 )
-def test_what_is_no_canvas_has_no_mark(strange: Any) -> None:
+def test_value_that_is_no_canvas_has_no_mark(strange: Any) -> None:
     assert mark_of([strange]) == {}
     assert mark_of(None) == {}
 
@@ -89,6 +89,6 @@ def test_a_map_names_the_task_that_it_calls() -> None:
         assert called_by(name, kwargs) is None
 
 
-def test_chunks_hand_on_what_they_are_given() -> None:
+def test_chunks_hand_their_options_on() -> None:
     made = Chunks(task.s(), [(1,), (2,), (3,)], 2, app=app).set(cpus=2, priority=3, task_id="not theirs")
     assert [part.options for part in made.group().tasks] == [{"cpus": 2, "priority": 3}] * 2

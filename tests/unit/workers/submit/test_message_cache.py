@@ -129,5 +129,5 @@ class Changing(RuleBasedStateMachine):
         compare_around(self.app, self.jobs, name, CHANGES[change], **options)
 
 
-def test_whatever_changes_in_between_a_template_makes_what_celery_makes() -> None:
+def test_template_makes_celerys_message_after_any_change() -> None:
     run_state_machine_as_test(Changing, settings=settings(stateful_step_count=20, deadline=None))

@@ -124,7 +124,7 @@ def test_the_event_of_a_task_that_is_sent_is_made_where_it_is_asked_for(app: Cel
     assert publish.call_args_list[-1].kwargs["routing_key"] == "task.sent"
 
 
-def test_what_a_test_puts_in_the_place_of_celery_is_called_as_ever(app: Celery) -> None:
+def test_mock_of_celery_is_called_instead_of_a_template(app: Celery) -> None:
     task = app.tasks["free"]
     assert not by_celery(app, task.delay)
     with mock.patch.object(app, "send_task") as send:
@@ -142,14 +142,14 @@ def test_what_a_test_puts_in_the_place_of_celery_is_called_as_ever(app: Celery) 
 @pytest.mark.parametrize(
     "options", [{"task_compression": "gzip"}, {"task_serializer": "yaml", "accept_content": ["yaml"]}]
 )
-def test_what_is_not_written_as_a_template_would_goes_through_celery(options: dict[str, Any]) -> None:
+def test_call_goes_through_celery_with_other_serialization(options: dict[str, Any]) -> None:
     app = make_app(**options)
     with caught() as jobs:
         for _ in range(4):
             compare(app, jobs, "free", ("a",), {})
 
 
-def test_what_speaks_for_an_attempt_goes_through_celery(app: Celery) -> None:
+def test_call_within_an_attempt_goes_through_celery(app: Celery) -> None:
     with held(Attempt(Tag("parent", Token(1, 1)), "life", deferred=True)):
         assert by_celery(app, app.tasks["free"].delay)
 
@@ -168,7 +168,7 @@ def test_an_own_router_is_asked_for_each_call(app: Celery) -> None:
 
 
 @pytest.mark.parametrize("routes", [{"fr*": "video"}, {"free": {"queue": "video", "priority": 3}}, {"other": "video"}])
-def test_routes_that_go_by_the_name_are_part_of_what_is_alike(app: Celery, routes: Any) -> None:
+def test_template_is_used_with_routes_by_name(app: Celery, routes: Any) -> None:
     app.conf.task_routes = routes
     app.amqp.flush_routes()
     with caught() as jobs:
@@ -215,7 +215,7 @@ def test_a_queue_that_others_may_be_bound_like_is_looked_up_for_each_call(app: C
         assert compare(app, jobs, "free", (), {}).error
 
 
-def test_what_can_change_within_itself_is_looked_at_for_each_call(app: Celery) -> None:
+def test_changed_resources_of_a_task_reach_the_next_call(app: Celery) -> None:
     amounts = app.tasks["free"].resources = {"licence": 1}
     with caught() as jobs:
         for _ in range(3):
@@ -232,7 +232,7 @@ def test_an_id_that_cannot_be_one_is_refused(app: Celery, task_id: Any) -> None:
         assert compare(app, jobs, "free", (), {}, task_id=task_id).error[0] is InvalidRequest
 
 
-def test_what_is_equal_and_is_not_the_same_is_written_as_it_is(app: Celery) -> None:
+def test_equal_options_of_other_types_have_other_templates(app: Celery) -> None:
     with caught() as jobs:
         for ignored in (1, 1, 1, True, True, True, 0, 0, 0, False, False):
             compare(app, jobs, "free", (), {}, ignore_result=ignored)
@@ -258,7 +258,7 @@ def test_wrong_arguments_are_an_error_of_the_call(app: Celery) -> None:
     assert isinstance(task.delay(), AsyncResult)
 
 
-def test_what_is_shown_of_arguments_leaves_out_what_looks_secret(app: Celery) -> None:
+def test_shown_arguments_hide_secrets(app: Celery) -> None:
     with caught() as jobs:
         for _ in range(4):
             app.tasks["free"].delay("redis://me:hunter2@there/0", password="hunter2")

@@ -95,7 +95,7 @@ def test_a_transparent_wrapper_around_send_task_is_called_each_time() -> None:
 
 
 @pytest.mark.parametrize("target", [(AMQP, "as_task_v2"), (CeleryRouter, "route"), (Celery, "send_task")])
-def test_what_is_patched_after_the_first_calls_is_called_too(app: Celery, target: tuple[Any, str]) -> None:
+def test_method_patched_after_the_first_calls_is_called(app: Celery, target: tuple[Any, str]) -> None:
     task = app.tasks["free"]
     for _ in range(3):
         task.delay()
@@ -278,7 +278,7 @@ def test_wrong_arguments_are_the_error_though_the_task_itself_fails_too(app: Cel
 
 
 @pytest.mark.parametrize("arguments", [({1, 2},), (object(),), ({(1, 2): 3},)])
-def test_arguments_that_cannot_be_written_raise_what_kombu_does_each_time(app: Celery, arguments: Any) -> None:
+def test_unwritable_arguments_raise_kombus_error_each_time(app: Celery, arguments: Any) -> None:
     for _ in range(3):
         with pytest.raises(EncodeError) as caught_here:
             app.tasks["free"].apply_async(arguments)
