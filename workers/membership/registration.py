@@ -202,7 +202,7 @@ class Membership:
             self._ledger.client.hset(keys.DECLARATIONS, mapping={name: json.dumps(people[name]) for name in people})
         except OutOfMemoryError as error:
             # Meanwhile senders that do not know a task ask for the default. Its jobs run all the same.
-            logger.warning("what this worker's tasks declare is not published: %s", error)
+            logger.warning("the declarations of this worker's tasks are not published: %s", error)
         self._later(lambda: self._write_declarations(people))
 
     # -- Postgres ------------------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ class Delivery(BatchThread[Transition]):
 
 
 def _left(outbox: Outbox) -> Outbox:
-    """Return what is left of an outbox once its results are delivered."""
+    """Return the rest of an outbox once its results are delivered."""
     return Outbox(outbox.publishes, chords_in(outbox))
 
 

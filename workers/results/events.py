@@ -133,7 +133,7 @@ class Announcer:
             try:
                 self._pending.popleft()()
             except Exception:
-                logger.exception("what became of a job could not be announced")
+                logger.exception("an event or signal of a job could not be sent")
 
     def later(self, action: Callable[[], None]) -> None:
         """Have the main loop run an action; callable in any thread."""

@@ -150,9 +150,9 @@ class Recorder(BatchThread[Transition]):
             return not takeable.scalar_one()
 
     def stop(self, within: float) -> bool:
-        """Write what is pending, if Postgres takes it, and end. Waits `within` seconds at the most for each thread.
+        """Write the pending transitions, if Postgres takes them, and end. Each thread has `within` seconds.
 
-        The stream has what is left: the worker that runs the duties writes it.
+        The rest stays in the stream: the worker that runs the duties writes it.
         """
         called = self._calls.stop(within)
         return super().stop(within) and called

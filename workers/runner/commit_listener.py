@@ -71,7 +71,7 @@ class CommitListener(OnDemandLookingService):
                 self._warning.over()
                 continue
             except (SQLAlchemyError, psycopg2.Error, PlatformError, LedgerClosed, RedisError) as error:
-                self._warning.warn(f"nobody listens here for what is committed: {type(error).__name__}: {error}")
+                self._warning.warn(f"no listener: committed jobs wait for the sweep: {type(error).__name__}: {error}")
             except Exception:
                 logger.exception("listening failed; it is tried again")
             self._end()

@@ -93,7 +93,7 @@ class Puller(OnDemandLookingService):
                 self._warning.warn(f"pull: Postgres does not answer: {type(error).__name__}")
                 self._begin_again()
             except Exception:
-                # No error may end this thread: without it nothing starts here while the ledger is gone.
+                # No error may end this thread: without it this worker starts nothing while the ledger is gone.
                 logger.exception("a pull failed; the next one is tried")
                 self._begin_again()
         self._listen_no_more()

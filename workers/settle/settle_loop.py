@@ -101,7 +101,7 @@ class SettleLoop:
         self._wake_thread()
 
     def send(self) -> None:
-        """Send what is pending, unless a call is under way. In the main loop."""
+        """Send the pending ends and arrivals, unless a call is under way. In the main loop."""
         self._asked_at = 0.0
         self._close_former()
         if self._flights or not self._is_pending():
@@ -123,7 +123,7 @@ class SettleLoop:
             self._wake_thread()
 
     def _send(self, line: Line) -> bool:
-        """Send what is pending; return False where the ledger thread is needed. No caller expects an error."""
+        """Send the pending ends and arrivals; return False where the ledger thread is needed. Raises no `Exception`."""
         try:
             begun = self._begin()
             if begun is None:
@@ -159,7 +159,7 @@ class SettleLoop:
                 return
             self._finish(flight.batch, settled, self._start)
         except Exception as error:
-            # The thread asks again, and says what is wrong.
+            # The thread asks again, and logs the error.
             if not isinstance(error, (PlatformError, LedgerClosed)):
                 logger.exception("the ledger's answer could not be taken; it is asked again")
             self.forget(line)
@@ -207,7 +207,7 @@ class SettleLoop:
             self._wake_main()
 
     def takes(self) -> bool:
-        """Return True if the main loop settles what is pending now, False if the ledger thread has to."""
+        """Return True if the main loop settles the pending jobs now, False if the ledger thread has to."""
         if self._hub is None or self._line is None:
             return False
         if threading.get_ident() == self._main:

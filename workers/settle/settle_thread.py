@@ -173,7 +173,7 @@ class LedgerThread(Answers):
         self._wake.wait(min(seconds, LATE) if self.loop.is_under_way else seconds)
 
     def _take_turn(self, late: Flight | None, offering: bool) -> bool:
-        """Settle what is pending, and return False if nothing could be done.
+        """Settle the pending ends and arrivals, and return False if nothing could be done.
 
         `late`: a call of the main loop, whose turn this thread has now.
         """
@@ -200,12 +200,12 @@ class LedgerThread(Answers):
         except StoreUnavailable as error:
             self._warning.warn(f"the ledger does not answer, ends are kept: {error}")
         except Exception:
-            # After any error all that is pending stays so: without this thread no job of this worker would end.
+            # Go on after any error, with everything still pending: without this thread no job of this worker would end.
             logger.exception("the ledger's answer could not be taken; it is asked again")
         return False
 
     def _settle(self) -> bool:
-        """Settle what is pending; return False if nothing could be done. Unanswered jobs stay pending."""
+        """Settle the pending ends and arrivals; return False if nothing could be done. Unanswered ones stay pending."""
         if self._in_postgres.decides:
             self._follows.clear()
             return self._in_postgres.settle(self._ends, self._arrivals)

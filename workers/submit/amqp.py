@@ -146,7 +146,7 @@ class PlatformAMQP:
             except Exception as error:
                 if not jobs.accepted:
                     raise
-                logger.warning("a job is accepted, and what follows its submission failed: %r", error)
+                logger.warning("a job is accepted, and a step after its submission failed: %r", error)
                 return None
 
         return send_task_message
