@@ -77,7 +77,7 @@ class Held(Admission):
             differed = self._recount_unchanged(worker)
             if differed is not None:
                 return taken + differed
-        raise StoreUnavailable(f"what worker {worker} holds changes faster than it can be counted")
+        raise StoreUnavailable(f"the jobs of worker {worker} change faster than they can be counted")
 
     def _recount_unchanged(self, worker: str) -> int | None:
         """Recount a worker, and return None where its list or its book changed meanwhile."""

@@ -133,7 +133,7 @@ _PROGRESS: Final[ColumnElement[Any]] = literal_column(
 
 
 def columns(table: TableClause, names: Sequence[str] = (*SHOWN, *_DETAILS)) -> list[ColumnElement[Any]]:
-    """Return columns of the jobs or of the archive by their names, and of the progress what is true of the attempt."""
+    """Return columns of the jobs or of the archive by their names. The progress is that of the newest attempt."""
     progress = (_PROGRESS if table is schema.jobs else null()).label("progress")
     return [progress if name == "progress" else table.c[name] for name in names]
 
