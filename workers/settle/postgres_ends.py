@@ -70,9 +70,9 @@ class Written:
 class PostgresEnds:
     """Writer of ends to Postgres, used by the ledger's thread alone.
 
-    `on_room` is called after holdings were removed, `on_outbox` when rows have something to be delivered. In a thread
-    of the recorder's that may wait for a store, `on_chord_parts` gets the jobs whose rows have chord parts, and
-    `tell_late` gets (job, token, outbox) of an end that was not written.
+    `on_room` is called after holdings were removed, `on_outbox` when rows have something to be delivered. Two others
+    are called in a thread of the recorder's that may wait for a store: `on_chord_parts` with the jobs whose rows have
+    chord parts, `tell_late` with (job, token, outbox) of an end that was not written.
     """
 
     def __init__(

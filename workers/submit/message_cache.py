@@ -4,7 +4,7 @@ Celery makes the message of each call anew: options, routes, headers, serialiser
 with the same options give the same message but for the id and the arguments. So the first calls go through Celery, and
 a template of their message is kept. The next calls fill the template in, for a third of the time.
 
-A call is ordinary where each thing that its message depends on is a simple option, or is filled in, or belongs to the
+A call is ordinary where its message depends on three things alone: simple options, values that are filled in, and the
 state of the task and the app. That state is looked at each time. All other calls go through Celery: with other options,
 in a task that runs, while somebody listens to Celery's signals, with routers or classes of the app's own.
 """

@@ -4,9 +4,9 @@ The first job goes through all of Celery's code, as `apply_async` does. The outc
 request) holds for all other jobs, unless something looks at each call. That is a router, a task class or an app with
 code of its own, or an option that is not known here. Then each job goes through all of Celery's code.
 
-Where nobody listens to Celery's signals, and the messages differ in the ids and the arguments alone, ids and arguments
-are filled into a template of the first message (`workers.submit.message_cache`), in a quarter of the time. Else Celery
-makes each message, and its signals are sent for each.
+Where nobody listens to Celery's signals, and the messages differ in the ids and the arguments alone, a template of the
+first message makes the others (`workers.submit.message_cache`). This takes a quarter of the time. Else Celery makes
+each message, and its signals are sent for each.
 
 Ids are made here: a random part for all jobs, and a number for each. So a handle of a million jobs is a few bytes, and
 their rows and keys stand beside each other.
