@@ -17,7 +17,7 @@ from tests.fixtures.waiting import until
 HOLD = "tests.fixtures.tasks.hold"
 #: Seconds between two pairs of heartbeats, and number of jobs that a worker runs meanwhile.
 TICK_EVERY = 0.004
-JOBS = 1500
+JOBS = 500
 
 
 def counters(platform: Platform) -> dict[str, int]:

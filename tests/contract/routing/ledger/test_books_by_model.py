@@ -252,13 +252,10 @@ class Machine(JobRules):
         assert set(observe(self.ledger.client)["job"]) == set(self.model.jobs)
 
 
-@pytest.mark.long
+@pytest.mark.long(60)
 def test_the_books_are_those_of_the_model_after_every_step(ledger: Ledger) -> None:
     machine = type("LedgerMachine", (Machine,), {"ledger": ledger})
-    # Twice as many as for other properties: the ways into a state are long.
-    examples = 2 * settings().max_examples
     steps = settings(
-        max_examples=examples,
         stateful_step_count=50,
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,

@@ -1,4 +1,4 @@
-"""Every script is bounded, whatever stands in the ledger: 100,000 unknown entries make it no longer."""
+"""Every script is bounded, whatever stands in the ledger: 20,000 unknown entries make it no longer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,8 @@ from tests.contract.routing.ledger.test_signatures import assembled
 from tests.fixtures.servers.pair import empty_redis
 from tests.fixtures.stores.books import FOR_EVER, MESSAGE, MOST_LOSSES, VIEW, write_job
 
-#: They share a ledger that is full of strangers.
-pytestmark = pytest.mark.xdist_group("bounds")
-
 #: Entries in each list, queue and index that nobody knows.
-STRANGERS: Final = 100_000
+STRANGERS: Final = 20_000
 #: Commands of one script: some 5 ms of a server at the most.
 MOST_COMMANDS: Final = 3_000
 #: Calls of each script that are measured in one test. Later calls go on, unmeasured, until no stranger is left.
@@ -117,7 +114,7 @@ def measured(redis_url: str) -> Iterator[Measured]:
     client.close()
 
 
-#: Lua that builds 100,000 entries in one place. ARGV is the command, its key, the format of an entry, and the value
+#: Lua that builds these entries in one place. ARGV is the command, its key, the format of an entry, and the value
 #: that goes with each entry. In a sorted set that value comes before the entry.
 BUILD: Final = """
 for i = 1, tonumber(ARGV[5]) do
@@ -137,7 +134,7 @@ STRANGER: Final = "stranger-%d"
 
 
 class Flood:
-    """100,000 entries, in one place each, of jobs, workers or shapes that are nowhere else."""
+    """20,000 entries, in one place each, of jobs, workers or shapes that are nowhere else."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
