@@ -13,8 +13,9 @@ INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 # The first of these that is Python 3.11 or newer and can make a virtual environment; `make PYTHON=...` names another.
 PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3 python
-# Test processes: four more than there are CPUs, since most tests wait for other processes, and not more than eight.
-PROCESSES = $$($(BIN)/python -c 'import os; print(min(8, 4 + (os.cpu_count() or 2)))')
+# Test processes: three more than there are CPUs, since most tests wait for other processes, and not more than eight.
+# Each costs the CPU time of a collection, and more of them find the CPUs taken.
+PROCESSES = $$($(BIN)/python -c 'import os; print(min(8, 3 + (os.cpu_count() or 2)))')
 # Versions of Python that `make test-pythons` looks for.
 VERSIONS := 3.11 3.12 3.13
 

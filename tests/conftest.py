@@ -42,6 +42,19 @@ for _signal, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
         signal.signal(_signal, _handler)
 
 
+#: Folders whose tests wait for real processes. Tests of the other folders are short, and fill the gaps at the end.
+WAITING = ("faults", "features", "integration")
+#: Seconds of a long test whose mark names none.
+LONG = 20
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put long tests first: with several processes the short ones then fill the gaps."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    """Put the longest tests first, so that all processes end together."""
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> tuple[int, int]:
+    mark = item.get_closest_marker("long")
+    seconds = 0 if mark is None else mark.args[0] if mark.args else LONG
+    folder = item.nodeid.split("/")[1]
+    return -seconds, WAITING.index(folder) if folder in WAITING else len(WAITING)

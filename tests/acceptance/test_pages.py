@@ -23,11 +23,22 @@ def is_run(page: Path) -> bool:
     return any(block.language in TYPED and not block.not_run for block in blocks_of(page))
 
 
-RUN: Final = [page for page in sorted(DOCS.rglob("*.md")) if is_run(page)]
+#: The page of which a reader types most, each line by the installed script, and about how many seconds that takes.
+TUTORIAL: Final = DOCS / "tutorial.md"
+TUTORIAL_SECONDS: Final = 160
+
+RUN: Final = [
+    pytest.param(
+        page,
+        id=str(page.relative_to(DOCS)),
+        marks=pytest.mark.long(TUTORIAL_SECONDS) if page == TUTORIAL else pytest.mark.long(30),
+    )
+    for page in sorted(DOCS.rglob("*.md"))
+    if is_run(page)
+]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.parametrize("page", RUN)
 def test_what_a_page_says_to_type_works(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     text = page.read_text(encoding="utf-8")
     servers_of_ones_own = "export REDIS_URL=" in text or "```sql" in text
@@ -37,7 +48,7 @@ def test_what_a_page_says_to_type_works(page: Path, tmp_path: Path, request: pyt
         variables["REDIS_URL"] = request.getfixturevalue("redis_url")
         variables["DATABASE_URL"] = request.getfixturevalue("database_url")
     # The tutorial types the installed script, as the README does.
-    terminal = Terminal(tmp_path / "try", forks=page.name != "tutorial.md", **variables)
+    terminal = Terminal(tmp_path / "try", forks=page != TUTORIAL, **variables)
     try:
         terminal.replay(blocks_of(page))
         terminal.ctrl_c()

@@ -33,7 +33,7 @@ def test_the_two_commands_are_there(folder: Path) -> None:
     assert first == ["make demo", "make test"]
 
 
-@pytest.mark.long
+@pytest.mark.long(60)
 def test_a_newcomer_runs_tasks_looks_at_them_and_ends_it(folder: Path) -> None:
     # The settings of a newcomer, who has none.
     terminal = Terminal(folder)

@@ -14,7 +14,7 @@ SECONDS = 30.0
 JOBS = 1_000
 
 
-@pytest.mark.long
+@pytest.mark.long(45)
 def test_half_a_minute_of_random_faults_costs_no_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines: list[str] = []
     outcome = chaos.run(SEED, SECONDS, JOBS, plan(SEED, SECONDS), tmp_path, lines.append)

@@ -18,7 +18,7 @@ AGAIN = "a body starts though the end of its job is known"
 SECOND = "a job that must not run again started twice"
 
 
-@pytest.mark.long
+@pytest.mark.long(40)
 @pytest.mark.parametrize("bounds", USUAL, ids=lambda bounds: bounds.name)
 def test_every_state_within_bounds_keeps_the_invariants(bounds: Bounds) -> None:
     result = search(bounds)

@@ -34,6 +34,9 @@ LISTED = "tests.tasks.canvas.listed"
 TOTAL = "tests.tasks.canvas.total"
 
 
+pytestmark = pytest.mark.long
+
+
 def authority(platform: Platform) -> Authority:
     with platform.engine.connect() as connection:
         return read_authority(connection)

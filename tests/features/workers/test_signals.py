@@ -113,6 +113,7 @@ def ear(submitter: Submitter) -> Iterator[Ear]:
     ear.close()
 
 
+@pytest.mark.long
 def test_a_job_that_is_lost_has_failed(
     platform: Platform, submitter: Submitter, files: dict[str, Path], ear: Ear, tmp_path: Path
 ) -> None:

@@ -59,7 +59,7 @@ def most_at_once(rows: list[dict[str, Any]], worker: str) -> float:
     return max((sum(c for start, end, c in spans if start <= at < end) for at, _, _ in spans), default=0.0)
 
 
-@pytest.mark.long
+@pytest.mark.long(35)
 def test_demo_runs_a_trace_on_a_private_pair_and_reports_it(platform: Platform, trace: Path, tmp_path: Path) -> None:
     log, mark, temporary = tmp_path / "log.csv", uuid.uuid4().hex, tmp_path / "t"
     temporary.mkdir()

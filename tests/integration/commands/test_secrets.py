@@ -101,15 +101,16 @@ class Events(threading.Thread):
 
     def stop(self) -> None:
         self._receiver.should_stop = True
-        self.join(30)
+        self.join(60)
 
 
+@pytest.mark.long
 def test_the_canary_is_nowhere(platform: Platform, app: Celery, engine: Engine) -> None:
     # The command lines of these two processes are looked at too, and a forked process has none of its own.
     platform.forks = False
     events = Events(app)
     events.start()
-    assert events.listening.wait(10)
+    assert events.listening.wait(60)
     worker = platform.worker("a", cpus=2, arguments=("--loglevel", "DEBUG", "-E"))
     beat = platform.beat()
     platform.forks = True
@@ -119,7 +120,7 @@ def test_the_canary_is_nowhere(platform: Platform, app: Celery, engine: Engine) 
     ]
     app.send_task("no.such.task", kwargs=ARGUMENTS)
     for result in sent:
-        result.get(timeout=30, propagate=False)
+        result.get(timeout=60, propagate=False)
     waiting = app.send_task(LOGIN, kwargs=ARGUMENTS, cpus=64)
     foreign = _plain_producer(app)
     app.send_task(STAY, ["gate"], ARGUMENTS)
@@ -167,7 +168,7 @@ def _plain_producer(app: Celery) -> str:
     """Return the id of a job with the arguments as a producer that knows nothing of the platform, and hides nothing."""
     plain = Celery("plain", broker=app.conf.broker_url, backend=app.conf.result_backend, set_as_current=False)
     sent = plain.send_task(LOGIN, kwargs=ARGUMENTS)
-    assert sent.get(timeout=30) == len(ARGUMENTS)
+    assert sent.get(timeout=60) == len(ARGUMENTS)
     plain.close()
     return str(sent.id)
 

@@ -55,6 +55,7 @@ def stage(platform: Platform) -> Any:
     stage.close()
 
 
+@pytest.mark.long
 def test_a_terminal_gets_bars_and_colours(platform: Platform, stage: Stage) -> None:
     shown = show(platform, "-A", "platform", "cluster")
     assert shown.code == Exit.OK

@@ -107,7 +107,7 @@ def ports(process: Process) -> set[str]:
     return {str(link.laddr.port) for member in family for link in member.net_connections("tcp")}
 
 
-@pytest.mark.long
+@pytest.mark.long(40)
 def test_an_idle_worker_asks_little_and_wakes_up_at_once(platform: Platform) -> None:
     first = platform.worker("first", cpus=1, slots=1)
     until(lambda: platform.redis.hget(keys.RUNNER, "fence"), "it runs the duties")

@@ -167,6 +167,7 @@ def authority(platform: Platform) -> Authority:
         return read_authority(connection)
 
 
+@pytest.mark.long(40)
 def test_a_short_failover_changes_not_who_decides_and_a_long_one_does(
     own_redis: Watched, database_url: str, tmp_path: Path
 ) -> None:

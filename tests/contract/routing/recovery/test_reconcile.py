@@ -189,6 +189,7 @@ def test_several_kinds_of_damage_at_once_are_all_repaired(scene: Scene) -> None:
     assert reconcile(scene.stage.engine, scene.stage.ledger).drift == 0
 
 
+@pytest.mark.long
 def test_damage_is_found_wherever_it_is_in_a_backlog_of_many_chunks(scene: Scene) -> None:
     stage, many = scene.stage, 2 * CHUNK + 300
     request = Request.of({"cpus": 9500})

@@ -351,6 +351,7 @@ def starts(engine: Engine, settings: Settings, most: int, steps: list[Any]) -> l
     return started
 
 
+@pytest.mark.long(45)
 @hypothesis_settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )

@@ -129,5 +129,6 @@ class Changing(RuleBasedStateMachine):
         compare_around(self.app, self.jobs, name, CHANGES[change], **options)
 
 
+@pytest.mark.long(40)
 def test_template_makes_celerys_message_after_any_change() -> None:
     run_state_machine_as_test(Changing, settings=settings(stateful_step_count=20, deadline=None))
