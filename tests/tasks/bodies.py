@@ -151,7 +151,7 @@ def shadowed(self: Any, x: int) -> str | None:
 @shared_task
 def waiting_for_another(x: int, may: bool) -> int:
     """Wait for a task within a task, which Celery allows only with an option."""
-    value: int = add.delay(x, 1).get(timeout=20, disable_sync_subtasks=not may)
+    value: int = add.delay(x, 1).get(timeout=60, disable_sync_subtasks=not may)
     return value
 
 

@@ -86,7 +86,7 @@ class Servers:
         children = process.children(recursive=True)
         process.kill()
         # The process is nobody's child here, and waits for init to reap it.
-        _, alive = psutil.wait_procs([process, *children], timeout=30)
+        _, alive = psutil.wait_procs([process, *children], timeout=60)
         assert not [
             survivor for survivor in alive if survivor.is_running() and survivor.status() != psutil.STATUS_ZOMBIE
         ]

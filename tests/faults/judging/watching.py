@@ -27,7 +27,7 @@ from tests.tasks.traced import TABLE
 TASK: Final = "tests.tasks.traced.traced"
 SUCCEEDS: Final = frozenset({"succeeded"})
 #: Seconds for the result of a job that is over. The result may have waited for its store together with the outcome.
-RESULT_WITHIN: Final = 20.0
+RESULT_WITHIN: Final = 60.0
 #: Number of results that are read at once.
 CHUNK: Final = 500
 #: Seconds between two submissions of a flow.

@@ -61,7 +61,7 @@ def test_workers_that_are_told_to_end_at_any_moment_lose_nothing(
                 worker.wait_for(READY)
             pause.wait(chance.uniform(0.0, 0.6))
             way(submitter, worker)
-            worker.wait(40)
+            worker.wait(60)
         oracle.whole_again(f"end workers ({pool})")
     oracle.assert_zeros()
     with platform.engine.connect() as connection:
@@ -83,7 +83,7 @@ def test_cold_shutdown_starts_no_job_twice_that_may_start_once(
     oracle.asked(worker)
     other = platform.worker("b", cpus=2, pool="threads")
     cold(submitter, worker)
-    worker.wait(40)
+    worker.wait(60)
     row = submitter.ended(once)
     assert (row.state, row.attempt, row.losses) == ("lost", 1, 1)
     assert row.error

@@ -124,7 +124,7 @@ def test_a_worker_whose_main_process_is_killed_is_followed_at_once(
         oracle.whole_again(f"kill a worker's main process ({pool}), started again at once")
         oracle.until_more(10)
     # No process is left that would run a job which another worker has now.
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert alive == []
     oracle.assert_zeros()
 
@@ -142,7 +142,7 @@ def test_what_a_body_started_is_ended_with_its_worker(platform: Platform, submit
         former.wait()
         platform.worker("a", cpus=1)
         assert submitter.ended(job).attempt == 2
-        _, alive = psutil.wait_procs(descendants, timeout=10)
+        _, alive = psutil.wait_procs(descendants, timeout=60)
         assert alive == []
         oracle.assert_zeros()
     finally:
@@ -172,7 +172,7 @@ def test_neighbour_ends_bodies_of_a_lost_worker_that_others_took_back(
         lost.signal(signal.SIGKILL)
         lost.wait()
         assert submitter.ended(job).worker == "b"
-        _, alive = psutil.wait_procs(descendants, timeout=20)
+        _, alive = psutil.wait_procs(descendants, timeout=60)
         assert alive == []
         assert submitter.outcomes(busy) in ([None], ["succeeded"])
         oracle.assert_zeros()

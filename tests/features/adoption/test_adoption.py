@@ -71,7 +71,7 @@ def test_task_runs_with_its_declaration_through_the_projects_own_classes(
     platform.app = "tests.tasks.adopted"
     platform.worker("w", cpus=4, pool="threads", slots=4, INSTALLED=when)
     sent = {name: project.tasks[name].delay() for name in DECLARED}
-    values = {name: result.get(timeout=30) for name, result in sent.items()}
+    values = {name: result.get(timeout=60) for name, result in sent.items()}
     for name in ("inherits", "declares"):
         assert values[f"adopted.{name}"] == ["own_task", "own_request", "own_strategy", "own_consumer", name]
     assert (values["adopted.by_class"], values["adopted.later"]) == ("by class", "later")
@@ -83,12 +83,12 @@ def test_task_runs_with_its_declaration_through_the_projects_own_classes(
     stranger = create_app("stranger", resolve=lambda _: platform.settings)
     with closing(stranger):
         by_name = {name: stranger.send_task(name) for name in DECLARED}
-        assert [result.get(timeout=30) for result in by_name.values()]
+        assert [result.get(timeout=60) for result in by_name.values()]
         assert {name: row(platform.engine, result.id).request["cpus"] for name, result in by_name.items()} == DECLARED
     close(stranger)
     # The project's own control class is kept too, and the worker answers it.
     assert project.control.own() == "own_control"
-    until(lambda: project.control.ping(timeout=1), "the worker answers")
+    until(lambda: project.control.ping(timeout=1, limit=1), "the worker answers")
 
 
 def test_all_that_the_app_kept_is_of_the_platform_now(project: Celery) -> None:

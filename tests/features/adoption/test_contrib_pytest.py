@@ -56,25 +56,25 @@ def test_defined_in_the_test(celery_app, celery_worker):
     def double(x):
         return 2 * x
     celery_worker.reload()
-    assert double.delay(4).get(timeout=20) == 8
+    assert double.delay(4).get(timeout=60) == 8
     assert celery_app.conf.broker_url == os.environ["REDIS_URL"]
 
 @pytest.mark.celery(result_extended=True)
 def test_with_settings_of_its_own(celery_app, celery_worker):
     result = add.delay(1, 2)
-    assert result.get(timeout=20) == 3 and result.name == add.name
+    assert result.get(timeout=60) == 3 and result.name == add.name
     # The worker of the first test had this name, and has left.
     assert celery_worker.hostname == anon_nodename()
-    assert [*celery_app.control.ping(timeout=20, limit=1)[0]] == [anon_nodename()]
+    assert [*celery_app.control.ping(timeout=60, limit=1)[0]] == [anon_nodename()]
 
 def test_one_of_all_tests_beside_one_of_this_test(celery_session_app, celery_session_worker, celery_app, celery_worker):
     assert celery_session_worker.hostname == anon_nodename() != celery_worker.hostname
-    assert add.delay(2, 3).get(timeout=20) == 5
+    assert add.delay(2, 3).get(timeout=60) == 5
 
 @pytest.mark.parametrize("pool", ["threads", "prefork"])
 def test_pools(pool):
     with start_worker(own, pool=pool, concurrency=2):
-        assert attempt.delay().get(timeout=20) == 1
+        assert attempt.delay().get(timeout=60) == 1
 """
 
 #: A project whose tests have its own app in both places, as docs/how-to/testing.md says.
@@ -94,7 +94,7 @@ def add(x, y):
 
 @app.task(cpus=4)
 def meet():
-    return both.wait(20)
+    return both.wait(60)
 
 def live():
     with platform_of(app).engine.connect() as connection:
@@ -127,10 +127,10 @@ from celery_capacity.workers.results.deliver_later import announcer_of
 def test_each_ends_for_itself(order):
     with start_worker(app) as first, start_worker(app) as second:
         ends, stays = (first, second)[::order]
-        until(lambda: app.control.ping([ends.hostname]), "an answer")
+        until(lambda: app.control.ping([ends.hostname], limit=1), "an answer")
         app.control.shutdown(destination=[ends.hostname])
         until(lambda: live() == [stays.hostname.partition("@")[0]], live)
-        assert add.delay(1, 2).get(timeout=20) == 3
+        assert add.delay(1, 2).get(timeout=60) == 3
         # What this process receives and says concerns the one that is left.
         runtime = stays.platform_runtime
         until(lambda: receiving.set_aside == runtime.quarantine.set_aside, lambda: receiving)
@@ -143,15 +143,15 @@ def test_one_that_is_terminated_from_another_thread_leaves():
     assert live() == []
 
 def test_one_of_all_tests(celery_session_worker):
-    assert add.delay(1, 2).get(timeout=20) == 3
+    assert add.delay(1, 2).get(timeout=60) == 3
 
 def test_one_of_all_tests_beside_one_of_this_test(celery_session_worker, celery_worker):
-    assert {result.get(timeout=20) for result in [meet.delay(), meet.delay()]} == {0, 1}
+    assert {result.get(timeout=60) for result in [meet.delay(), meet.delay()]} == {0, 1}
     for worker in celery_session_worker, celery_worker:
-        until(lambda: app.control.ping([worker.hostname]), worker.hostname)
+        until(lambda: app.control.ping([worker.hostname], limit=1), worker.hostname)
 
 def test_the_next_one(celery_worker):
-    assert add.delay(1, 2).get(timeout=20) == 3
+    assert add.delay(1, 2).get(timeout=60) == 3
 """,
 }
 

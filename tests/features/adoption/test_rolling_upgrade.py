@@ -32,7 +32,7 @@ ADD = "tests.fixtures.tasks.add"
 #: Seconds between two messages of a producer.
 EVERY = 0.03
 #: Seconds for an answer of a worker, which comes at once.
-PATIENCE = 10.0
+PATIENCE = 60.0
 
 
 class Producer:
@@ -82,7 +82,7 @@ def run_dry(app: Any, name: str) -> None:
     until(lambda: not holds(), f"{name} holds nothing")
 
 
-@pytest.mark.long
+@pytest.mark.long(45)
 def test_old_and_new_workers_share_a_broker_and_every_task_runs_once(
     platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,7 @@ def test_many_jobs_run_in_their_order_and_are_found_by_one_small_handle(app: Any
     assert stored == [10, 20, 25]
     assert len(handle) == 25
     assert [result.id for result in handle] == list(handle.ids())
-    assert [result.get(timeout=20) for result in handle] == [3 * n for n in range(25)]
+    assert [result.get(timeout=60) for result in handle] == [3 * n for n in range(25)]
     assert [result.id for result in handle[3:5]] == [handle.id(3), handle[4].id]
     assert handle[-1].id == handle.id(24)
     with pytest.raises(IndexError):
@@ -110,7 +110,7 @@ def test_what_is_the_same_for_all_is_made_once(app: Any, submitter: Submitter, m
     monkeypatch.setattr(Router, "__call__", ask)
     handle = app.submit_many(double, ((n,) for n in range(25)), chunk=10)
     assert asked == [double.name]
-    assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(25)]
+    assert [result.get(timeout=60) for result in handle] == [2 * n for n in range(25)]
 
 
 def test_submit_many_stores_all_where_the_interpreter_starts_no_thread(
@@ -120,7 +120,7 @@ def test_submit_many_stores_all_where_the_interpreter_starts_no_thread(
     stored: list[int] = []
     handle = app.submit_many(double, [(n,) for n in range(25)], chunk=10, progress=stored.append)
     assert stored == [10, 20, 25]
-    assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(25)]
+    assert [result.get(timeout=60) for result in handle] == [2 * n for n in range(25)]
 
 
 def test_what_stands_around_a_call_sees_each_job(
@@ -175,8 +175,8 @@ def test_signals_are_sent_once_for_each_message_and_after_it_is_stored(app: Any,
     assert before == ids
     assert after == [(job, True) for job in ids]
     assert [headers(submitter, job)["note"] for job in ids] == [f"seen {n}" for n in range(1, 7)]
-    assert together.get(timeout=20) == [0, 2, 4]
-    assert [result.get(timeout=20) for result in handle] == [2, 4, 6]
+    assert together.get(timeout=60) == [0, 2, 4]
+    assert [result.get(timeout=60) for result in handle] == [2, 4, 6]
 
 
 def test_while_one_chunk_is_stored_only_the_next_one_is_built(app: Any, submitter: Submitter) -> None:
@@ -192,7 +192,7 @@ def test_while_one_chunk_is_stored_only_the_next_one_is_built(app: Any, submitte
     handle = app.submit_many(double, numbers(), chunk=chunk, progress=stored.append)
     assert stored[1:] == list(range(chunk, 101, chunk))
     assert most <= 2 * chunk
-    assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(100)]
+    assert [result.get(timeout=60) for result in handle] == [2 * n for n in range(100)]
 
 
 def test_next_chunk_is_stored_while_the_ledger_takes_one(
@@ -212,7 +212,7 @@ def test_next_chunk_is_stored_while_the_ledger_takes_one(
         return done
 
     def taken(sender: Any, jobs: Any, *more: Any) -> None:
-        assert second.wait(10), "no chunk is stored beside the one that the ledger takes"
+        assert second.wait(60), "no chunk is stored beside the one that the ledger takes"
         stored_before.append(len(stored) - len(brought))
         brought.extend(job.id for job in jobs)
         bring(sender, jobs, *more)
@@ -222,7 +222,7 @@ def test_next_chunk_is_stored_while_the_ledger_takes_one(
     handle = app.submit_many(double, ((n,) for n in range(40)), chunk=5)
     assert brought == stored == list(handle.ids())
     assert max(stored_before) <= 10, "there are two chunks of rows at the most on their way"
-    assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(40)]
+    assert [result.get(timeout=60) for result in handle] == [2 * n for n in range(40)]
 
 
 def test_a_listener_that_comes_late_hears_of_later_messages(app: Any, submitter: Submitter) -> None:
@@ -242,7 +242,7 @@ def test_a_listener_that_comes_late_hears_of_later_messages(app: Any, submitter:
     finally:
         after_task_publish.disconnect(hear)
     assert heard == list(handle.ids())[6:]
-    assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(12)]
+    assert [result.get(timeout=60) for result in handle] == [2 * n for n in range(12)]
 
 
 def test_a_filled_message_is_the_one_that_celery_makes(
@@ -321,7 +321,7 @@ def test_a_commit_whose_answer_is_lost_stores_nothing_twice(
     monkeypatch.setattr(bulk, "committed", losing)
     handle = app.submit_many(double, [(n,) for n in range(6)], chunk=3)
     assert rows(platform) == before + 6
-    assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(6)]
+    assert [result.get(timeout=60) for result in handle] == [2 * n for n in range(6)]
 
 
 def test_a_store_that_takes_no_more_says_how_many_it_took(
@@ -398,9 +398,9 @@ def test_the_first_parts_run_while_a_generator_makes_the_others(app: Any, platfo
 
     before = rows(platform, state="succeeded")
     if kind == "group":
-        assert group(parts()).apply_async().get(timeout=20) == [0, 2, 4, 6, 8]
+        assert group(parts()).apply_async().get(timeout=60) == [0, 2, 4, 6, 8]
     else:
-        assert chord(parts(), total.s()).apply_async().get(timeout=20) == 20
+        assert chord(parts(), total.s()).apply_async().get(timeout=60) == 20
 
 
 def test_jobs_added_while_an_aged_chunk_is_stored_are_stored_at_their_age(
@@ -412,20 +412,20 @@ def test_jobs_added_while_an_aged_chunk_is_stored_are_stored_at_their_age(
     def slow(connection: Connection, jobs: Any, by: Any = None) -> bool:
         chunks.append(len(jobs))
         began.set()
-        assert added.wait(20)
+        assert added.wait(60)
         return copy(connection, jobs, by)
 
     def parts() -> Iterator[Any]:
         yield double.s(0)
         yield double.s(1)
-        assert began.wait(20)
+        assert began.wait(60)
         yield double.s(2)
         yield double.s(3)
         added.set()
         until(lambda: rows(platform) > before + chunks[0], "a job that came during the store is stored")
 
     monkeypatch.setattr(bulk, "copy_jobs", slow)
-    assert group(parts()).apply_async().get(timeout=20) == [0, 2, 4, 6]
+    assert group(parts()).apply_async().get(timeout=60) == [0, 2, 4, 6]
 
 
 def test_signals_are_sent_while_a_generator_goes_on(app: Any, platform: Platform) -> None:
@@ -450,7 +450,7 @@ def test_signals_are_sent_while_a_generator_goes_on(app: Any, platform: Platform
     ids = [result.id for result in together.results]
     assert sent == ids
     assert len(ids) < 900
-    together.get(timeout=20)
+    together.get(timeout=60)
 
 
 def test_an_error_of_a_generator_leaves_the_parts_that_run(app: Any, submitter: Submitter, platform: Platform) -> None:
@@ -470,11 +470,11 @@ def test_an_error_of_a_generator_leaves_the_parts_that_run(app: Any, submitter: 
 
 def test_a_group_that_was_sent_before_is_not_doubled(app: Any, platform: Platform) -> None:
     signatures = [double.s(n).set(task_id=f"again-{n}") for n in range(3)]
-    assert group(signatures).apply_async().get(timeout=20) == [0, 2, 4]
+    assert group(signatures).apply_async().get(timeout=60) == [0, 2, 4]
     before = rows(platform)
     again = group([*signatures, double.s(3)]).apply_async()
     assert rows(platform) == before + 1
-    assert again.get(timeout=20) == [0, 2, 4, 6]
+    assert again.get(timeout=60) == [0, 2, 4, 6]
 
 
 # -- inside a task
@@ -482,7 +482,7 @@ def test_a_group_that_was_sent_before_is_not_doubled(app: Any, platform: Platfor
 
 def test_a_task_submits_many_as_its_children(app: Any, submitter: Submitter) -> None:
     parent = spread.delay(5)
-    ids = parent.get(timeout=20)
+    ids = parent.get(timeout=60)
     assert len(set(ids)) == 10
     for job in ids:
         row = submitter.ended(job)

@@ -102,7 +102,7 @@ def test_a_chain_waits_as_a_whole_and_a_group_can_be_waited_for(submitter: Submi
     add = submitter.app.signature(ADD)
     parts = submitter.app.GroupResult("parts", [submitter.result(submitter.send(ADD, n, n)) for n in range(3)])
     chain = (add.clone((1, 1)).set(after=parts.results) | add.clone((1,))).apply_async()
-    assert chain.get(timeout=20) == 3
+    assert chain.get(timeout=60) == 3
     started = submitter.ended(chain.parent.id).started_at
     assert started >= max(submitter.ended(part.id).finished_at for part in parts.results)
 

@@ -202,7 +202,7 @@ def test_retries_replacements_and_chains_go_where_they_say(submitter: Submitter)
     assert (submitter.value(moves), ran_on(submitter, moves)) == ("mail", ("mail", "mail"))
     assert (submitter.value(returns), ran_on(submitter, returns)) == ("celery", ("both", "celery"))
     assert submitter.value(replaced) == "mail"
-    assert (last.parent.get(timeout=20), last.get(timeout=20)) == ("celery", "mail")
+    assert (last.parent.get(timeout=60), last.get(timeout=60)) == ("celery", "mail")
     assert ran_on(submitter, last.id) == ("mail", "mail")
 
 
@@ -213,7 +213,7 @@ def why(submitter: Submitter, job: str) -> Any:
 
 def active(submitter: Submitter) -> dict[str, list[str]]:
     """Return the queues that workers say they serve."""
-    answers = submitter.app.control.inspect(timeout=20, limit=2).active_queues() or {}
+    answers = submitter.app.control.inspect(timeout=60, limit=2).active_queues() or {}
     return {name.partition("@")[0]: [queue["name"] for queue in queues] for name, queues in answers.items()}
 
 
@@ -229,7 +229,7 @@ def test_workers_come_to_serve_a_queue_and_leave_it_while_they_run(submitter: Su
     assert "queue     late" in output
     assert "cpus" not in output
 
-    (mail,) = [name for name in control.inspect(timeout=20, limit=2).ping() if name.startswith("mail@")]
+    (mail,) = [name for name in control.inspect(timeout=60, limit=2).ping() if name.startswith("mail@")]
     refused = control.add_consumer("bad", exchange_type="fanout", destination=[mail], reply=True, timeout=20, limit=1)
     assert "a job is one" in refused[0][mail]["error"]
     assert "ok" in control.add_consumer("late", destination=[mail], reply=True, timeout=20, limit=1)[0][mail]

@@ -160,6 +160,7 @@ def send(platform: Platform, folder: Path, *ways: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.long
 def test_signed_message_is_verified_before_it_is_stored_and_before_it_runs(
     server_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,7 +93,7 @@ def test_a_job_is_there_with_the_commit_of_its_session_and_not_before(
     session.commit()
     # This process has brought the job in by now, whichever worker listens.
     assert known_to_the_ledger(platform, result.id)
-    assert result.get(timeout=20) == 8
+    assert result.get(timeout=60) == 8
     row = submitter.ended(result.id)
     assert (row.priority, row.attempt, row.parent_id) == (3, 1, None)
     assert submitter.row(put_off.id).state == "scheduled"
@@ -102,7 +102,7 @@ def test_a_job_is_there_with_the_commit_of_its_session_and_not_before(
     again = double.delay(1)
     next_one = double.apply_async((2,), session=session)
     session.commit()
-    assert (again.get(timeout=20), next_one.get(timeout=20)) == (2, 4)
+    assert (again.get(timeout=60), next_one.get(timeout=60)) == (2, 4)
 
 
 def test_a_rollback_leaves_nothing_of_a_savepoint_too(
@@ -121,7 +121,7 @@ def test_a_rollback_leaves_nothing_of_a_savepoint_too(
     # A released savepoint is no commit.
     assert not known_to_the_ledger(platform, nested.id)
     session.commit()
-    assert (kept.get(timeout=20), nested.get(timeout=20)) == (4, 8)
+    assert (kept.get(timeout=60), nested.get(timeout=60)) == (4, 8)
     with session.begin_nested():
         with session.begin_nested():
             inner = double.apply_async((5,), session=session)
@@ -143,7 +143,7 @@ def test_a_connection_s_commit_is_heard_by_a_worker(
             gone = double.apply_async((3,), session=connection)
             savepoint.rollback()
         transaction.commit()
-    assert (first.get(timeout=20), second.get(timeout=20)) == (2, 4)
+    assert (first.get(timeout=60), second.get(timeout=60)) == (2, 4)
     assert submitter.row(gone.id) is None
     row = submitter.ended(first.id)
     assert (row.state, row.attempt) == ("succeeded", 1)
@@ -160,7 +160,7 @@ def test_a_session_inside_of_another_transaction_waits_for_that(
         assert not known_to_the_ledger(platform, result.id)
         outer.commit()
     # This process does not know of the job, but a worker does.
-    assert result.get(timeout=20) == 14
+    assert result.get(timeout=60) == 14
 
 
 def test_many_jobs_are_part_of_one_transaction(app: Any, submitter: Submitter, session: Session) -> None:
@@ -170,8 +170,8 @@ def test_many_jobs_are_part_of_one_transaction(app: Any, submitter: Submitter, s
     assert stored == [20, 40, 50]
     assert submitter.row(handle.id(0)) is None
     session.commit()
-    assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(50)]
-    assert together.get(timeout=20) == [0, 2, 4]
+    assert [result.get(timeout=60) for result in handle] == [2 * n for n in range(50)]
+    assert together.get(timeout=60) == [0, 2, 4]
     order = [submitter.row(job).seq for job in handle.ids()]
     assert order == sorted(order)
     with pytest.raises(InvalidRequest, match="cannot be written"):
@@ -210,10 +210,10 @@ def test_a_canvas_is_part_of_the_transaction_as_a_whole(
     sent = [canvas.apply_async(session=session, priority=2) for canvas, _ in by_name.values()]
     assert submitter.jobs() == before
     session.commit()
-    assert [result.get(timeout=30) for result in sent] == [value for _, value in by_name.values()]
+    assert [result.get(timeout=60) for result in sent] == [value for _, value in by_name.values()]
     with engine_of_the_program.begin() as connection:
         result = chord([double.s(4)], total.s()).apply_async(session=connection)
-    assert result.get(timeout=20) == 8
+    assert result.get(timeout=60) == 8
     assert submitter.row(result.parent.results[0].id).priority == 0
     assert {submitter.row(result.id).priority for result in sent[1].results} == {2}
 
@@ -233,7 +233,7 @@ def test_publishes_of_a_generator_of_tasks_are_outside_the_transaction(
     canvas = group(made()) if kind == "group" else chord(made(), total.s())
     canvas.apply_async(session=session)
     session.rollback()
-    assert [result.get(timeout=20) for result in apart] == [0, 2, 4, 6, 8]
+    assert [result.get(timeout=60) for result in apart] == [0, 2, 4, 6, 8]
     assert submitter.jobs() == before + 5
 
 
@@ -269,7 +269,7 @@ def test_more_jobs_than_this_process_keeps_are_brought_in_by_a_worker(
     monkeypatch.setattr("celery_capacity.workers.submit.session_jobs.MAX_KEPT", 5)
     handle = app.submit_many(double, ((n,) for n in range(40)), session=session)
     session.commit()
-    assert [result.get(timeout=20) for result in handle] == [2 * n for n in range(40)]
+    assert [result.get(timeout=60) for result in handle] == [2 * n for n in range(40)]
 
 
 def test_the_platform_s_own_table_is_meant_whatever_the_search_path_says(
@@ -281,7 +281,7 @@ def test_the_platform_s_own_table_is_meant_whatever_the_search_path_says(
     result = double.apply_async((9,), session=session)
     assert session.execute(text("SELECT count(*) FROM shop.jobs")).scalar_one() == 0
     session.commit()
-    assert result.get(timeout=20) == 18
+    assert result.get(timeout=60) == 18
 
 
 def test_unusable_session_is_refused_before_anything_is_written(
@@ -314,7 +314,7 @@ def test_unusable_session_is_refused_before_anything_is_written(
     result = double.apply_async((1,), session=scoped)
     scoped.commit()
     scoped.remove()
-    assert result.get(timeout=20) == 2
+    assert result.get(timeout=60) == 2
 
 
 def test_a_transaction_that_has_failed_takes_no_job(app: Any, submitter: Submitter, session: Session) -> None:

@@ -39,9 +39,9 @@ def test_whoever_submits_the_second_one_gets_the_result_of_the_first(platform: P
     assert (again.id, mine.id) == (first.id, first.id)
     other = only.delay("another gate")
     tasks.let_go(platform.redis, "another gate")
-    assert other.get(timeout=20) == "another gate"
+    assert other.get(timeout=60) == "another gate"
     tasks.let_go(platform.redis, "gate")
-    assert (first.get(timeout=20), again.get(timeout=20)) == ("gate", "gate")
+    assert (first.get(timeout=60), again.get(timeout=60)) == ("gate", "gate")
     assert submitter.ended(first.id).state == "succeeded"
     tasks.let_go(platform.redis, "gate")
     assert submitter.value(only.delay("gate").id) == "gate"
@@ -63,9 +63,9 @@ def test_whoever_has_the_result_of_the_first_submits_another(platform: Platform,
         # The job's end cannot be written.
         connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": first.id})
         tasks.let_go(platform.redis, "gate")
-        assert first.get(timeout=20) == "gate"
+        assert first.get(timeout=60) == "gate"
         second = pool.submit(only.delay, "gate")
-        assert looked.wait(20)
+        assert looked.wait(60)
         assert not second.done()
         locking.rollback()
         assert second.result(timeout=20).id != first.id
@@ -74,7 +74,7 @@ def test_whoever_has_the_result_of_the_first_submits_another(platform: Platform,
     assert submitter.value(second.result().id) == "gate"
     for _ in range(20):
         tasks.let_go(platform.redis, "gate")
-        assert only.delay("gate").get(timeout=20) == "gate"
+        assert only.delay("gate").get(timeout=60) == "gate"
     assert submitter.jobs() == before + 22
 
 

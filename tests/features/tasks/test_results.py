@@ -63,17 +63,17 @@ def test_a_waiting_job_is_waited_for(platform: Platform, waiter: Submitter) -> N
     with pytest.raises(NotInTime):
         waiting.get(timeout=0.2)
     values: list[Any] = []
-    reader = Thread(target=lambda: values.append(waiting.get(timeout=20)))
+    reader = Thread(target=lambda: values.append(waiting.get(timeout=60)))
     if is_rpc(waiter):
         # A reply goes to the thread that asked.
         tasks.let_go(platform.redis, "block")
-        values.append(waiting.get(timeout=20))
+        values.append(waiting.get(timeout=60))
     else:
         reader.start()
         tasks.let_go(platform.redis, "block")
-        reader.join(30)
+        reader.join(60)
     assert values == [3]
-    assert (blocker.get(timeout=20), waiting.successful()) == ("a", True)
+    assert (blocker.get(timeout=60), waiting.successful()) == ("a", True)
 
 
 def test_each_end_has_its_result(platform: Platform, waiter: Submitter) -> None:
@@ -81,24 +81,24 @@ def test_each_end_has_its_result(platform: Platform, waiter: Submitter) -> None:
     waiter.app.conf.accept_content = ["json", "yaml"]
     unread = add.apply_async((1, 1), serializer="yaml")
     with pytest.raises(InvalidTaskError, match="yaml"):
-        unread.get(timeout=20)
+        unread.get(timeout=60)
     failed = tasks.fail.delay("of itself")
     with pytest.raises(ValueError, match="of itself"):
-        failed.get(timeout=20)
+        failed.get(timeout=60)
     assert "ValueError" in failed.traceback
     assert failed.get(propagate=False).args == ("of itself",)
     limited = tasks.hold.apply_async(("never",), time_limit=0.5)
     with pytest.raises(TimeLimitExceeded):
-        limited.get(timeout=20)
+        limited.get(timeout=60)
     with pytest.raises(TypeError, match="argument"):
-        waiter.app.send_task(add.name, (1, 2, 3)).get(timeout=20)
-    assert retrying.with_others.delay(1).get(timeout=20) == 2
+        waiter.app.send_task(add.name, (1, 2, 3)).get(timeout=60)
+    assert retrying.with_others.delay(1).get(timeout=60) == 2
     # The revoked job ends without any worker, and a worker announces its end.
     later = add.apply_async((1, 1), countdown=600)
     waiter.until(later.id, "scheduled")
     later.revoke()
     with pytest.raises(TaskRevokedError):
-        later.get(timeout=20)
+        later.get(timeout=60)
     assert later.state == states.REVOKED
 
 
@@ -108,12 +108,12 @@ def test_states_on_the_way_are_told(platform: Platform, waiter: Submitter) -> No
     assert until(lambda: result.state == "PROGRESS", "its state is told")
     assert result.info == {"done": 1, "of": 2}
     tasks.let_go(platform.redis, "progress")
-    assert result.get(timeout=20) == "over"
+    assert result.get(timeout=60) == "over"
 
 
 def test_much_is_kept_of_a_result_where_it_is_asked_for(platform: Platform, waiter: Submitter) -> None:
     result = add.apply_async((1, 2), queue="celery")
-    assert result.get(timeout=20) == 3
+    assert result.get(timeout=60) == 3
     until(lambda: result.date_done is not None, "it is kept")
     assert (result.name, result.worker.partition("@")[0], result.retries) == (add.name, "a", 0)
     assert (result.args, result.kwargs, result.queue) == ([1, 2], {}, "celery")
@@ -129,17 +129,17 @@ def test_many_results_are_read_as_they_come_and_together(platform: Platform, wai
         assert group(add.s(1, 1), add.s(2, 2)).apply_async().join_native(timeout=20) == [2, 4]
     seen: list[tuple[str, int]] = []
     several = group(add.s(1, 1), add.s(2, 2)).apply_async()
-    several.get(timeout=20, callback=lambda job, value: seen.append((job, value)))
+    several.get(timeout=60, callback=lambda job, value: seen.append((job, value)))
     # Results come in any order.
     assert sorted(seen, key=lambda pair: pair[1]) == [(several.results[0].id, 2), (several.results[1].id, 4)]
     mixed = group(add.s(1, 1), tasks.fail.s("one of them")).apply_async()
     with pytest.raises(ValueError, match="one of them"):
-        mixed.get(timeout=20)
-    assert mixed.results[0].get(timeout=20) == 2
+        mixed.get(timeout=60)
+    assert mixed.results[0].get(timeout=60) == 2
     steps = (add.s(1, 1) | add.s(1) | add.s(1)).apply_async()
-    assert steps.get(timeout=20) == 4
+    assert steps.get(timeout=60) == 4
     many = waiter.app.submit_many(add, [(number, 0) for number in range(3)])
-    assert [many[number].get(timeout=20) for number in range(3)] == [0, 1, 2]
+    assert [many[number].get(timeout=60) for number in range(3)] == [0, 1, 2]
 
 
 def test_what_is_kept_can_be_found_again_and_forgotten(platform: Platform, waiter: Submitter) -> None:
@@ -151,13 +151,13 @@ def test_what_is_kept_can_be_found_again_and_forgotten(platform: Platform, waite
             results.save()
         with pytest.raises(NotImplementedError, match="chord"):
             joined.apply_async()
-        assert results.get(timeout=20) == [2, 4]
+        assert results.get(timeout=60) == [2, 4]
         return
     results.save()
     restored = GroupResult.restore(results.id, app=waiter.app)
     assert restored is not None
-    assert restored.get(timeout=20) == [2, 4]
-    assert joined.apply_async().get(timeout=20) == 6
+    assert restored.get(timeout=60) == [2, 4]
+    assert joined.apply_async().get(timeout=60) == 6
     (first, _) = results.results
     first.forget()
     assert waiter.result(first.id).state == states.PENDING
@@ -166,9 +166,9 @@ def test_what_is_kept_can_be_found_again_and_forgotten(platform: Platform, waite
 
 
 def test_a_task_that_waits_for_another_must_say_so(platform: Platform, waiter: Submitter) -> None:
-    assert bodies.waiting_for_another.delay(1, True).get(timeout=30) == 2
+    assert bodies.waiting_for_another.delay(1, True).get(timeout=60) == 2
     with pytest.raises(RuntimeError, match="Never call result"):
-        bodies.waiting_for_another.delay(1, False).get(timeout=20)
+        bodies.waiting_for_another.delay(1, False).get(timeout=60)
 
 
 def test_a_program_that_waits_for_nothing_is_told_nothing(platform: Platform, waiter: Submitter) -> None:
@@ -188,7 +188,7 @@ def test_an_errback_finds_the_result_of_the_job_that_failed(platform: Platform, 
         errback = bodies.state_of.s()
         errback.freeze()
         failed = bodies.throwing.apply_async((True,), link_error=errback)
-        assert waiter.app.AsyncResult(errback.id).get(timeout=20) == states.FAILURE
+        assert waiter.app.AsyncResult(errback.id).get(timeout=60) == states.FAILURE
         assert failed.state == states.FAILURE
 
 

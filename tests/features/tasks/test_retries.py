@@ -43,8 +43,8 @@ def test_what_waits_for_its_retry_holds_neither_capacity_nor_memory(platform: Pl
         assert submitter.result(job).state == "RETRY"
     assert submitter.allocated_cpus() == "0"
     # All CPUs are free for others, and the worker has no message, timer or request of the waiting jobs.
-    assert add.apply_async((1, 1), cpus=2).get(timeout=20) == 2
-    inspect = submitter.app.control.inspect(timeout=20, limit=1)
+    assert add.apply_async((1, 1), cpus=2).get(timeout=60) == 2
+    inspect = submitter.app.control.inspect(timeout=60, limit=1)
     for answer in (inspect.active(), inspect.reserved(), inspect.scheduled()):
         assert list(answer.values()) == [[]]
     submitter.app.control.revoke(jobs)
@@ -54,7 +54,7 @@ def test_what_waits_for_its_retry_holds_neither_capacity_nor_memory(platform: Pl
 def test_what_a_call_is_given_survives_its_retries(platform: Platform, submitter: Submitter) -> None:
     options = {"cpus": 0.5, "memory": "1MiB", "priority": 7, "headers": {"tenant": "blue"}}
     result = after.apply_async((0, 2), **options)
-    assert result.get(timeout=20) == {"id": result.id, "attempt": 3, "retries": 2, "tenant": "blue", "priority": 7}
+    assert result.get(timeout=60) == {"id": result.id, "attempt": 3, "retries": 2, "tenant": "blue", "priority": 7}
     row = submitter.ended(result.id)
     assert (row.request, row.priority) == ({"cpus": 0.5, "memory": 2**20, "slots": 1}, 7)
     assert submitter.outcomes(result.id) == ["retried", "retried", "succeeded"]
@@ -62,22 +62,22 @@ def test_what_a_call_is_given_survives_its_retries(platform: Platform, submitter
 
 def test_a_retry_may_have_other_arguments_and_ask_for_more(platform: Platform, submitter: Submitter) -> None:
     result = with_others.apply_async((1,), cpus=0.5)
-    assert result.get(timeout=20) == 2
+    assert result.get(timeout=60) == 2
     assert submitter.ended(result.id).request == {"cpus": 2, "memory": 2**20, "slots": 1}
 
 
 def test_tasks_that_celery_retries_by_itself(platform: Platform, submitter: Submitter) -> None:
     well = by_itself.delay("passing", 2)
-    assert well.get(timeout=20)["retries"] == 2
+    assert well.get(timeout=60)["retries"] == 2
     for error, times, attempts in (("passing", 9, 4), ("lasting", 9, 1)):
         result = by_itself.delay(error, times)
         with pytest.raises(OSError, match=error):
-            result.get(timeout=20)
+            result.get(timeout=60)
         assert submitter.ended(result.id).state == "failed"
         assert submitter.outcomes(result.id) == ["retried"] * (attempts - 1) + ["failed"]
     result = without_reason.delay()
     with pytest.raises(MaxRetriesExceededError):
-        result.get(timeout=20)
+        result.get(timeout=60)
     assert submitter.ended(result.id).state == "failed"
     assert submitter.outcomes(result.id) == ["retried", "retried", "failed"]
 
@@ -102,6 +102,6 @@ def test_the_pauses_of_a_backoff_grow(platform: Platform, submitter: Submitter) 
 
 def test_a_part_of_a_canvas_that_retries_counts_once(platform: Platform, submitter: Submitter) -> None:
     result = (chord([with_others.s(1), with_others.s(2), add.s(1, 1)], total.s()) | with_others.s()).apply_async()
-    assert result.get(timeout=20) == 8
+    assert result.get(timeout=60) == 8
     assert submitter.ended(result.id).state == "succeeded"
     assert submitter.outcomes(result.id) == ["retried", "succeeded"]

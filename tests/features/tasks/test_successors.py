@@ -84,7 +84,7 @@ def test_a_replaced_job_fails_with_a_step_of_its_replacement(platform: Platform,
     sent["in a chain"] = (becomes.s(canvas=failing.s() | add.s(1)) | add.s(2)).apply_async()
     sent["in a chord"] = chord([becomes.s(canvas=failing.s() | add.s(1)), add.s(1, 1)], total.s()).apply_async()
     for name, result in sent.items():
-        error = result.get(timeout=20, propagate=False)
+        error = result.get(timeout=60, propagate=False)
         assert (name, "the step failed" in str(error)) == (name, True), error
     for name in FAILS:
         row = submitter.ended(sent[name].id)
@@ -112,7 +112,7 @@ def test_a_replaced_job_ends_with_a_step_of_which_celery_tells_nobody(
         submitter.value(job)
     assert submitter.ended(job).state == state
     # The chord that has the replaced job as a part hears of it too.
-    assert "its replacement ended" in str(body.get(timeout=20, propagate=False))
+    assert "its replacement ended" in str(body.get(timeout=60, propagate=False))
 
 
 def test_a_replaced_job_is_cancelled_with_a_step_that_is_revoked(platform: Platform, submitter: Submitter) -> None:
@@ -201,7 +201,7 @@ def test_what_carries_the_id_on_says_whether_it_may_run_again(
 @prefork_only
 def test_a_step_that_a_parent_publishes_again_runs_once(platform: Platform, submitter: Submitter) -> None:
     result = (publishes_and_dies.s(1) | add.s(10) | add.s(100)).apply_async()
-    assert result.get(timeout=20) == 111
+    assert result.get(timeout=60) == 111
     middle, first = result.parent, result.parent.parent
     for job, outcomes in ((first, ["lost", "succeeded"]), (middle, ["succeeded"]), (result, ["succeeded"])):
         assert submitter.ended(job.id).state == "succeeded"

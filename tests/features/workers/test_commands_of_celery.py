@@ -84,7 +84,7 @@ def test_detached_worker_takes_modules_and_hears_the_commands(
     with ThreadPoolExecutor(3) as pool:
         # The commands use the name of the running worker. A look at a worker's options starts no worker.
         running = {name: pool.submit(platform.celery, *command, NODE_NAME="w") for name, command in commands.items()}
-        line = f"print('it is', app.send_task({ADD!r}, (5, 6), cpus=2).get(timeout=30))"
+        line = f"print('it is', app.send_task({ADD!r}, (5, 6), cpus=2).get(timeout=60))"
         shell = pool.submit(in_shell, platform, line)
         done = {name: future.result() for name, future in running.items()}
     for name, command in done.items():

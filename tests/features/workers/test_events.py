@@ -61,7 +61,7 @@ def test_the_event_of_a_sent_task_waits_for_the_broker(submitter: Submitter, mon
     with app.connection_for_write() as connection:
         producer = app.amqp.Producer(connection)
         monkeypatch.setattr(producer.channel, "basic_publish", publish)
-        assert app.send_task(f"{TASKS}.done", (1,), producer=producer).get(timeout=20) == result.get(timeout=20)
+        assert app.send_task(f"{TASKS}.done", (1,), producer=producer).get(timeout=60) == result.get(timeout=60)
 
 
 def test_event_of_a_large_job_that_waits_has_no_arguments(platform: Platform, submitter: Submitter, ear: Ear) -> None:

@@ -21,7 +21,7 @@ from tests.fixtures.waiting import until
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"
 #: Seconds for the answers of all asked workers.
-ANSWER_WITHIN = 20.0
+ANSWER_WITHIN = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def slots(submitter: Submitter, worker: str) -> int:
 def control(submitter: Submitter, worker: str, command: str, **arguments: Any) -> Any:
     """Return the answer of one worker to a command of remote control."""
     app = submitter.app
-    (name,) = [name for name in app.control.inspect(timeout=20, limit=2).ping() if name.startswith(f"{worker}@")]
+    (name,) = [name for name in app.control.inspect(timeout=60, limit=2).ping() if name.startswith(f"{worker}@")]
     answers = app.control.broadcast(command, arguments, destination=[name], reply=True, timeout=20, limit=1)
     return answers[0][name]
 

@@ -53,7 +53,7 @@ def test_processes_that_are_replaced_lose_nothing(
     platform: Platform, submitter: Submitter, name: str, most: int
 ) -> None:
     sent = [bodies.process.apply_async(cpus=0.5, resources={name: 1}) for _ in range(10)]
-    ran = [result.get(timeout=30) for result in sent]
+    ran = [result.get(timeout=60) for result in sent]
     assert max(ran.count(pid) for pid in ran) <= most
     assert worker(platform, name).pid not in ran
     rows = [submitter.ended(result.id) for result in sent]
@@ -70,7 +70,7 @@ def test_a_solo_pool_runs_one_job_at_a_time_in_the_worker_itself(platform: Platf
     for result in after:
         submitter.until(result.id, "waiting")
     tasks.let_go(platform.redis, "single")
-    assert {result.get(timeout=20) for result in after} == {worker(platform, "single").pid}
+    assert {result.get(timeout=60) for result in after} == {worker(platform, "single").pid}
     assert submitter.value(held) == "single"
     until(lambda: submitter.allocated_cpus() == "0", "all is released")
 

@@ -56,7 +56,7 @@ def test_the_main_job_with_rabbitmq_as_the_broker(
     worker = platform.worker("a", 4, pool)
     jobs = [submitter.send(ADD, number, 1, cpus=1 + number % 4) for number in range(12)]
     assert [submitter.value(job) for job in jobs] == list(range(1, 13))
-    assert submitter.app.control.ping(timeout=5.0)
+    assert submitter.app.control.ping(timeout=60.0, limit=1)
     packed = list(garbage.packed())
     plain = (b"garbage", b"[]", b"\xff")
     assert old.send_task(ADD, [40, 2], compression="gzip").get(timeout=RESULT_WITHIN) == 42
@@ -166,7 +166,10 @@ def test_jobs_wait_through_a_restart_of_the_broker(
     control = submitter.app.control
     # The connection is new. For a dead connection in its pool Celery raises an error in the next user of it.
     with submitter.app.connection_for_write() as fresh:
-        until(lambda: len(control.ping(timeout=2.0, connection=fresh)) == len(workers), "all workers answer")
+        until(
+            lambda: len(control.ping(timeout=2.0, limit=len(workers), connection=fresh)) == len(workers),
+            "all workers answer",
+        )
         control.add_consumer("unserved", connection=fresh)
     assert unserved.get(timeout=RESULT_WITHIN) == 42
     assert old.send_task(ADD, [1, 1]).get(timeout=RESULT_WITHIN) == 2

@@ -337,7 +337,7 @@ def test_ctrl_c_ends_a_wait_and_leaves_the_cursor(submitter: Submitter, platform
     try:
         terminal.wait_for("0 of 1 ended, scheduled")
         terminal.press_ctrl_c()
-        assert terminal.wait(10) == Exit.INTERRUPTED
+        assert terminal.wait(60) == Exit.INTERRUPTED
         screen = terminal.wait_for("\x1b[?25h")
     finally:
         terminal.stop()

@@ -77,7 +77,7 @@ def test_many_requests_at_once_read_the_stores_once() -> None:
 
     def read() -> dict[str, Any]:
         asked.append(threading.current_thread().name)
-        everybody.wait(10)
+        everybody.wait(60)
         return {"reads": len(asked)}
 
     async def ask(fetch: Fetch) -> Any:
@@ -204,7 +204,7 @@ def test_the_command_serves_until_it_is_told_to_end(platform: Platform, number: 
     with urllib.request.urlopen(url, timeout=10) as answer:
         assert json.load(answer)["resources"]["active_workers"] == 0
     process.signal(number)
-    assert process.process.wait(10) == 0
+    assert process.process.wait(60) == 0
     assert not any("login" in line for line in process.lines)
 
 

@@ -379,7 +379,7 @@ def test_redis_starts_and_its_health_check_passes_with_a_password(secrets: Path,
     finally:
         client.close()
         server.terminate()
-        server.wait(30)
+        server.wait(60)
 
 
 def _answers(client: redis.Redis) -> bool:

@@ -98,23 +98,23 @@ def test_the_whole_main_job_runs(platform: Platform, submitter: Celery, guarded_
     platform.beat()
     looking = {"REDIS_URL": url_of("dashboard", guarded_redis), "DATABASE_URL": role_url("dashboard")}
     results: list[AsyncResult] = [submitter.send_task(ADD, [1, number], cpus=1) for number in range(5)]
-    assert [result.get(timeout=30) for result in results] == [1, 2, 3, 4, 5]
+    assert [result.get(timeout=60) for result in results] == [1, 2, 3, 4, 5]
     wide = submitter.send_task(ADD, [1, 2], cpus=64)
     later = submitter.send_task(ADD, [1, 2], countdown=0.5)
     again = submitter.send_task(ADD, [1, 2], task_id=wide.id)
-    assert (later.get(timeout=30), again.id) == (3, wide.id)
+    assert (later.get(timeout=60), again.id) == (3, wide.id)
     many = submitter.submit_many(ADD, [(1, number) for number in range(3)])
     with Session(submitter.platform.engine.execution_options(isolation_level="READ COMMITTED")) as session:
         bought = submitter.send_task(ADD, [1, 2], session=session)
         session.commit()
-    assert [result.get(timeout=30) for result in (*many, bought)] == [1, 2, 3, 3]
+    assert [result.get(timeout=60) for result in (*many, bought)] == [1, 2, 3, 3]
     first = submitter.send_task(ADD, [1, 1], unique="one", unique_for=3600)
     last = submitter.send_task(ADD, [2, 2], after=[first, later])
-    assert (submitter.send_task(ADD, [1, 1], unique="one").id, last.get(timeout=30)) == (first.id, 4)
+    assert (submitter.send_task(ADD, [1, 1], unique="one").id, last.get(timeout=60)) == (first.id, 4)
     with platform.engine.begin() as connection:
         connection.execute(text("INSERT INTO rates (name, rate, said) VALUES (:name, 0.1, '6/m')"), {"name": ADD})
     submitter.amqp.job_sender.rates.forget()
-    assert submitter.send_task(ADD, [3, 3]).get(timeout=30) == 6
+    assert submitter.send_task(ADD, [3, 3]).get(timeout=60) == 6
 
     seen = platform.celery("cluster", "--json", **looking)
     assert seen.returncode == 0, seen.stderr
@@ -162,7 +162,7 @@ def test_a_submitter_looks_on_where_the_first_candidates_have_no_room(platform: 
     for name in crowd:
         write_book(ledger, Book(name, {"cpus": 2000, "memory": 2**30 + 1, "slots": 2}, {}))
     try:
-        assert submitter.send_task(ADD, [1, 2], cpus=1, memory=2**30 + 2).get(timeout=30) == 3
+        assert submitter.send_task(ADD, [1, 2], cpus=1, memory=2**30 + 2).get(timeout=60) == 3
     finally:
         platform.redis.delete(*map(keys.book, crowd))
         for index in (keys.FREE, keys.free_of("memory"), keys.LEASES):

@@ -123,7 +123,7 @@ def test_what_outlasts_the_grace_is_handed_back_and_is_no_loss(
     assert submitter.ended(short).state == "succeeded"
     assert submitter.outcomes(short) == ["succeeded"]
     worker.wait_for("PLATFORM_SHUTDOWN_GRACE is over")
-    assert worker.wait(30) == 0
+    assert worker.wait(60) == 0
     platform.worker("b", 2, "threads")
     held.started(redis_client, "long")
     held.let_go(redis_client, "long")
@@ -140,7 +140,7 @@ def test_grace_holds_for_a_shutdown_by_remote_control(
     held.started(redis_client, "long")
     submitter.app.control.shutdown()
     worker.wait_for("PLATFORM_SHUTDOWN_GRACE is over")
-    assert worker.wait(30) == 0
+    assert worker.wait(60) == 0
     until(lambda: submitter.outcomes(job) == ["handed_back"], "it is handed back")
     assert submitter.row(job).losses == 0
 
@@ -164,5 +164,5 @@ def test_signal_after_a_cold_stop_costs_no_attempt(
 def test_a_worker_without_long_jobs_does_not_wait_for_the_grace(platform: Platform) -> None:
     worker = platform.worker("a", 2, "prefork", PLATFORM_SHUTDOWN_GRACE="3600")
     worker.signal(signal.SIGTERM)
-    assert worker.wait(30) == 0
+    assert worker.wait(60) == 0
     assert not [line for line in worker.lines if "PLATFORM_SHUTDOWN_GRACE" in line]

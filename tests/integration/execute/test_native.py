@@ -37,6 +37,6 @@ def test_threads_and_greenlets_share_locks_and_no_connections(settings: Settings
 def test_without_gevent_nothing_is_changed() -> None:
     thread = os_threads.Thread(target=lambda: None)
     thread.start()
-    thread.join(10)
+    thread.join(60)
     assert not os_threads.is_green()
     assert not thread.is_alive()

@@ -121,7 +121,7 @@ def test_each_part_of_a_chord_counts_once(platform: Platform, submitter: Submitt
     zombie.wait_for("no longer held its lease")
     assert submitter.row(body.id) is None
     tasks.let_go(platform.redis, "gate.2")
-    assert body.get(timeout=20) == 12 + 101
+    assert body.get(timeout=60) == 12 + 101
     assert submitter.ended(body.id).attempt == 1
 
 
@@ -193,7 +193,7 @@ def test_what_is_published_while_postgres_is_away_waits_with_its_attempt(
     kill_postgres(platform, own_pair)
     tasks.let_go(platform.redis, "gate.1", 3)
     assert submitter.value(sent) == "sent"
-    assert chain.parent.get(timeout=20) == 11
+    assert chain.parent.get(timeout=60) == 11
     until(lambda: submitter.allocated_cpus() == "0", "what they held is free")
     postgres.start(Path(str(own_pair.data)) / "postgres", durable=False)
     assert chain.get(timeout=60) == 111
@@ -219,7 +219,7 @@ def test_the_chord_of_a_job_that_ended_before_it_started_hears_of_it(platform: P
     assert speaker.ended(other.id).state == "succeeded"
     # Celery raises the error of the body's part by way of the chord.
     with pytest.raises((ChordError, TaskRevokedError)):
-        body.get(timeout=20)
+        body.get(timeout=60)
     assert speaker.ended(holder).state == "succeeded"
 
 

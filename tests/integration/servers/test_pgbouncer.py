@@ -96,7 +96,7 @@ def pooled_url(direct_url: str, tmp_path: Path) -> Iterator[str]:
     yield url.render_as_string(hide_password=False)
     engine.dispose()
     process.send_signal(signal.SIGTERM)
-    process.wait(20)
+    process.wait(60)
 
 
 @pytest.fixture

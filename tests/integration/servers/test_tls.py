@@ -109,7 +109,7 @@ def test_a_job_runs_over_tls(
     running = Platform(settings_of(url), environment, tmp_path, engine, redis_client)
     try:
         running.worker("a", cpus=1, pool="solo")
-        assert app_of(url).send_task(ADD, [1, 2]).get(timeout=30) == 3
+        assert app_of(url).send_task(ADD, [1, 2]).get(timeout=60) == 3
     finally:
         running.stop()
 

@@ -128,7 +128,7 @@ def test_a_project_of_its_own_has_schedule_routes_and_ticks(platform: Platform, 
     until(lambda: submitter.view("own")["heartbeat_at"] > first, "beat ticks")
     assert beat.stop() == 0
     sent = subprocess.run(
-        [sys.executable, "-c", "from tests.tasks.own import who; print(who.delay().get(timeout=20))"],
+        [sys.executable, "-c", "from tests.tasks.own import who; print(who.delay().get(timeout=60))"],
         env=environment,
         cwd=platform.folder,
         capture_output=True,
@@ -159,12 +159,12 @@ def test_chains_groups_and_chords_are_made_of_jobs(platform: Platform, submitter
     platform.worker("a", 4, "threads")
     tasks = submitter.app.tasks
     add, total = tasks[ADD], tasks[canvas.total.name]
-    assert (add.s(1, 2) | add.s(3) | add.s(4)).apply_async().get(timeout=20) == 10
-    assert group(add.s(number, number) for number in range(3)).apply_async().get(timeout=20) == [0, 2, 4]
-    assert (group(add.s(number, 1) for number in range(3)) | total.s()).apply_async().get(timeout=20) == 6
-    assert tasks[canvas.late.name].delay(5).get(timeout=20) == 5
+    assert (add.s(1, 2) | add.s(3) | add.s(4)).apply_async().get(timeout=60) == 10
+    assert group(add.s(number, number) for number in range(3)).apply_async().get(timeout=60) == [0, 2, 4]
+    assert (group(add.s(number, 1) for number in range(3)) | total.s()).apply_async().get(timeout=60) == 6
+    assert tasks[canvas.late.name].delay(5).get(timeout=60) == 5
     replaced = tasks[canvas.replaced.name].delay(1)
-    assert replaced.get(timeout=20) == 101
+    assert replaced.get(timeout=60) == 101
     assert submitter.ended(replaced.id).state == "succeeded"
     again = tasks[canvas.again_by_itself.name].delay()
     assert submitter.ended(again.id).state == "failed"

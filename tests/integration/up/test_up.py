@@ -25,7 +25,7 @@ from tests.fixtures.processes.platforms import Platform, Process
 from tests.fixtures.waiting import until
 
 #: Seconds for steps that take far less, on a busy machine.
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 SLEEP = "demo.sleep"
 
@@ -34,7 +34,7 @@ SUBMIT = """
 import sys
 from celery_capacity import create_app
 result = create_app().send_task("demo.sleep", args=[0.01], cpus=float(sys.argv[1]))
-print(result.get(timeout=30)["worker"])
+print(result.get(timeout=60)["worker"])
 """
 
 
@@ -191,7 +191,7 @@ def embedded(platform: Platform, tmp_path: Path) -> Iterator[dict[str, Any]]:
     assert platform.celery("down", **environment).returncode == 0
 
 
-@pytest.mark.long
+@pytest.mark.long(40)
 def test_embedded_servers_outlive_up_and_end_with_down(
     platform: Platform, embedded: dict[str, Any], tmp_path: Path
 ) -> None:

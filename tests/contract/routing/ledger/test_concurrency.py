@@ -32,8 +32,8 @@ CAPACITIES: Final = {
     "odd": {"cpus": 6_500, "memory": 64, "slots": 40, "licence": 1},
     "slim": {"cpus": 2_000, "memory": 8, "slots": 3},
 }
-#: Seconds after which something hangs. The test takes a fifth of that.
-PATIENCE: Final = 150.0
+#: Seconds after which something hangs. An idle machine takes a twentieth of that.
+PATIENCE: Final = 600.0
 
 
 def random_request(chance: random.Random) -> Request:
@@ -157,7 +157,7 @@ def ledgers(redis_url: str) -> Iterator[Callable[[], Ledger]]:
         yield lambda: stack.enter_context(open_ledger(redis_url))
 
 
-@pytest.mark.long
+@pytest.mark.long(70)
 def test_32_submitters_and_10000_random_requests_are_never_over_capacity(ledgers: Callable[[], Ledger]) -> None:
     bench = Bench(seed=20_260_101)
     first = ledgers()

@@ -14,7 +14,7 @@ from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.membership.epoch_watch import NAME, EpochWatch
 
 #: Seconds of a wait that news or a wake-up end. A wait that nothing ends lasts a hundredth of it.
-LONG = 20.0
+LONG = 120.0
 SHORT = 0.2
 
 

@@ -20,7 +20,7 @@ from tests.fixtures.waiting import until
 ROOT = Path(__file__).resolve().parents[4]
 
 #: Seconds for a step that takes far less, on a busy machine.
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 #: Program that says that it is ready, and ends well at TERM.
 GOOD = (

@@ -16,7 +16,7 @@ from tests.fixtures.waiting import until
 #: Seconds of a call's limit.
 LIMIT = 0.05
 #: Seconds for a step that the watchdog does at once, however busy the machine is.
-WITHIN = 30.0
+WITHIN = 60.0
 
 
 class Connection:

@@ -90,7 +90,7 @@ def test_cold_end_is_not_put_off_by_later_signals() -> None:
     heartbeat.cold_in(0.2)
     heartbeat.cold_in(3600.0)
     heartbeat.start()
-    assert begun.wait(10)
+    assert begun.wait(60)
     heartbeat.stop(10)
     assert len(ends) == 1
 
@@ -99,7 +99,7 @@ def test_a_ledger_that_is_gone_is_not_asked_without_a_pause() -> None:
     ledger = Gone()
     heartbeat = heartbeat_of(ledger, SimpleNamespace(note=lambda **_: None, lost=False))
     heartbeat.start()
-    assert ledger.twice.wait(10)
+    assert ledger.twice.wait(60)
     heartbeat.stop(10)
     # Without pauses some ten thousand in that time.
     assert ledger.asked < 20
@@ -120,7 +120,7 @@ def test_heartbeat_goes_on_where_connections_cannot_be_cut() -> None:
     reachability.on_silence = fail
     heartbeat = heartbeat_of(ledger, reachability)
     heartbeat.start()
-    assert ledger.twice.wait(10)
+    assert ledger.twice.wait(60)
     heartbeat.stop(10)
 
 
@@ -140,17 +140,17 @@ def test_postgres_hears_of_the_worker_while_the_ledger_is_gone() -> None:
             self.over = threading.Event()
 
         def opened(self) -> Any:
-            self.over.wait(10)
+            self.over.wait(60)
             return super().opened()
 
     ledger, member = Stopped(), Member()
     ledger.settings = SimpleNamespace(**{**vars(Gone.settings), "due_interval": 0.01})
     heartbeat = heartbeat_of(ledger, Reachability(), member)
     heartbeat.start()
-    assert member.told.acquire(timeout=10)
+    assert member.told.acquire(timeout=60)
     ledger.over.set()
     for _ in range(3):
-        assert member.told.acquire(timeout=10)
+        assert member.told.acquire(timeout=60)
     assert heartbeat.stop(10)
     assert "ledger" not in member.order
 
@@ -161,7 +161,7 @@ def test_lease_in_the_ledger_is_renewed_while_postgres_fails() -> None:
     heartbeat = heartbeat_of(ledger, Reachability(), member)
     heartbeat.start()
     for _ in range(3):
-        assert member.renewed.acquire(timeout=10)
+        assert member.renewed.acquire(timeout=60)
     assert heartbeat.stop(10)
     # A Postgres that does not answer is left alone for a renew interval, so that it delays no two renewals.
     later = member.order[member.order.index("ledger") :]

@@ -94,6 +94,6 @@ def test_signal_in_the_middle_of_a_step_may_end_an_attempt() -> None:
     held._held = Interrupted(held._held)
     main = threading.Thread(target=held.start, args=("next", FIRST), daemon=True)
     main.start()
-    main.join(10.0)
+    main.join(60)
     assert not main.is_alive()
     assert (ends, [holding_.job for holding_ in held.running()]) == ([True, True], ["next"])

@@ -15,7 +15,7 @@ from celery_capacity.workers.results.batch_thread import BatchThread, Left
 from tests.fixtures.waiting import until
 
 #: Seconds for steps that happen at once, however busy the machine is.
-WITHIN = 30.0
+WITHIN = 60.0
 
 
 class Items(BatchThread[int]):

@@ -22,7 +22,7 @@ from celery_capacity.workers.results.backends import CarriedResults
 from celery_capacity.workers.results.chord_parts import ChordPart, ChordParts
 from celery_capacity.workers.results.deliver import Delivery, key_of
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 @pytest.fixture(autouse=True)

@@ -86,7 +86,7 @@ def test_recorder_is_behind_while_postgres_takes_nothing_for_too_long(postgres: 
     until(lambda: ledger.tally.add.called, "it is counted")
     assert not level.is_set()
     postgres.takes = True
-    assert level.wait(10.0)
+    assert level.wait(60)
     assert not writing.is_behind()
     ledger.tally.add.assert_called_once_with("behind")
     writing.stop(5.0)
@@ -103,7 +103,7 @@ def test_recorder_names_the_jobs_of_all_that_is_unwritten(postgres: Takes) -> No
     writing = Recorder(Mock(), Mock())
     writing.start()
     writing.add(transitions("locked", "a"))
-    assert postgres.tried.acquire(timeout=10.0)
+    assert postgres.tried.acquire(timeout=60)
     assert writing.jobs() == {"locked", "a"}
     postgres.takes = True
     until(lambda: writing.jobs() == {"locked"}, "the other one is written")
@@ -125,7 +125,7 @@ def test_recorder_is_not_behind_for_one_locked_row(postgres: Takes) -> None:
     writing.start()
     writing.add(transitions("locked", "a"))
     for _ in range(3):
-        assert postgres.tried.acquire(timeout=10.0)
+        assert postgres.tried.acquire(timeout=60)
     until(lambda: not writing._came, "the others are written")
     assert not writing.flush(0.1)
     assert not writing.is_behind()
@@ -139,7 +139,7 @@ def test_recorder_writes_outcomes_while_another_call_waits_for_a_store(postgres:
     writing.start()
     writing.call(waits.wait)
     writing.add(transitions("a"))
-    assert written.wait(10.0)
+    assert written.wait(60)
     assert not writing.flush(0.01)
     waits.set()
     assert writing.flush(10.0)

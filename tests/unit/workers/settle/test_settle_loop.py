@@ -15,7 +15,7 @@ from celery_capacity.workers.settle import settle_loop
 from celery_capacity.workers.settle.settle_loop import SettleLoop
 
 #: Seconds for steps that happen at once, however busy the machine is.
-WITHIN = 30.0
+WITHIN = 60.0
 
 
 class Line:

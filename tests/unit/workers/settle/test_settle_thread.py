@@ -101,7 +101,7 @@ def test_jobs_of_a_lost_answer_are_asked_for_however_late_it_is(
     thread.start()
     thread.end("second", Token(1, 1), Outcome.SUCCEEDED)
     assert thread.stop(10.0)
-    assert started.get(timeout=10.0) == "message"
+    assert started.get(timeout=60) == "message"
 
 
 def test_job_whose_claim_was_not_answered_is_named_until_it_is(
@@ -172,7 +172,7 @@ def test_lost_answer_is_asked_for_though_nothing_else_is_pending(
     assert thread._settle()
     confirmation.may_admit = True
     thread.start()
-    assert started.get(timeout=10.0) == "message"
+    assert started.get(timeout=60) == "message"
     assert thread.stop(10.0)
 
 
@@ -197,7 +197,7 @@ def test_handed_over_job_is_held_before_the_next_call_of_the_ledger(
     thread._ledger = real
     thread.end("first", Token(1, 1), Outcome.HANDED_BACK)
     assert thread._settle()
-    assert started.get(timeout=10.0) == "message"
+    assert started.get(timeout=60) == "message"
     assert held == [["second", "next"]] * 2
 
 

@@ -150,7 +150,7 @@ def test_fork_of_a_worker_keeps_its_lock(tmp_path: Path) -> None:
     )
     assert done.stdout is not None and done.stdin is not None
     done.stdout.readline()
-    assert done.wait(30) == 0
+    assert done.wait(60) == 0
     assert not successor(tmp_path).proves_end(row())
     done.stdin.close()  # the child ends
     until(lambda: successor(tmp_path).proves_end(row()), "the lock ends with the last process")
