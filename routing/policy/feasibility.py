@@ -1,0 +1,117 @@
+"""Feasibility of requests: tell if any registered worker could ever take a job, and how many would start before it.
+
+Plain functions of plain values, as in `routing.policy.placement`. A registered worker counts whatever it admits now:
+cordoned, draining or silent workers are registered until they leave or are lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from celery_capacity.routing.model.amounts import ALONE, CPUS, format_amount, is_label
+from celery_capacity.routing.model.reasons import Reason
+from celery_capacity.routing.model.request import Request, split_shape
+from celery_capacity.routing.policy.placement import Admission, Book, Refusal, fits, shortages, survey
+
+
+@dataclass(frozen=True, slots=True)
+class Shortfall:
+    """The resource for which no registered worker could hold a request: millicores, bytes or pieces.
+
+    `largest`: the capacity of `worker`, "" and 0 where no worker publishes the resource. `combined`: some workers have
+    enough of each resource, and none has enough of all; then `worker` is the one that comes closest.
+    """
+
+    reason: Reason
+    resource: str
+    asked: int
+    largest: int = 0
+    worker: str = ""
+    combined: bool = False
+
+    def __str__(self) -> str:
+        """Return the shortfall in words: "asks for 128 CPUs; the largest registered worker has 96 CPUs (worker-07)"."""
+        asked = f"asks for {format_amount(self.resource, self.asked)}"
+        if not self.worker:
+            return f"{asked}; no registered worker publishes {self.resource}"
+        which = "registered worker that comes closest" if self.combined else "largest registered worker"
+        beside = " beside the rest of its request" if self.combined else ""
+        return f"{asked}{beside}; the {which} has {format_amount(self.resource, self.largest)} ({self.worker})"
+
+
+def is_large_enough(request: Request, book: Book) -> bool:
+    """Return True if a worker serves the request's queue and would have room for the request if it were empty."""
+    return fits(request, replace(book, allocated={}, kept="")) is None
+
+
+def find_shortfall(request: Request, registered: Iterable[Book]) -> Shortfall | None:
+    """Return the reason why no registered worker could ever hold a request, None where one could.
+
+    Without a worker that serves the request's queue nothing is judged: return None.
+    """
+    serving = [replace(book, allocated={}, kept="") for book in registered if book.serves(request)]
+    if not serving or any(fits(request, book) is None for book in serving):
+        return None
+    amounts = [(name, amount) for name, amount in request.amounts if name != ALONE and not is_label(name)]
+    largest = {name: min(serving, key=lambda book: (-book.capacity.get(name, 0), book.worker)) for name, _ in amounts}
+    for name, amount in amounts:
+        if not largest[name].capacity.get(name, 0):
+            return Shortfall(Reason.UNKNOWN_RESOURCE, name, amount)
+    for name, amount in amounts:
+        if (most := largest[name].capacity[name]) < amount:
+            return Shortfall(Reason.TOO_LARGE, name, amount, most, largest[name].worker)
+    short, closest = min(
+        ((shortages(request, book), book) for book in serving),
+        key=lambda pair: (len(pair[0]), -pair[1].free(CPUS), pair[1].worker),
+    )
+    return Shortfall(Reason.TOO_LARGE, *short[0], worker=closest.worker, combined=True)
+
+
+def judge(request: Request, registered: Iterable[Book], ahead: int = 0, task: str = "") -> Admission | Refusal:
+    """Return the decision over all registered workers, with the best reason there is.
+
+    `ahead`: jobs of the same request and task that wait before this one. A request that no worker could ever hold is
+    refused as such, also while no worker admits anything. Where only workers that admit nothing now are large enough,
+    the refusal is `NO_WORKER` and names the first of them.
+    """
+    books = list(registered)
+    knowing = [book for book in books if book.knows(task)]
+    never = find_shortfall(request, knowing)
+    if never is not None:
+        return Refusal(never.reason, never.resource, never.asked, never.largest, never.worker)
+    large = [book for book in knowing if is_large_enough(request, book)]
+    if large and not any(book.admitting for book in large):
+        return Refusal(Reason.NO_WORKER, worker=min(book.worker for book in large))
+    return survey(request, books, ahead, task)
+
+
+def kinds_of(books: Iterable[Book]) -> list[Book]:
+    """Return one worker of each capacity and catalogue of tasks, first by name, as if it were empty.
+
+    Of a large cluster these are few, and each question about empty workers has the same answer for all of a kind.
+    """
+    kinds: dict[object, Book] = {}
+    for book in books:
+        tasks = None if book.tasks is None else frozenset(book.tasks)
+        kind = (tuple(book.capacity.items()), book.admitting, tasks)
+        first = kinds.get(kind)
+        if first is None or book.worker < first.worker:
+            kinds[kind] = book
+    return [replace(book, allocated={}, kept="") for book in kinds.values()]
+
+
+def count_before(waiting: Mapping[str, int], registered: Iterable[Book]) -> int:
+    """Return how many of the waiting jobs that come before a job would start before it.
+
+    `waiting`: the number of these jobs by the shape under which they are filed. A job that no registered worker could
+    ever take holds up no other, and does not count.
+    """
+    kinds = kinds_of(registered)
+    return sum(number for filed, number in waiting.items() if number > 0 and _can_start(filed, kinds))
+
+
+def _can_start(filed: str, kinds: Sequence[Book]) -> bool:
+    shape, task = split_shape(filed)
+    request = Request.from_shape(shape)
+    return any(book.knows(task) and is_large_enough(request, book) for book in kinds)
