@@ -13,7 +13,7 @@ from celery_capacity.routing.recovery import reclaim
 from celery_capacity.routing.recovery.reconcile import reconcile
 from celery_capacity.routing.store import fencing
 from celery_capacity.workers.duties import fallback, lapse
-from celery_capacity.workers.duties.window import Window
+from celery_capacity.workers.membership.window import Window
 from celery_capacity.workers.process.stores import Stores
 from tests.fixtures.stores.staged import Stage
 from tests.fixtures.waiting import until
