@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         StoreUnavailable,
         Unsupported,
     )
+    from celery_capacity.routing.inspect.explanation import Explanation
     from celery_capacity.routing.inspect.job_events import JobEvent
     from celery_capacity.routing.model.request import Request
     from celery_capacity.workers.app.install import create_app, install
@@ -69,6 +70,7 @@ __all__ = [
     "AsyncJob",
     "BacklogFull",
     "Cancellation",
+    "Explanation",
     "InvalidRequest",
     "Job",
     "JobEvent",
@@ -100,6 +102,7 @@ __all__ = [
 _SOURCES = {
     "AsyncJob": "celery_capacity.workers.client.job",
     "Cancellation": "celery_capacity.workers.client.cancel",
+    "Explanation": "celery_capacity.routing.inspect.explanation",
     "Job": "celery_capacity.workers.client.job",
     "JobEvent": "celery_capacity.routing.inspect.job_events",
     "JobInfo": "celery_capacity.workers.client.job",

@@ -1,4 +1,4 @@
-"""Generated blocks of the documents: options, settings, errors, signatures, crashes, as the code has them.
+"""Generated blocks of the documents: options, settings, errors, signatures, reasons, crashes, as the code has them.
 
 `make reference` writes them.
 
@@ -21,8 +21,10 @@ import click
 
 import celery_capacity
 from celery_capacity import routing
+from celery_capacity.platform.console.wording import MEANINGS
 from celery_capacity.routing.config.settings import described
 from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.model.reasons import EXPLAINED, Reason
 from celery_capacity.workers.plugin import COMMANDS, SCRIPT
 from celery_capacity.workers.process.exit_codes import Exit
 
@@ -170,6 +172,17 @@ def of_protocol() -> Blocks:
     return {"crashes": table(header, iter(crashes))}
 
 
+# -- reasons
+
+
+def of_reasons() -> Blocks:
+    """Return the table of the reasons to wait, in the order of `Reason`."""
+    rows = (
+        [f"`{reason.value}`", *MEANINGS[reason]] for reason in EXPLAINED if reason not in (Reason.RUNS, Reason.ENDED)
+    )
+    return {"reasons": table(("`why`", "it says", "it means", "what to do"), rows)}
+
+
 # -- the API
 
 
@@ -230,6 +243,7 @@ def of_api() -> Blocks:
 #: Pages, and what makes their blocks.
 PAGES: Final[Mapping[str, Callable[[], Blocks]]] = {
     "explanation/protocol.md": of_protocol,
+    "explanation/why-does-it-wait.md": of_reasons,
     "reference/api.md": of_api,
     "reference/commands.md": of_commands,
     "reference/errors.md": of_errors,

@@ -43,7 +43,7 @@ def command(context: click.Context, job_id: str, as_json: bool) -> None:
     with stores.engine.connect() as connection:
         if (file := queries.find(connection, job)) is None:
             raise unknown_jobs(connection, [job])  # it went meanwhile
-        why = explain.explain(quick_client(stores.redis), connection, job)
+        why = explain.explain(quick_client(stores.redis), connection, job, stores.settings.most_losses)
         call = _call(queries.find_message(connection, job))
     call["result"] = _result(context.obj.app, job) if file.job["state"] == State.SUCCEEDED else None
     if as_json:

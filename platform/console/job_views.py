@@ -11,6 +11,7 @@ from rich.text import Text
 from celery_capacity.platform.console.fitting import fit, shorten_end
 from celery_capacity.platform.console.render import NOTHING, age, cut, moment, progress, reasons
 from celery_capacity.platform.console.terminal import STATE_STYLES, harmless, table
+from celery_capacity.platform.console.wording import details
 from celery_capacity.routing.config.redaction import hidden_text
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE
 from celery_capacity.routing.model.request import Request
@@ -19,7 +20,7 @@ from celery_capacity.routing.model.states import FINAL, State
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from celery_capacity.routing.inspect.explain import Explanation
+    from celery_capacity.routing.inspect.explanation import Explanation
     from celery_capacity.routing.inspect.job_list import JobList
     from celery_capacity.routing.store.quarantine import Quarantined
     from celery_capacity.routing.store.queries import JobFile
@@ -150,7 +151,7 @@ def job(console: Console, file: JobFile, why: Explanation | None, call: Mapping[
             console.print(Text.assemble(f"{name:<10}", text if isinstance(text, Text) else harmless(text)))
     if why is not None and waits:
         console.print()
-        for number, sentence in enumerate(reasons(why)):
+        for number, sentence in enumerate([*reasons(why), *details(why)]):
             label = ("waits:    ", "bold yellow") if number == 0 else " " * 10
             console.print(Text.assemble(label, harmless(sentence)))
     if file.attempts:

@@ -1,6 +1,7 @@
 """The values of the commands, drawn for people: plain lines, with colours and bars only on a terminal.
 
-Only this module words the reasons. Each function takes a console and a value. Programs read the value's own `to_json`.
+This module words the reasons, and `wording` their details. Each function takes a console and a value. Programs read
+the value's own `to_json`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from celery_capacity.platform.console.fitting import fit
 from celery_capacity.platform.console.terminal import STATE_STYLES, bar, harmless, table
-from celery_capacity.routing.inspect.explain import Explanation
+from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.model.amounts import (
     ALONE,
     CPUS,
@@ -278,7 +279,7 @@ def reasons(why: Explanation) -> list[str]:
     if why.place is not None:
         sentences.append(
             f"It is number {why.place} of the jobs with this request;"
-            f" {why.before or 0} waiting {'job comes' if why.before == 1 else 'jobs come'} before it."
+            f" {why.position or 0} {'job' if why.position == 1 else 'jobs'} would start before it."
         )
     if why.large_enough is not None and why.why in (Reason.NO_ROOM, Reason.BEHIND_SHAPE):
         sentences.append(f"{why.large_enough} of {why.live_workers} live workers are large enough for it.")
@@ -294,7 +295,9 @@ def _reason(why: Explanation) -> str:
     asked = _amount(why.resource, why.asked)
     free = _amount(why.resource, max(0, why.free or 0))
     sentences = {
-        Reason.NO_WORKER: "No live worker admits jobs. Start one: celery -A platform worker"
+        Reason.NO_WORKER: f"The workers that are large enough admit no jobs now, such as {why.worker}."
+        if why.worker
+        else "No live worker admits jobs. Start one: celery -A platform worker"
         if why.request.queue == DEFAULT_QUEUE
         else f"No live worker that serves queue {why.request.queue} admits jobs.",
         Reason.NO_TASK: f"No live worker knows its task. {WITH_ITS_CODE}",

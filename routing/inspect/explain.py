@@ -5,9 +5,9 @@ The explanation is a value. Its words are made where it is shown. Nothing is wri
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import redis as redispy
@@ -15,71 +15,37 @@ from redis.exceptions import RedisError
 from sqlalchemy import Connection, func, select
 
 from celery_capacity.routing.database import schema
-from celery_capacity.routing.ledger import keys, snapshot
-from celery_capacity.routing.model import amounts
-from celery_capacity.routing.model.amounts import CPUS
+from celery_capacity.routing.inspect import running_jobs, waiting
+from celery_capacity.routing.inspect.explanation import Explanation
+from celery_capacity.routing.ledger import snapshot
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request, filed_shape, split_shape
 from celery_capacity.routing.model.states import FINAL, HOLDING, State, Store
-from celery_capacity.routing.policy.placement import Admission, Book, Refusal, order, survey
+from celery_capacity.routing.policy.feasibility import count_before, is_large_enough, judge
+from celery_capacity.routing.policy.missing import missing_on_each, unblocked_by
+from celery_capacity.routing.policy.placement import Admission, Book, order
 from celery_capacity.routing.store import backlog, dependencies
 
 #: Most needed jobs that an explanation names.
 SHOWN_NEEDS: Final = 10
+#: Workers of which an explanation says what is missing there.
+SHOWN_WORKERS: Final = 5
+#: Workers whose running jobs are looked at for those whose ends make room: the closest ones.
+LOOKED_AT: Final = 64
+#: Lost attempts after which a job ends, where the caller does not say.
+MAX_LOSSES: Final = 3
+#: Reasons for which an explanation says what each worker lacks.
+SHORT_OF_ROOM: Final = frozenset(
+    {Reason.NO_ROOM, Reason.ALONE, Reason.TOO_LARGE, Reason.UNKNOWN_RESOURCE, Reason.NO_WORKER}
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """The reason why a job is where it is.
+def explain(
+    client: redispy.Redis, connection: Connection, job: str, most_losses: int = MAX_LOSSES
+) -> Explanation | None:
+    """Return why `job` is where it is; None where Postgres has no such job. At most five round trips to Redis.
 
-    `resource`, `asked` and `free` (millicores, bytes or counts) tell the shortage on the worker (`worker`) that comes
-    closest. `place` is the job's place, from 1, among the jobs with an equal request. `before` is the number of all
-    waiting jobs that come earlier in order, for any request.
-    """
-
-    job: str
-    state: State
-    why: Reason
-    request: Request
-    declared: bool
-    resource: str | None = None
-    asked: int | None = None
-    free: int | None = None
-    worker: str | None = None
-    place: int | None = None
-    before: int | None = None
-    due_at: datetime | None = None
-    #: workers that would have room if they were empty
-    large_enough: int | None = None
-    live_workers: int | None = None
-    #: the jobs that must succeed first, at most `SHOWN_NEEDS`
-    needs: tuple[str, ...] = ()
-    #: the rate of its task, as somebody wrote it
-    rate: str | None = None
-
-    @property
-    def waits(self) -> bool:
-        """Return whether the job waits: it neither runs nor has ended."""
-        return self.why not in (Reason.RUNS, Reason.ENDED)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "why": self.why.value,
-            "request": self.request.to_people(),
-            "asked": self._number(self.asked),
-            "free": self._number(self.free),
-            "due_at": None if self.due_at is None else self.due_at.astimezone(UTC).isoformat(),
-        }
-
-    def _number(self, amount: int | None) -> int | float | None:
-        return amounts.cpus_number(amount) if amount is not None and self.resource == CPUS else amount
-
-
-def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanation | None:
-    """Return why `job` is where it is; None where Postgres has no such job. At most four round trips to Redis.
-
-    The archive is searched too. All jobs there have ended.
+    The archive is searched too. All jobs there have ended. `most_losses`: the setting of the workers.
     """
     row = _row(connection, job)
     if row is None:
@@ -95,26 +61,68 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
     if connection.execute(select(schema.authority.c.authority)).scalar_one_or_none() == Store.POSTGRES:
         return Explanation(job, state, Reason.LEDGER_STANDS_BACK, request, row.declared)
     try:
-        head = snapshot.read_head(client)
-        if head.epoch is None:
-            return Explanation(job, state, Reason.LEDGER_CLOSED, request, row.declared)
-        books = snapshot.read_books(client, head.leases)
-        card = snapshot.read_cards(client, [job]).get(job)
-        held = Request.from_shape(card.shape) if card is not None and card.shape else request
-        filed = card.shape if card is not None and card.shape else filed_shape(request.shape, row.name)
-        _, task = split_shape(filed)
-        catalogues = {book.catalogue for book in books.values()} - {""}
-        ahead, before, knowing = _ahead(client, head.shapes, filed, order(row.priority, row.seq), catalogues, task)
+        seen = _read_ledger(client, connection, job, row)
     except RedisError:
         return Explanation(job, state, Reason.LEDGER_UNREACHABLE, request, row.declared)
+    if seen is None:
+        return Explanation(job, state, Reason.LEDGER_CLOSED, request, row.declared)
+    return _explain_waiting(connection, job, row, seen, most_losses)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ledger:
+    """The ledger as one job sees it. `held`: the request that its next attempt holds. `registered`: all workers.
+
+    `before`: the waiting jobs that come before the job, by the shape under which they are filed.
+    """
+
+    held: Request
+    filed: str
+    registered: Sequence[Book]
+    live: int
+    before: Mapping[str, int]
+
+
+def _read_ledger(client: redispy.Redis, connection: Connection, job: str, row: Any) -> _Ledger | None:
+    """Read the books and the backlog; return None where the ledger is cold. Raises `RedisError`."""
+    head = snapshot.read_head(client)
+    if head.epoch is None:
+        return None
+    books = [book for book in snapshot.read_books(client, head.leases).values() if head.is_registered(book)]
+    card = snapshot.read_cards(client, [job]).get(job)
+    filed = card.shape if card is not None and card.shape else filed_shape(row.shape, row.name)
+    position = order(row.priority, row.seq)
+    before = Counter(waiting.count_before(client, head.shapes, position))
     if head.staying:
-        ahead_there, before_there = backlog.staying_before(connection, filed, row.priority, row.seq)
-        ahead, before = ahead + ahead_there, before + before_there
-    live = [book.to_policy(head.now, knowing) for book in books.values() if head.is_live(book)]
-    refusal = refuse(held, live, ahead, task)
+        before.update(backlog.staying_before(connection, row.priority, row.seq))
+    tasks = {split_shape(shape)[1] for shape in (filed, *before)} - {""}
+    knowing = snapshot.read_catalogues(client, {book.catalogue for book in books} - {""}, tasks)
+    return _Ledger(
+        held=Request.from_shape(split_shape(filed)[0]),
+        filed=filed,
+        registered=[book.to_policy(head.now, knowing) for book in books],
+        live=sum(head.is_live(book) for book in books),
+        before=before,
+    )
+
+
+def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, most_losses: int) -> Explanation:
+    """Explain a job that waits in the ledger, or is on its way there: by the policy, over the books."""
+    state, request = State(row.state), Request.from_shape(row.shape)
+    _, task = split_shape(seen.filed)
+    ahead = seen.before.get(seen.filed, 0)
+    decision = judge(seen.held, seen.registered, ahead, task)
+    refusal = None if isinstance(decision, Admission) else decision
     why = Reason.ABOUT_TO_START if refusal is None else refusal.reason
     if state is State.ACCEPTED and why in (Reason.ABOUT_TO_START, Reason.BEHIND_SHAPE):
         why = Reason.ON_ITS_WAY
+    missing = missing_on_each(seen.held, seen.registered, task) if why in SHORT_OF_ROOM else []
+    large = {book.worker for book in seen.registered if book.knows(task) and is_large_enough(request, book)}
+    unblocking = None
+    if why in (Reason.NO_ROOM, Reason.ALONE):
+        workers = [line.worker for line in missing if line.admits and line.worker in large][:LOOKED_AT]
+        running = running_jobs.on_workers(connection, workers, most_losses)
+        unblocking = unblocked_by(seen.held, seen.registered, running, task)
     return Explanation(
         job,
         state,
@@ -126,9 +134,13 @@ def explain(client: redispy.Redis, connection: Connection, job: str) -> Explanat
         free=refusal.free if refusal and refusal.resource else None,
         worker=(refusal and refusal.worker) or None,
         place=ahead + 1,
-        before=before,
-        large_enough=sum(1 for book in live if book.knows(task) and _when_empty(request, book)),
-        live_workers=len(live),
+        before=sum(seen.before.values()),
+        position=count_before(seen.before, seen.registered),
+        large_enough=sum(book.admitting and book.worker in large for book in seen.registered),
+        live_workers=seen.live,
+        missing=tuple(missing[:SHOWN_WORKERS]),
+        more_missing=max(0, len(missing) - SHOWN_WORKERS),
+        unblocked_by=unblocking,
     )
 
 
@@ -179,12 +191,6 @@ def _archived(connection: Connection, job: str) -> Explanation | None:
     return Explanation(job, State(row.state), Reason.ENDED, Request.from_people(row.request), row.declared)
 
 
-def refuse(request: Request, live: Sequence[Book], ahead: int, task: str = "") -> Refusal | None:
-    """Return the policy's reason for not admitting a request; None where it would admit it."""
-    decision = survey(request, live, ahead, task)
-    return None if isinstance(decision, Admission) else decision
-
-
 def _without_books(state: State) -> Reason | None:
     """Return the reason where the state alone tells it, else None."""
     if state in FINAL:
@@ -193,26 +199,3 @@ def _without_books(state: State) -> Reason | None:
         return Reason.RUNS
     plain: Mapping[State, Reason] = {State.SCHEDULED: Reason.SCHEDULED, State.REPLACED: Reason.REPLACED}
     return plain.get(state)
-
-
-def _when_empty(request: Request, book: Book) -> bool:
-    large_enough = all(amount <= book.capacity.get(name, 0) for name, amount in request.amounts)
-    return book.admitting and book.serves(request) and large_enough
-
-
-def _ahead(
-    client: redispy.Redis, shapes: Sequence[str], shape: str, order: int, catalogues: Collection[str], task: str
-) -> tuple[int, int, dict[str, frozenset[str]]]:
-    """Count the waiting jobs before `order`: with this shape, and in all. One round trip.
-
-    Also return which of these catalogues have the task, each as the tasks of interest in it.
-    """
-    pipe = client.pipeline(transaction=False)
-    for queued in shapes:
-        pipe.zcount(keys.wait(queued), "-inf", f"({order}")
-    for catalogue in catalogues:
-        pipe.sismember(keys.tasks(catalogue), task)
-    replies = iter(pipe.execute())
-    counts = {queued: int(next(replies)) for queued in shapes}
-    knowing = {catalogue: frozenset({task} if next(replies) else ()) for catalogue in catalogues}
-    return counts.get(shape, 0), sum(counts.values()), knowing

@@ -247,19 +247,20 @@ def from_ledger(client: redispy.Redis, page: Page = WHOLE) -> Overview:
         books = (("HGETALL", keys.book(worker)) for worker in head.leases)
         replies = iter(snapshot.read_many(client, (*views, *books, *queue_reads(head.shapes))))
         seen = {worker: next(replies) for worker in on_page}
-        lines, lapsed = [], 0
+        lines, silent, lapsed = [], list[Book](), 0
         for worker in head.leases:
             book = snapshot.parse_book(worker, snapshot.pairs(next(replies)))
             if book is not None and head.is_live(book):
                 lines.append(_ledger_line(head.now, book, seen.get(worker, _UNSEEN)))
             elif book is not None:
                 lapsed += book.allocated.get(CPUS, 0)
+                silent += [book.to_policy(head.now)] if head.is_registered(book) else []
         backlog = read_backlog(client, head, replies, {line.catalogue for line in lines})
         return Overview(
             source=Store.LEDGER,
             at=datetime.fromtimestamp(head.now / 1000, UTC),
             workers=tuple(sorted(lines, key=lambda line: line.name)),
-            backlog=blocked_first(backlog, (line.to_policy() for line in lines)),
+            backlog=blocked_first(backlog, (*(line.to_policy() for line in lines), *silent)),
             lapsed_cpus=lapsed,
             counters=head.counters,
             memory_short=head.tight,
@@ -298,26 +299,11 @@ def from_postgres(connection: Connection, ttl: float = WORKER_TTL) -> Overview:
     incarnations = connection.execute(
         select(schema.workers).where(workers.status.in_(sorted(snapshot.LIVE))).order_by(workers.started_at.desc())
     ).all()
-    lines = []
     # A name may have an older incarnation that has not ended yet. The newest one counts.
     newest = {row.name: row for row in reversed(incarnations)}
-    for row in sorted(newest.values(), key=lambda row: str(row.name)):
-        age = max(0.0, (now - row.seen_at).total_seconds())
-        if age < ttl:
-            lines.append(
-                WorkerLine(
-                    name=row.name,
-                    status=row.status,
-                    capacity=amounts.from_people(row.capacity),
-                    allocated=allocated.get(row.incarnation, {}),
-                    heartbeat_age=age,
-                    hostname=row.hostname,
-                    pid=row.pid,
-                    incarnation=row.incarnation,
-                    started_at=row.started_at.astimezone(UTC).isoformat(timespec="milliseconds"),
-                    version=row.version,
-                )
-            )
+    rows = sorted(newest.values(), key=lambda row: str(row.name))
+    registered = [_row_line(row, now, allocated.get(row.incarnation, {})) for row in rows]
+    lines = [line for line in registered if (line.heartbeat_age or 0) < ttl]
     queues = connection.execute(
         select(jobs.shape, func.count().label("waiting"), func.min(jobs.submitted_at).label("oldest"))
         .where(jobs.state.in_([State.ACCEPTED, State.WAITING]))
@@ -328,8 +314,24 @@ def from_postgres(connection: Connection, ttl: float = WORKER_TTL) -> Overview:
         BacklogLine(Request.from_shape(row.shape), row.waiting, max(0.0, (now - row.oldest).total_seconds()))
         for row in queues
     )
-    judged = blocked_first(backlog, [line.to_policy() for line in lines])
+    judged = blocked_first(backlog, [line.to_policy() for line in registered])
     return Overview(source=Store.POSTGRES, at=now.astimezone(UTC), workers=tuple(lines), backlog=judged)
+
+
+def _row_line(row: Any, now: datetime, allocated: Mapping[str, int]) -> WorkerLine:
+    """Return the line of a worker from its row."""
+    return WorkerLine(
+        name=row.name,
+        status=row.status,
+        capacity=amounts.from_people(row.capacity),
+        allocated=allocated,
+        heartbeat_age=max(0.0, (now - row.seen_at).total_seconds()),
+        hostname=row.hostname,
+        pid=row.pid,
+        incarnation=row.incarnation,
+        started_at=row.started_at.astimezone(UTC).isoformat(timespec="milliseconds"),
+        version=row.version,
+    )
 
 
 def _allocated(connection: Connection) -> dict[str, dict[str, int]]:

@@ -12,7 +12,8 @@ import redis as redispy
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request, split_shape
-from celery_capacity.routing.policy.placement import SUBMISSIONS, TOP_PRIORITY, Book, Refusal, order, survey
+from celery_capacity.routing.policy.feasibility import judge, kinds_of
+from celery_capacity.routing.policy.placement import SUBMISSIONS, TOP_PRIORITY, Book, Refusal, order
 
 #: Reasons that time does not change: somebody must start another worker, or cancel the jobs.
 BLOCKING: Final = frozenset({Reason.NO_TASK, Reason.NO_QUEUE, Reason.UNKNOWN_RESOURCE, Reason.TOO_LARGE})
@@ -84,21 +85,20 @@ def read_backlog(
     return tuple(lines.values())
 
 
-def blocked_first(lines: Iterable[BacklogLine], books: Iterable[Book]) -> tuple[BacklogLine, ...]:
-    """Return the lines with the reasons that block them, these first. `books`: those of the live workers.
+def blocked_first(lines: Iterable[BacklogLine], registered: Iterable[Book]) -> tuple[BacklogLine, ...]:
+    """Return the lines with the reasons that block them, these first. `registered`: the books of all workers.
 
     Empty workers are judged. So one worker of each capacity is enough, however many there are.
     """
-    kinds = {(tuple(book.capacity.items()), book.admitting): book for book in books}
-    empty = [replace(book, allocated={}) for book in kinds.values()]
-    judged = [replace(line, blocked=_blocked(line, empty)) for line in lines]
+    kinds = kinds_of(registered)
+    judged = [replace(line, blocked=_blocked(line, kinds)) for line in lines]
     return tuple(sorted(judged, key=lambda line: (line.blocked is None, not line.unknown_task)))
 
 
 def _blocked(line: BacklogLine, books: Sequence[Book]) -> Reason | None:
     if line.unknown_task:
         return Reason.NO_TASK
-    decision = survey(line.request, books, 0)
+    decision = judge(line.request, books)
     return decision.reason if isinstance(decision, Refusal) and decision.reason in BLOCKING else None
 
 
@@ -110,3 +110,9 @@ def _together(first: BacklogLine, second: BacklogLine) -> BacklogLine:
 
 def _firsts(replies: Iterator[Any]) -> list[str]:
     return [snapshot.text(members[0]) for members in (next(replies) for _ in _ORDERS) if members]
+
+
+def count_before(client: redispy.Redis, shapes: Sequence[str], position: int) -> dict[str, int]:
+    """Count the jobs of each of these shapes that wait in the ledger and come before an order, in one round trip."""
+    replies = snapshot.read_many(client, (("ZCOUNT", keys.wait(shape), "-inf", f"({position}") for shape in shapes))
+    return {shape: int(reply) for shape, reply in zip(shapes, replies, strict=True)}

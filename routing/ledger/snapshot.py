@@ -132,6 +132,10 @@ class Head:
     #: True if the memory of the server is short, so that jobs which find no room stay in Postgres.
     tight: bool = False
 
+    def is_registered(self, worker: WorkerBook) -> bool:
+        """Return True if a worker counts as registered in this epoch: it has not left, and is not given up as lost."""
+        return worker.epoch == self.epoch
+
     def is_live(self, worker: WorkerBook) -> bool:
         """Return True if a worker counts as live in this epoch."""
         return worker.epoch == self.epoch and worker.is_live(self.now)
@@ -207,6 +211,16 @@ def parse_book(worker: str, fields: Mapping[Any, Any]) -> WorkerBook | None:
         kept=text(rest.get("kept", "")),
         catalogue=text(rest.get("tasks", "")),
     )
+
+
+def read_catalogues(
+    client: redis.Redis, catalogues: Collection[str], tasks: Collection[str]
+) -> dict[str, frozenset[str]]:
+    """Return which of these tasks each catalogue has, in one round trip."""
+    pairs_asked = [(catalogue, task) for catalogue in catalogues for task in tasks]
+    replies = read_many(client, (("SISMEMBER", keys.tasks(catalogue), task) for catalogue, task in pairs_asked))
+    members = {pair for pair, reply in zip(pairs_asked, replies, strict=True) if reply}
+    return {catalogue: frozenset(task for task in tasks if (catalogue, task) in members) for catalogue in catalogues}
 
 
 @lru_cache(maxsize=1024)

@@ -171,8 +171,8 @@ _STAYING: Final = text(f"""
 SELECT behind, count(*), min(({TOP_PRIORITY} - priority) * {SUBMISSIONS} + seq) FROM jobs WHERE {_STAYS} GROUP BY behind
 """)
 _BEFORE: Final = text(f"""
-SELECT count(*) FILTER (WHERE behind = :shape), count(*) FROM jobs
-WHERE {_STAYS} AND (-priority, seq) < (-CAST(:priority AS int), CAST(:seq AS bigint))
+SELECT behind, count(*) FROM jobs
+WHERE {_STAYS} AND (-priority, seq) < (-CAST(:priority AS int), CAST(:seq AS bigint)) GROUP BY behind
 """)
 
 
@@ -230,7 +230,7 @@ def staying(connection: Connection) -> list[tuple[str, int, int]]:
     return [(row[0], row[1], row[2]) for row in connection.execute(_STAYING)]
 
 
-def staying_before(connection: Connection, shape: str, priority: int, seq: int) -> tuple[int, int]:
-    """Count the jobs that stay in Postgres and come before a place: of a shape, and in all."""
-    row = connection.execute(_BEFORE, {"shape": shape, "priority": priority, "seq": seq}).one()
-    return row[0], row[1]
+def staying_before(connection: Connection, priority: int, seq: int) -> dict[str, int]:
+    """Count the jobs that stay in Postgres and come before a place, by the shape under which they are filed."""
+    rows = connection.execute(_BEFORE, {"priority": priority, "seq": seq})
+    return {row[0]: int(row[1]) for row in rows}

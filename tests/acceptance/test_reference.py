@@ -23,7 +23,7 @@ from benchmarks.proposals.report import RESULTS, Report
 from benchmarks.report import read_results, sizing
 from celery_capacity.platform.console import render
 from celery_capacity.routing.inspect import overview
-from celery_capacity.routing.inspect.explain import Explanation, refuse
+from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.replies import Adopted, Ended
 from celery_capacity.routing.model import states
@@ -34,7 +34,9 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy import placement
+from celery_capacity.routing.policy.feasibility import judge
 from celery_capacity.routing.policy.placement import Admission, Book, order
+from celery_capacity.routing.policy.placement import Refusal as Refused
 from celery_capacity.workers.runner.duty_runner import Pass
 from docs.site import reference
 from tests.fixtures.processes.platforms import ROOT
@@ -303,8 +305,8 @@ def test_the_example_of_the_policy_is_what_it_decides() -> None:
     for cpus, worker in ((2000, "a"), (4000, "b")):
         assert placement.choose(Request.of({"cpus": cpus}), books, placement.CANDIDATES) == Admission(worker)
     wide = Request.of({"cpus": 12_000})
-    refusal = refuse(wide, books, 0)
-    assert refusal is not None
+    refusal = judge(wide, books)
+    assert isinstance(refusal, Refused)
     why = Explanation(
         "job",
         states.State.WAITING,

@@ -15,10 +15,12 @@ from typing import Any, Final
 from celery import Celery, current_app
 from celery.exceptions import TimeoutError as CeleryTimeout
 from celery.result import AsyncResult
+from sqlalchemy import Connection
 
 from celery_capacity.routing.database.postgres_errors import translated
 from celery_capacity.routing.errors import InvalidRequest, PlatformError, show
-from celery_capacity.routing.inspect import explain
+from celery_capacity.routing.inspect.explain import explain
+from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.inspect.job_events import JobEvent
 from celery_capacity.routing.ledger.connection import quick_client
 from celery_capacity.routing.model.identifiers import check_job_id
@@ -105,9 +107,9 @@ class Job:
         """
         with translated(), self._stores.engine.connect() as connection:
             file = queries.find(connection, self.id)
-            why = explain.explain(quick_client(self._stores.redis), connection, self.id)
+            why = self._explain(connection)
         if file is None:
-            raise InvalidRequest(f"there is no job {self.id}", value=self.id, advice="Its transaction may not be over.")
+            raise self._unknown()
         row, waits = file.job, why is not None and why.waits
         return JobInfo(
             id=self.id,
@@ -123,6 +125,25 @@ class Job:
             progress=_progress(row["progress"]),
             retried_as=tuple(row["retried_as"]),
         )
+
+    def explain(self) -> Explanation:
+        """Return why the job is where it is, as an `Explanation`: its reason, position, what is missing on each worker.
+
+        Raises as `now` does.
+        """
+        with translated(), self._stores.engine.connect() as connection:
+            why = self._explain(connection)
+        if why is None:
+            raise self._unknown()
+        return why
+
+    def _explain(self, connection: Connection) -> Explanation | None:
+        client, settings = quick_client(self._stores.redis), self._stores.settings
+        return explain(client, connection, self.id, settings.most_losses)
+
+    def _unknown(self) -> InvalidRequest:
+        advice = "Its transaction may not be over."
+        return InvalidRequest(f"there is no job {self.id}", value=self.id, advice=advice)
 
     def wait(self, *states: str, timeout: float | None = None) -> JobEvent:
         """Wait until the job is in one of the states or has ended, and return the event that says so.
@@ -195,6 +216,9 @@ class AsyncJob:
 
     async def info(self) -> JobInfo:
         return await asyncio.to_thread(self._job.info)
+
+    async def explain(self) -> Explanation:
+        return await asyncio.to_thread(self._job.explain)
 
     async def wait(self, *states: str, timeout: float | None = None) -> JobEvent:
         """Wait as `Job.wait` does."""

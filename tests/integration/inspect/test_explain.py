@@ -8,9 +8,13 @@ from datetime import UTC, datetime, timedelta
 import redis
 
 from celery_capacity.platform.console import render
-from celery_capacity.routing.inspect.explain import Explanation, explain
+from celery_capacity.platform.console.wording import details
+from celery_capacity.routing.inspect.explain import explain
+from celery_capacity.routing.inspect.explanation import Explanation
+from celery_capacity.routing.inspect.overview import from_ledger
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.reasons import EXPLAINED, Reason
+from celery_capacity.routing.policy.missing import Unblocking
 from tests.fixtures.stores.staged import Stage
 
 
@@ -76,8 +80,92 @@ def test_a_full_worker_and_the_jobs_before_it_are_counted(stage: Stage) -> None:
         "a",
     )
     assert (explanation.place, explanation.before, explanation.large_enough, explanation.live_workers) == (3, 3, 1, 1)
-    assert "number 3 of the jobs with this request; 3 waiting jobs come before it" in _words(explanation)
+    assert "number 3 of the jobs with this request; 3 jobs would start before it" in _words(explanation)
     assert (_why(stage, urgent).place, _why(stage, urgent).before) == (1, 0)
+
+
+def test_explain_counts_no_job_before_it_that_could_never_start(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    stage.submit(cpus=4000)
+    for _ in range(3):
+        stage.submit(cpus=9000)
+    stage.submit(cpus=2000, licence=1)
+    stage.submit(cpus=3000)
+    explanation = _why(stage, stage.submit(cpus=2000))
+    assert (explanation.before, explanation.position) == (5, 1)
+    assert "1 job would start before it." in _words(explanation)
+
+
+def test_explain_lists_what_each_worker_lacks_the_closest_first(stage: Stage) -> None:
+    for name, cpus, memory in (("a", 4000, 2**30), ("b", 16_000, 2**33), ("c", 16_000, 2**33)):
+        stage.worker(name, cpus=cpus, memory=memory)
+    for worker, cpus in (("b", 10_000), ("c", 14_000)):
+        assert stage.row(stage.submit(cpus=cpus, memory=2**31)).worker == worker
+    assert stage.row(stage.submit(cpus=3000)).worker == "a"
+    explanation = _why(stage, stage.submit(cpus=8000, memory=2**31))
+    assert [line.worker for line in explanation.missing] == ["b", "c", "a"]
+    assert details(explanation)[:3] == [
+        "On b: 6 of 16 CPUs free, memory enough.",
+        "On c: 2 of 16 CPUs free, memory enough.",
+        "On a: 1 of 4 CPUs free, 1 GiB of 1 GiB memory free.",
+    ]
+    assert explanation.to_json()["missing"][0] == {
+        "worker": "b",
+        "admits": True,
+        "alone": False,
+        "resources": [
+            {"resource": "cpus", "asked": 8, "free": 6, "total": 16},
+            {"resource": "memory", "asked": 2**31, "free": 2**33 - 2**31, "total": 2**33},
+            {"resource": "slots", "asked": 1, "free": 99, "total": 100},
+        ],
+    }
+
+
+def test_explain_shows_the_closest_workers_and_counts_the_others(stage: Stage) -> None:
+    for number in range(8):
+        stage.worker(f"w{number}", cpus=4000)
+    for _ in range(8):
+        stage.submit(cpus=3000)
+    explanation = _why(stage, stage.submit(cpus=4000))
+    assert (len(explanation.missing), explanation.more_missing) == (5, 3)
+    assert "3 more workers lack room too." in details(explanation)
+
+
+def test_explain_names_the_running_jobs_whose_ends_make_room(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    stage.worker("b", cpus=8000)
+    first, two, three, four = (stage.submit(cpus=cpus) for cpus in (4000, 2000, 2000, 4000))
+    assert [stage.row(job).worker for job in (first, two, three, four)] == ["a", "b", "b", "b"]
+    explanation = _why(stage, stage.submit(cpus=4000))
+    assert explanation.unblocked_by == Unblocking("a", (first,))
+    assert details(explanation)[-1] == f"The end of job {first} on a would make room for it."
+    explanation = _why(stage, stage.submit(cpus=6000))
+    assert explanation.unblocked_by == Unblocking("b", (two, four))
+    assert details(explanation)[-1] == f"The ends of the jobs {two} and {four} on b would make room for it."
+    assert explanation.to_json()["unblocked_by"] == {"worker": "b", "jobs": (two, four)}
+
+
+def test_explain_names_a_draining_worker_that_is_large_enough(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    stage.worker("b", cpus=16_000)
+    stage.ledger.drain("b", "b-life")
+    explanation = _why(stage, stage.submit(cpus=9000))
+    assert (explanation.why, explanation.worker) == (Reason.NO_WORKER, "b")
+    assert "The workers that are large enough admit no jobs now, such as b." in _words(explanation)
+    assert details(explanation) == ["On a: 4 of 4 CPUs free.", "On b: it admits no jobs now."]
+
+
+def test_silent_worker_counts_as_registered_until_it_is_lost(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    stage.worker("b", cpus=16_000)
+    stage.ledger.expire_lease("b", "b-life")
+    stage.ledger.lapse("b", 10**6, 3, most=0)
+    job = stage.submit(cpus=9000)
+    assert (_why(stage, job).why, _why(stage, job).worker) == (Reason.NO_WORKER, "b")
+    assert from_ledger(stage.redis).backlog[0].blocked is None
+    stage.ledger.lapse("b", 0, 3)
+    assert _why(stage, job).why is Reason.TOO_LARGE
+    assert from_ledger(stage.redis).backlog[0].blocked is Reason.TOO_LARGE
 
 
 def test_explain_tells_of_a_job_that_must_run_alone_and_those_behind_it(stage: Stage) -> None:

@@ -14,7 +14,7 @@ from celery_capacity import create_app
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect import explain
-from celery_capacity.routing.inspect.explain import Explanation
+from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.model import message
 from celery_capacity.routing.model.message import HEADER
 from celery_capacity.routing.model.reasons import Reason

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from celery_capacity.routing.inspect import waiting
 from celery_capacity.routing.inspect.waiting import BLOCKING, BacklogLine, blocked_first
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.policy.placement import Admission, Book, Refusal, survey
+from celery_capacity.routing.policy.feasibility import judge
+from celery_capacity.routing.policy.placement import Admission, Book, Refusal
 
 AMOUNTS = st.dictionaries(st.sampled_from(["cpus", "memory", "gpus"]), st.integers(0, 3))
 BOOKS = st.lists(
@@ -24,7 +25,7 @@ BOOKS = st.lists(
 @given(AMOUNTS.map(Request.of), BOOKS)
 def test_line_is_blocked_as_the_policy_says_of_all_workers(request_: Request, books: list[Book]) -> None:
     (line,) = blocked_first([BacklogLine(request_, 1, None)], books)
-    decision = survey(request_, books)
+    decision = judge(request_, books)
     blocks = isinstance(decision, Refusal) and decision.reason in BLOCKING
     assert line.blocked == (decision.reason if blocks and isinstance(decision, Refusal) else None)
 
@@ -32,11 +33,11 @@ def test_line_is_blocked_as_the_policy_says_of_all_workers(request_: Request, bo
 def test_equal_workers_are_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[int] = []
 
-    def count(request: Request, books: Sequence[Book], ahead: int) -> Admission:
+    def count(request: Request, books: Sequence[Book]) -> Admission:
         judged.append(len(books))
         return Admission("w0")
 
-    monkeypatch.setattr(waiting, "survey", count)
+    monkeypatch.setattr(waiting, "judge", count)
     books = [Book(f"w{n}", {"cpus": 1000 * (1 + n % 2), "slots": 9}, {"cpus": n}) for n in range(100)]
     blocked_first([BacklogLine(Request.of({"cpus": n}), 1, None) for n in range(3)], books)
     assert judged == [2, 2, 2]

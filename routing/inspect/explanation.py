@@ -1,0 +1,87 @@
+"""The explanation of a job as a value, and its JSON. Its words are made where it is shown."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from celery_capacity.routing.model import amounts
+from celery_capacity.routing.model.amounts import CPUS
+from celery_capacity.routing.model.reasons import Reason
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import State
+from celery_capacity.routing.policy.missing import Missing, Unblocking
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The reason why a job is where it is.
+
+    `resource`, `asked` and `free` (millicores, bytes or counts) tell the shortage on the worker (`worker`) that comes
+    closest. For `too-large`, `free` is the largest amount that there is, and `worker` has it.
+
+    `place` is the job's place, from 1, among the jobs with an equal request. `before` is the number of all waiting jobs
+    that come earlier in order, for any request. `position` is the number of those that would start before it: without
+    the jobs that no registered worker could ever take.
+    """
+
+    job: str
+    state: State
+    why: Reason
+    request: Request
+    declared: bool
+    resource: str | None = None
+    asked: int | None = None
+    free: int | None = None
+    worker: str | None = None
+    place: int | None = None
+    before: int | None = None
+    position: int | None = None
+    due_at: datetime | None = None
+    #: workers that would have room if they were empty
+    large_enough: int | None = None
+    live_workers: int | None = None
+    #: the jobs that must succeed first, at most `SHOWN_NEEDS`
+    needs: tuple[str, ...] = ()
+    #: the rate of its task, as somebody wrote it
+    rate: str | None = None
+    #: the shortage on each of the closest workers, at most `SHOWN_WORKERS`, and the number of the other workers
+    missing: tuple[Missing, ...] = ()
+    more_missing: int = 0
+    #: the running jobs whose ends would make room soonest
+    unblocked_by: Unblocking | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Return whether the job waits: it neither runs nor has ended."""
+        return self.why not in (Reason.RUNS, Reason.ENDED)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "why": self.why.value,
+            "request": self.request.to_people(),
+            "asked": _number(self.resource, self.asked),
+            "free": _number(self.resource, self.free),
+            "due_at": None if self.due_at is None else self.due_at.astimezone(UTC).isoformat(),
+            "missing": [_missing(line) for line in self.missing],
+        }
+
+
+def _missing(line: Missing) -> dict[str, Any]:
+    """Return the JSON of what a worker lacks, in people's units."""
+    rooms = [
+        {
+            "resource": room.resource,
+            "asked": _number(room.resource, room.asked),
+            "free": _number(room.resource, room.free),
+            "total": _number(room.resource, room.total),
+        }
+        for room in line.rooms
+    ]
+    return {"worker": line.worker, "admits": line.admits, "alone": line.alone, "resources": rooms}
+
+
+def _number(resource: str | None, amount: int | None) -> int | float | None:
+    return amounts.cpus_number(amount) if amount is not None and resource == CPUS else amount
