@@ -12,6 +12,7 @@ state is a `JobEvent`, all that is known of it a `JobInfo`, and the result of it
 the errors, all derived from `PlatformError`:
 
     PlatformError
+    ├── Infeasible       the job failed, because no registered worker could hold it
     ├── InvalidRequest   also a ValueError; nothing was written
     │   ├── MessageTooLarge  more bytes than are allowed
     │   ├── MessageTooDeep   nested deeper than is allowed
@@ -41,6 +42,7 @@ from typing import Any as _Any
 if TYPE_CHECKING:
     from celery_capacity.routing.errors import (
         BacklogFull,
+        Infeasible,
         InvalidRequest,
         LeaseLost,
         MessageTooDeep,
@@ -71,6 +73,7 @@ __all__ = [
     "BacklogFull",
     "Cancellation",
     "Explanation",
+    "Infeasible",
     "InvalidRequest",
     "Job",
     "JobEvent",

@@ -49,6 +49,7 @@ ALTER TABLE unique_keys OWNER TO platform_owner;
 ALTER TABLE dependencies OWNER TO platform_owner;
 ALTER TABLE rates OWNER TO platform_owner;
 ALTER TABLE retries OWNER TO platform_owner;
+ALTER TABLE infeasible OWNER TO platform_owner;
 ALTER TABLE chords OWNER TO platform_owner;
 ALTER TABLE chord_parts OWNER TO platform_owner;
 ALTER FUNCTION note_chord(text, integer, text) OWNER TO platform_owner;
@@ -77,6 +78,7 @@ GRANT SELECT, DELETE ON unique_keys, dependencies TO platform_worker;
 GRANT DELETE ON workers TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON rates TO platform_worker;
 GRANT SELECT, INSERT, UPDATE (seq) ON retries TO platform_worker;
+GRANT SELECT, INSERT, UPDATE, DELETE ON infeasible TO platform_worker;
 GRANT SELECT, UPDATE, DELETE ON chords TO platform_worker;
 GRANT SELECT, INSERT, DELETE ON chord_parts TO platform_worker;
 GRANT SELECT, UPDATE ON authority TO platform_worker;
@@ -104,8 +106,8 @@ GRANT EXECUTE ON FUNCTION note_chord(text, integer, text) TO platform_worker, pl
 GRANT SELECT (id, seq, name, state, epoch, attempt, step, losses, worker, incarnation, priority, request, shape, declared,
   queue, rerun, retries, nesting, root_id, parent_id, replaces, submitted_at, due_at, expires_at, admitted_at, started_at,
   finished_at, revoked_at, error, needs, rated, not_before, progress, behind) ON jobs TO platform_dashboard;
-GRANT SELECT ON attempts, workers, authority, runner, declarations, dependencies, rates, retries, alembic_version
-  TO platform_dashboard;
+GRANT SELECT ON attempts, workers, authority, runner, declarations, dependencies, rates, retries, infeasible,
+  alembic_version TO platform_dashboard;
 GRANT SELECT ON jobs_archive, attempts_archive TO platform_dashboard;
 GRANT SELECT (id, queue, reason, worker, seen_at) ON quarantine TO platform_dashboard;
 

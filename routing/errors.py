@@ -12,6 +12,7 @@
     ├── OutcomeUnknown       the connection broke around the commit: the job may have been stored
     ├── PartlyAccepted       some of many jobs were accepted, then one was not
     ├── LeaseLost            this attempt no longer holds its job
+    ├── Infeasible           no registered worker could hold the job; it has failed
     ├── SettingsError        one or more settings are wrong, all of them named
     ├── NotMigrated          the tables are missing or older than the code
     ├── NoServers            no URL is set and no embedded servers run
@@ -232,6 +233,23 @@ class LeaseLost(PlatformError):
     title = "this attempt no longer holds the job"
     default_advice = "Stop working on it: its result would be refused, and another attempt runs or ran."
     status = 409
+
+
+class Infeasible(PlatformError):
+    """No registered worker could hold the job, not even an empty one, for `PLATFORM_FAIL_INFEASIBLE_AFTER` seconds.
+
+    The job failed without a start. Its result raises this error.
+    """
+
+    reference = "infeasible"
+    title = "no registered worker could hold it"
+    default_advice = "Start a larger worker, or ask for less."
+    status = 409
+
+    @classmethod
+    def is_told_by(cls, error: str | None) -> bool:
+        """Return True if the error in a job's row is this one."""
+        return error is not None and error.startswith(cls.title)
 
 
 class SettingsError(PlatformError):

@@ -14,6 +14,14 @@ from sqlalchemy.exc import ArgumentError
 from celery_capacity.routing.errors import InvalidRequest, show
 from celery_capacity.routing.model import amounts, identifiers
 
+#: times that may be 0, each with the meaning of that
+ZERO = {
+    "keep_finished": "never",
+    "keep_archived": "ever",
+    "shutdown_grace": "no limit",
+    "fail_infeasible_after": "never",
+}
+
 _MODULE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 
 

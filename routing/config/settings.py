@@ -29,8 +29,6 @@ MAX_MESSAGE_LIMIT = 512 * 1024**2
 #: lost attempts after which a job ends at the latest; a column of Postgres counts them
 MAX_LOSSES_LIMIT = 1000
 
-#: times that may be 0, each with the meaning of that
-ZERO = {"keep_finished": "never", "keep_archived": "ever", "shutdown_grace": "no limit"}
 #: times that may be longer than `MAX_SECONDS`: records are kept for decades
 LONG = {"keep_archived": 100 * MAX_SECONDS}
 
@@ -263,6 +261,9 @@ class Settings:
         0.0,
         "How long a job stays in the archive at least; then its month is dropped as a whole; 0: for ever.",
     )
+    fail_infeasible_after: float = _duration(
+        "PLATFORM_FAIL_INFEASIBLE_AFTER", 0.0, "A job that no registered worker could hold fails after it; 0: never."
+    )
     shutdown_grace: float = _duration(
         "PLATFORM_SHUTDOWN_GRACE",
         0.0,
@@ -354,11 +355,11 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     wrong = []
     values = dict(values)
     for name, meaning in described():
-        least = 0.0 if name in ZERO and values.get(name) == 0 else MIN_SECONDS
+        least = 0.0 if name in setting_values.ZERO and values.get(name) == 0 else MIN_SECONDS
         most = LONG.get(name, MAX_SECONDS)
         if meaning.parse is setting_values.seconds and name in values and not least <= values[name] <= most:
             seconds = values.pop(name)  # its relations to others say nothing more
-            zero = f", or 0 for {ZERO[name]}" if name in ZERO else ""
+            zero = f", or 0 for {setting_values.ZERO[name]}" if name in setting_values.ZERO else ""
             wrong.append(f"{meaning.env}={seconds} must be from {MIN_SECONDS:g} to {most:.0f} seconds{zero}.")
     if "max_message" in values and not 0 < values["max_message"] <= MAX_MESSAGE_LIMIT:
         wrong.append(f"PLATFORM_MAX_MESSAGE={values['max_message']} must be from 1 to {MAX_MESSAGE_LIMIT} bytes.")

@@ -183,7 +183,7 @@ class Ledger(Held, Elections):
             done = not cursor
 
     def cancel(self, job: str, state: State, error: str = "") -> Cancelled:
-        """End a waiting job as `cancelled` or `expired`."""
+        """End a waiting job as `cancelled`, `expired` or `failed`."""
         reply = self._call("cancel", id=job, state=state, error_text=error)
         verdict = CancelVerdict(reply.head)
         if verdict is CancelVerdict.HELD:

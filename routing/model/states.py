@@ -43,7 +43,7 @@ class State(StrEnum):
     REPLACED = "replaced"
     #: final: returned a result
     SUCCEEDED = "succeeded"
-    #: final: raised, or was ended by a limit
+    #: final: raised, was ended by a limit, or fitted no registered worker for too long
     FAILED = "failed"
     #: final: revoked, or a job that it needs did not succeed
     CANCELLED = "cancelled"
@@ -170,6 +170,8 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.ADMITTED, Event.FAIL): State.FAILED,
     (State.RUNNING, Event.FAIL): State.FAILED,
     (State.REPLACED, Event.FAIL): State.FAILED,
+    (State.ACCEPTED, Event.FAIL): State.FAILED,
+    (State.WAITING, Event.FAIL): State.FAILED,
     (State.ACCEPTED, Event.CANCEL): State.CANCELLED,
     (State.SCHEDULED, Event.CANCEL): State.CANCELLED,
     (State.WAITING, Event.CANCEL): State.CANCELLED,

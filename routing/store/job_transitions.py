@@ -361,12 +361,12 @@ def _publish(connection: Connection, transitions: Sequence[Transition]) -> list[
     return [job for transition in current for job in successors.publish_left(connection, transition.outbox)]
 
 
-#: Ends that no worker reports to clients, unless `told`.
+#: Ends that no worker reports to clients, unless `told`. Nor does one report the end of a job in the backlog.
 _SILENT: Final = (State.CANCELLED, State.EXPIRED, State.LOST)
 
 
 def _outbox(transition: Transition) -> str:
-    untold = transition.state in _SILENT and not transition.told
+    untold = (transition.state in _SILENT or transition.step == Step.DROPPED) and not transition.told
     return transition.outbox or (outbox.UNTOLD if untold else "")
 
 
@@ -387,12 +387,12 @@ UPDATE jobs SET state = :state, outbox = '{outbox.UNTOLD}', step = {Step.DROPPED
   error = coalesce(:error, error) WHERE id = :id AND (state IN ('accepted', 'scheduled', 'replaced')
   OR (state = 'waiting' AND (revoked_at IS NOT NULL OR behind IS NOT NULL
     OR EXISTS (SELECT 1 FROM authority WHERE authority = 'postgres'))))
-RETURNING id
+  AND (CAST(:state AS text) <> 'failed' OR state IN ('accepted', 'waiting')) RETURNING id
 """)
 
 
 def end_unfiled(connection: Connection, job: str, state: State, error: str | None = None) -> bool:
-    """End a job that is not in the ledger as `cancelled` or `expired`; return False where it is there or has ended.
+    """End a job that is not in the ledger in a final state; return False where it is there or has ended.
 
     A waiting job is in the ledger, unless it stays behind, Postgres decides, or it was revoked while the ledger could
     not be asked. No rebuild brings such a revoked job in.

@@ -223,7 +223,7 @@ def test_the_steps_of_the_page_are_those_of_the_code() -> None:
 
 def test_every_counter_is_on_the_page_of_metrics() -> None:
     # A cancel counts under the state that it makes. Reconcile counts in Python, and so does a refused attempt.
-    counted = {"cancelled", "expired", "drift"} | {f"duty.DUTY.{result}" for result in Pass}
+    counted = {"cancelled", "expired", "failed", "drift"} | {f"duty.DUTY.{result}" for result in Pass}
     refused: set[str] = set()
     for path in [*(ROOT / "routing").rglob("*.py"), *(ROOT / "workers").rglob("*.py")]:
         code = path.read_text(encoding="utf-8")

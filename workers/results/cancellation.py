@@ -1,4 +1,4 @@
-"""End jobs that no worker has started: revoked, purged, expired, or waiting for a job that did not succeed."""
+"""End jobs that no worker has started: revoked, purged, expired, infeasible, or in need of a job that failed."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def lift_constraints(app: Any, stores: Stores) -> Opened:
 
 
 def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool:
-    """End a job that no worker holds, as cancelled or expired; return True if it ended.
+    """End a job that no worker holds, as cancelled, expired or failed; return True if it ended.
 
     False: a worker holds the job, it has ended before, or the ledger does not say.
     """

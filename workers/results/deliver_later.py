@@ -14,14 +14,14 @@ from typing import Any, Final
 
 from celery import Celery, states
 from celery.app.task import Context
-from celery.exceptions import TaskError, WorkerLostError
+from celery.exceptions import WorkerLostError
 from kombu.compression import decompress
 from kombu.exceptions import ContentDisallowed, DecodeError
 from kombu.serialization import loads, prepare_accept_content
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DataError
 
-from celery_capacity.routing.errors import NotAccepted, Unsupported
+from celery_capacity.routing.errors import Infeasible, NotAccepted, Unsupported
 from celery_capacity.routing.insert import replacements
 from celery_capacity.routing.model import message as messages
 from celery_capacity.routing.model.message import Tag
@@ -36,7 +36,7 @@ from celery_capacity.workers.results import running_workers
 from celery_capacity.workers.results.backends import HOPELESS, kept_of
 from celery_capacity.workers.results.chord_parts import ChordPart, ChordParts
 from celery_capacity.workers.results.deliver import as_part, chords_in, deliver
-from celery_capacity.workers.results.events import Announcer
+from celery_capacity.workers.results.events import Announcer, failure_of
 
 logger = logging.getLogger(__name__)
 
@@ -307,7 +307,7 @@ def _announce(app: Celery, outbox: Outbox, job: str, state: State, error: str | 
 
     Only a worker sends them. Where this process is no worker, the outbox says that the end is not announced yet.
     """
-    silent = state in (State.CANCELLED, State.EXPIRED, State.LOST)
+    silent = state in (State.CANCELLED, State.EXPIRED, State.LOST) or Infeasible.is_told_by(error)
     if not silent or not any("untold" in note or "unannounced" in note for note in outbox.results):
         return None
     announcer = announcer_of(app)
@@ -363,8 +363,8 @@ def _tell(app: Celery, job: str, state: State, error: str, request: Context) -> 
         lost = WorkerLostError(error or "the job was lost with its workers")
         app.backend.mark_as_failure(job, lost, request=request, store_result=errors)
     elif state is State.FAILED:
-        # Only a replaced job comes here: the failure of any other job is told by its worker.
-        app.backend.mark_as_failure(job, TaskError(error), request=request, store_result=errors)
+        # An infeasible or a replaced job comes here: the failure of any other job is told by its worker.
+        app.backend.mark_as_failure(job, failure_of(error), request=request, store_result=errors)
     else:
         # Like Celery, store that a job was revoked even where no error of its task is kept.
         kept = errors or state is State.CANCELLED

@@ -1,9 +1,9 @@
 """Events and signals of a job that Celery's own request does not send.
 
 `task-waiting` and `task-admitted` are events of the platform's own. Some jobs end while no worker holds them: they are
-revoked in the backlog, expire or are lost. Then a worker sends what Celery's worker would: `task-revoked` and the
-signal `task_revoked`, or `task-failed` and `task_failure`. All are sent in the main loop, by the consumer's own
-dispatcher, which no other thread may use.
+revoked in the backlog, expire, fit no worker or are lost. Then a worker sends what Celery's worker would:
+`task-revoked` and the signal `task_revoked`, or `task-failed` and `task_failure`. All are sent in the main loop, by the
+consumer's own dispatcher, which no other thread may use.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from celery import signals
 from celery import states as celery_states
 from celery.app.task import Context
 from celery.events import Event
-from celery.exceptions import WorkerLostError
+from celery.exceptions import TaskError, WorkerLostError
 from celery.utils.saferepr import saferepr
 from sqlalchemy import Engine, text
 
 from celery_capacity.routing.config.redaction import hidden_text
-from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.errors import Infeasible, PlatformError
 from celery_capacity.routing.model.message import HEADER, Tag, decode, parse_tag
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import State
@@ -45,6 +45,11 @@ _ROWS: Final = text(
     "SELECT id, name, attempt, request, queue, CASE WHEN octet_length(message) <= :bytes THEN message END AS message "
     "FROM jobs WHERE id = ANY(CAST(:ids AS text[]))"
 )
+
+
+def failure_of(error: str) -> Exception:
+    """Return the exception of a job that failed while no worker held it: infeasible, or replaced."""
+    return Infeasible(error) if Infeasible.is_told_by(error) else TaskError(error)
 
 
 def teach_states() -> None:
@@ -207,12 +212,12 @@ class Announcer:
     def _say_end(self, job: str, state: State, error: str, request: Context) -> None:
         task = self._app.tasks.get(request.task, request.task)
         events = self.events if self._sends(request.task) else None
-        if state is State.LOST:
-            lost = WorkerLostError(error)
-            info = raised(lost)
-            signal_failure(task, request, lost, info)
+        if state in (State.LOST, State.FAILED):
+            failure = WorkerLostError(error) if state is State.LOST else failure_of(error)
+            info = raised(failure)
+            signal_failure(task, request, failure, info)
             if events is not None:
-                events.send("task-failed", uuid=job, exception=saferepr(lost), traceback=info.traceback)
+                events.send("task-failed", uuid=job, exception=saferepr(failure), traceback=info.traceback)
             return
         expired = state is State.EXPIRED
         if events is not None:

@@ -64,6 +64,7 @@ def make(kind: type[PlatformError]) -> PlatformError:
             "this attempt no longer holds the job."
             " Stop working on it: its result would be refused, and another attempt runs or ran.",
         ),
+        (errors.Infeasible(), "no registered worker could hold it. Start a larger worker, or ask for less."),
         (
             errors.SettingsError(["NODE_NAME='a b' is wrong."]),
             "NODE_NAME='a b' is wrong. `celery -A platform settings` lists every setting with its default and unit.",
@@ -120,6 +121,7 @@ def test_references_are_stable_and_unique() -> None:
         "outcome-unknown",
         "partly-accepted",
         "lease-lost",
+        "infeasible",
         "wrong-settings",
         "not-migrated",
         "no-servers",

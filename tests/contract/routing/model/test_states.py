@@ -56,7 +56,7 @@ NOTES: Final[dict[tuple[str, str, str], list[tuple[State, Event]]]] = {
             Event.REQUEUE,
         )
     ],
-    ("cancel", "state", "STEP.dropped"): [(State.WAITING, Event.CANCEL), (State.WAITING, Event.EXPIRE)],
+    ("cancel", "state", "STEP.dropped"): [(State.WAITING, event) for event in (Event.CANCEL, Event.EXPIRE, Event.FAIL)],
 }
 
 
@@ -119,7 +119,8 @@ STATEMENTS: Final = {
         (state, event)
         for state in (State.ACCEPTED, State.SCHEDULED, State.REPLACED)
         for event in (Event.CANCEL, Event.EXPIRE)
-    ],
+    ]
+    + [(State.ACCEPTED, Event.FAIL)],
     # an attempt that ended while its row holds a successor, or that was revoked meanwhile and would go on
     "store._APPLY": [(state, event) for state in HELD for event in (Event.RETRY_LATER, Event.CANCEL)],
     # by an attempt that runs, though its row may be behind

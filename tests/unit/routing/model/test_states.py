@@ -112,7 +112,7 @@ def test_event_leads_a_job_to_its_next_state(state: State, event: Event, target:
 
 def test_a_job_that_was_never_claimed_cannot_be_handed_back() -> None:
     possible = {event for event in Event if (State.WAITING, event) in TRANSITIONS}
-    assert possible == {Event.ADMIT, Event.ADOPT, Event.CANCEL, Event.EXPIRE}
+    assert possible == {Event.ADMIT, Event.ADOPT, Event.CANCEL, Event.EXPIRE, Event.FAIL}
 
 
 @given(st.lists(st.sampled_from(Event), max_size=30))
