@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, Final, NamedTuple, TypeVar
@@ -24,13 +24,14 @@ from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.connection import connect
-from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.ledger.replies import LedgerClosed, SubmitVerdict
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.reasons import Tally
 from celery_capacity.routing.model.request import filed_shape
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.workers.dispatch import call_budget
 from celery_capacity.workers.dispatch.circuit import Circuit
+from celery_capacity.workers.dispatch.feasibility_check import FeasibilityCheck
 
 T = TypeVar("T")
 
@@ -41,6 +42,11 @@ MAX_MISSED: Final = 1000
 MAX_MISSED_BYTES: Final = 4 * 1024**2
 #: Kept jobs that are brought in one step.
 STEP: Final = 100
+
+#: Answers to a submit that found no room.
+WAITS: Final = frozenset({SubmitVerdict.WAITING, SubmitVerdict.LEFT})
+#: Position of the shape in the arguments of a submission.
+SHAPE: Final = 1
 
 _epoch: Final = attrgetter("epoch")
 
@@ -78,6 +84,7 @@ class Breaker:
         self._ledger = Ledger(settings, self.client)
         self._ledger.find_database = find_database
         self._ledger.tally = tally
+        self._feasibility = FeasibilityCheck(self.client)
         self._circuit = Circuit(
             self._ping,
             "the ledger is left alone until it answers quickly (jobs are accepted meanwhile)",
@@ -118,16 +125,23 @@ class Breaker:
                 try:
                     with self._circuit.call(), call_budget.attempt(self._within):
                         self._ledger.epoch = epoch
-                        if len(group) == 1:
-                            self._ledger.submit_one(group[0].args)
-                        else:
-                            self._ledger.submit_many([job.args for job in group])
+                        waiting = self._bring(group)
                         heard = True
+                        if waiting:
+                            self._feasibility.note(waiting)
                 except LedgerClosed:
                     # The ledger is cold, or of another epoch: a worker opens it, and brings in the accepted jobs.
                     heard = True
             if keep and not heard:
                 self._miss(group)
+
+    def _bring(self, jobs: Sequence[Submission]) -> Collection[str]:
+        """Bring jobs to the ledger in one step; return the shapes of which a job may wait now."""
+        if len(jobs) > 1:
+            self._ledger.submit_many([job.args for job in jobs])
+            return {job.args[SHAPE] for job in jobs}
+        submitted = self._ledger.submit_one(jobs[0].args)
+        return [jobs[0].args[SHAPE]] if submitted.state in WAITS else []
 
     def _miss(self, jobs: Sequence[Submission]) -> None:
         """Keep jobs that the ledger has not heard of. Where there are too many, the oldest ones are left out."""
@@ -168,6 +182,7 @@ class Breaker:
     def close(self) -> None:
         """End the connections, and the thread where there is one."""
         self._circuit.stop(self._within)
+        self._feasibility.finish()
         self.client.close()
 
     def _ping(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.ledger.replies import LedgerClosed, Submitted, SubmitVerdict
 from celery_capacity.routing.model.reasons import Tally
 from celery_capacity.workers.dispatch import breaker as breakers
 from celery_capacity.workers.dispatch import circuit
@@ -32,8 +32,9 @@ class Ledger:
         if self.away:
             raise OSError("away")
 
-    def submit_one(self, row: tuple[Any, ...]) -> None:
+    def submit_one(self, row: tuple[Any, ...]) -> Submitted:
         self.submit_many([row])
+        return Submitted(SubmitVerdict.ADMITTED)
 
     def submit_many(self, rows: Sequence[tuple[Any, ...]]) -> None:
         self.calls.append([row[0] for row in rows])
@@ -67,7 +68,7 @@ def breaker(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Iterator[Breaker
 
 
 def job(number: int, size: int = 0, epoch: int = 1) -> Submission:
-    return Submission(epoch, (number,), size)
+    return Submission(epoch, (number, "cpus=1000,slots=1"), size)
 
 
 def leave_alone(breaker: Breaker, ledger: Ledger) -> None:
