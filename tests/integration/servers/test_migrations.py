@@ -29,6 +29,7 @@ TABLES = {
     "runner",
     "chords",
     "chord_parts",
+    "infeasible",
     "unique_keys",
     "dependencies",
     "rates",
