@@ -21,7 +21,7 @@ from celery_capacity.routing.ledger import snapshot
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request, filed_shape, split_shape
 from celery_capacity.routing.model.states import FINAL, HOLDING, State, Store
-from celery_capacity.routing.policy.feasibility import count_before, is_large_enough, judge
+from celery_capacity.routing.policy.feasibility import count_before, is_large_enough, judge, kind_of, kinds_of
 from celery_capacity.routing.policy.missing import missing_on_each, unblocked_by
 from celery_capacity.routing.policy.placement import Admission, Book, order
 from celery_capacity.routing.store import backlog, dependencies
@@ -117,7 +117,7 @@ def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, 
     if state is State.ACCEPTED and why in (Reason.ABOUT_TO_START, Reason.BEHIND_SHAPE):
         why = Reason.ON_ITS_WAY
     missing = missing_on_each(seen.held, seen.registered, task) if why in SHORT_OF_ROOM else []
-    large = {book.worker for book in seen.registered if book.knows(task) and is_large_enough(request, book)}
+    large = _large_workers(request, seen.registered, task)
     unblocking = None
     if why in (Reason.NO_ROOM, Reason.ALONE):
         workers = [line.worker for line in missing if line.admits and line.worker in large][:LOOKED_AT]
@@ -142,6 +142,13 @@ def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, 
         more_missing=max(0, len(missing) - SHOWN_WORKERS),
         unblocked_by=unblocking,
     )
+
+
+def _large_workers(request: Request, registered: Sequence[Book], task: str) -> set[str]:
+    """Return the workers that know the task, and would have room for the request if they were empty."""
+    kinds = kinds_of(registered)
+    large = {kind_of(book) for book in kinds if book.knows(task) and is_large_enough(request, book)}
+    return {book.worker for book in registered if kind_of(book) in large}
 
 
 def _row(connection: Connection, job: str) -> Any:

@@ -6,7 +6,7 @@ cordoned, draining or silent workers are registered until they leave or are lost
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from celery_capacity.routing.model.amounts import ALONE, CPUS, format_amount, is_label
@@ -77,24 +77,30 @@ def judge(request: Request, registered: Iterable[Book], ahead: int = 0, task: st
     """
     books = list(registered)
     knowing = [book for book in books if book.knows(task)]
-    never = find_shortfall(request, knowing)
+    kinds = kinds_of(knowing)
+    never = find_shortfall(request, kinds)
     if never is not None:
         return Refusal(never.reason, never.resource, never.asked, never.largest, never.worker)
-    large = [book for book in knowing if is_large_enough(request, book)]
+    large = [book for book in kinds if is_large_enough(request, book)]
     if large and not any(book.admitting for book in large):
         return Refusal(Reason.NO_WORKER, worker=min(book.worker for book in large))
     return survey(request, books, ahead, task)
 
 
+def kind_of(book: Book) -> Hashable:
+    """Return the kind of a worker: its capacity, its tasks, and if it admits jobs."""
+    tasks = None if book.tasks is None else frozenset(book.tasks)
+    return tuple(book.capacity.items()), book.admitting, tasks
+
+
 def kinds_of(books: Iterable[Book]) -> list[Book]:
-    """Return one worker of each capacity and catalogue of tasks, first by name, as if it were empty.
+    """Return one worker of each kind, the first by name, as if it were empty.
 
     Of a large cluster these are few, and each question about empty workers has the same answer for all of a kind.
     """
-    kinds: dict[object, Book] = {}
+    kinds: dict[Hashable, Book] = {}
     for book in books:
-        tasks = None if book.tasks is None else frozenset(book.tasks)
-        kind = (tuple(book.capacity.items()), book.admitting, tasks)
+        kind = kind_of(book)
         first = kinds.get(kind)
         if first is None or book.worker < first.worker:
             kinds[kind] = book

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -10,10 +11,11 @@ import pytest
 from celery import Signature, chord, signature
 from celery.exceptions import ChordError
 
-from celery_capacity import Infeasible, job
+from celery_capacity import Infeasible, InvalidRequest, job
 from celery_capacity.platform.console.render import reasons
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.workers.dispatch import feasibility_check
+from tests.fixtures.jobs.ear import Ear
 from tests.fixtures.jobs.submitting import Submitter, standing_platform
 from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import until
@@ -25,7 +27,7 @@ FAIL = "tests.fixtures.tasks.fail"
 @pytest.fixture(scope="module")
 def platform(server_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     with standing_platform(server_pair, tmp_path_factory.mktemp("infeasible"), "tests.tasks.work") as running:
-        running.worker("a", cpus=2, PLATFORM_FAIL_INFEASIBLE_AFTER="1.5")
+        running.worker("a", cpus=2, arguments=("-E",), PLATFORM_FAIL_INFEASIBLE_AFTER="1.5")
         yield running
 
 
@@ -54,6 +56,7 @@ def test_sender_is_not_warned_of_a_job_that_waits_for_room(
 def test_infeasible_job_is_shown_first_and_fails_with_its_error(platform: Platform, submitter: Submitter) -> None:
     wide = submitter.send(ADD, 1, 2, cpus=48)
     why = job(wide, submitter.app).explain()
+    assert asyncio.run(job(wide, submitter.app).aio.explain()).why is why.why
     assert (why.why.value, why.resource, why.asked, why.free, why.worker) == ("too-large", "cpus", 48_000, 2000, "a")
     assert "It is too large for every worker" in reasons(why)[0]
     shown = json.loads(platform.celery("cluster", "--json").stdout)["backlog"]
@@ -79,6 +82,23 @@ def test_infeasible_job_calls_its_error_callback_once(submitter: Submitter) -> N
     (callback,) = callbacks()
     # Celery gives an error callback the id of the failed task, and this one fails with its argument.
     assert wide in submitter.ended(callback).error
+
+
+def test_infeasible_job_is_told_as_failed_by_one_event(submitter: Submitter) -> None:
+    ear = Ear(submitter.app)
+    try:
+        wide = submitter.send(ADD, 1, 2, cpus=48)
+        *_, event = ear.until(wide, "task-failed")
+        assert "no registered worker could hold it" in event["exception"]
+        assert submitter.ended(wide).state == "failed"
+        assert [entry["type"] for entry in ear.of(wide)].count("task-failed") == 1
+    finally:
+        ear.close()
+
+
+def test_explain_raises_for_an_unknown_job(submitter: Submitter) -> None:
+    with pytest.raises(InvalidRequest, match="there is no job nobody"):
+        job("nobody", submitter.app).explain()
 
 
 def test_chord_with_an_infeasible_part_fails(submitter: Submitter) -> None:

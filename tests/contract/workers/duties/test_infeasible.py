@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from celery_capacity import Infeasible
 from celery_capacity.workers.duties import infeasible
 from tests.fixtures.stores.authorities import Authority
 
@@ -50,6 +51,8 @@ def test_job_fails_once_it_was_infeasible_for_the_time(failing: Authority) -> No
     assert (duty(failing), len(clocks(failing))) == ({"failed": 2}, 2)
     row = failing.row(wide)
     assert (row.state, row.error, row.attempt) == ("failed", ERROR, 0)
+    result = failing.app.AsyncResult(wide)
+    assert (result.state, type(result.result), result.result.message) == ("FAILURE", Infeasible, ERROR)
     assert failing.row(other).state == "failed"
     assert (duty(failing), len(clocks(failing))) == ({"failed": 0}, 0)
     assert clocks(failing) == []
