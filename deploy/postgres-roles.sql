@@ -58,6 +58,9 @@ ALTER FUNCTION gate_job(text, text[], boolean, timestamptz) OWNER TO platform_ow
 ALTER FUNCTION note_awaited_end() OWNER TO platform_owner;
 ALTER FUNCTION open_rate(text, double precision, text, double precision, integer) OWNER TO platform_owner;
 ALTER TABLE workers OWNER TO platform_owner;
+ALTER TABLE cordons OWNER TO platform_owner;
+ALTER TABLE pauses OWNER TO platform_owner;
+ALTER TABLE operator_actions OWNER TO platform_owner;
 ALTER TABLE authority OWNER TO platform_owner;
 ALTER TABLE runner OWNER TO platform_owner;
 ALTER TABLE declarations OWNER TO platform_owner;
@@ -82,6 +85,9 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON infeasible TO platform_worker;
 GRANT SELECT, UPDATE, DELETE ON chords TO platform_worker;
 GRANT SELECT, INSERT, DELETE ON chord_parts TO platform_worker;
 GRANT SELECT, UPDATE ON authority TO platform_worker;
+-- Operators use this role too: `cordon`, `drain`, `pause`, `priority`.
+GRANT SELECT, INSERT, UPDATE, DELETE ON cordons, pauses TO platform_worker;
+GRANT SELECT, INSERT ON operator_actions TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON runner TO platform_worker;
 GRANT SELECT, INSERT, DELETE ON quarantine TO platform_worker;
 GRANT SELECT ON alembic_version TO platform_worker;
@@ -105,9 +111,9 @@ GRANT EXECUTE ON FUNCTION note_chord(text, integer, text) TO platform_worker, pl
 -- Those who look. `message`, `successor` and `outbox` hold the arguments and the results of jobs.
 GRANT SELECT (id, seq, name, state, epoch, attempt, step, losses, worker, incarnation, priority, request, shape, declared,
   queue, rerun, retries, nesting, root_id, parent_id, replaces, submitted_at, due_at, expires_at, admitted_at, started_at,
-  finished_at, revoked_at, error, needs, rated, not_before, progress, behind) ON jobs TO platform_dashboard;
-GRANT SELECT ON attempts, workers, authority, runner, declarations, dependencies, rates, retries, infeasible,
-  alembic_version TO platform_dashboard;
+  finished_at, revoked_at, error, needs, rated, not_before, progress, behind, reprioritized) ON jobs TO platform_dashboard;
+GRANT SELECT ON attempts, workers, cordons, pauses, operator_actions, authority, runner, declarations, dependencies,
+  rates, retries, infeasible, alembic_version TO platform_dashboard;
 GRANT SELECT ON jobs_archive, attempts_archive TO platform_dashboard;
 GRANT SELECT (id, queue, reason, worker, seen_at) ON quarantine TO platform_dashboard;
 

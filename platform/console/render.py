@@ -7,13 +7,13 @@ the value's own `to_json`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.text import Text
 
+from celery_capacity.platform.console import held_back
 from celery_capacity.platform.console.fitting import fit
-from celery_capacity.platform.console.terminal import STATE_STYLES, bar, harmless, table
+from celery_capacity.platform.console.terminal import NOTHING, STATE_STYLES, bar, harmless, moment, table
 from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.model.amounts import (
     ALONE,
@@ -55,8 +55,6 @@ SILENT_AFTER: Final = 15.0
 NARROWEST_BAR: Final = 4
 SHORTEST_BAR: Final = 8
 LONGEST_BAR: Final = 24
-#: Text in place of a missing value.
-NOTHING: Final = "-"
 
 
 #: Words for the reasons that time does not change.
@@ -94,6 +92,7 @@ def cluster(console: Console, overview: Overview, silent_after: float = SILENT_A
     if overview.backlog:
         console.print()
         _backlog(console, overview.backlog)
+    held_back.show(console, overview)
     if overview.memory_short:
         console.print("\nRedis is nearly full: jobs that find no room wait in Postgres", soft_wrap=True)
     if overview.quarantine is not None and overview.quarantine.messages:
@@ -315,6 +314,8 @@ def _reason(why: Explanation) -> str:
         " empty." + (f" {why.worker} takes nothing else until it is." if why.worker else ""),
         Reason.BEHIND_SHAPE: "There is room, and jobs with the same request come before it.",
         Reason.ABOUT_TO_START: f"There is room on {why.worker or 'a worker'}: it is about to start.",
+        Reason.PAUSED: held_back.why_paused(why.pause),
+        Reason.CORDONED: held_back.why_cordoned(why.cordon, why.worker),
         Reason.SCHEDULED: f"It must not start before {moment(why.due_at)}.",
         Reason.NEEDS_JOBS: f"It waits until {'this job has' if len(why.needs) == 1 else 'these jobs have'} succeeded:"
         f" {', '.join(why.needs)}.",
@@ -370,13 +371,6 @@ def reconciled(console: Console, done: Reconciled, rebuilt: Rebuilt | None) -> N
     console.print(f"drift     {done.drift}, repaired {done.repaired.total()}")
     for kind, number in sorted(done.found.items()):
         console.print(f"          {number} {kind}")
-
-
-def moment(value: Any) -> str:
-    """Format a time as people read it, in their own zone, to the second."""
-    if not isinstance(value, datetime):
-        return NOTHING
-    return value.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def cut(text: str) -> str:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from types import TracebackType
 from typing import IO, Any, Final
 
@@ -48,6 +49,8 @@ STATE_STYLES: Final = {
     "draining": "yellow",
     "cordoned": "yellow",
 }
+#: Text in place of a missing value.
+NOTHING: Final = "-"
 #: Seconds between two plain progress lines.
 PLAIN_INTERVAL = 5.0
 
@@ -73,6 +76,13 @@ def harmless(text: str) -> str:
         character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def moment(value: Any) -> str:
+    """Format a time as people read it, in their own zone, to the second."""
+    if not isinstance(value, datetime):
+        return NOTHING
+    return value.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 class OutputLost(Exception):

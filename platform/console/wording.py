@@ -56,6 +56,11 @@ MEANINGS: Final = {
         "a worker that is large enough is full, or is left to a job that must run alone",
         "wait, add workers, ask for less, or give it a higher `priority`",
     ),
+    Reason.CORDONED: Meaning(
+        "Only … has room for it, which is cordoned",
+        "an operator took the worker out; no other worker takes the job now",
+        "wait, start another worker, or `celery -A platform uncordon NAME`",
+    ),
     Reason.BEHIND_SHAPE: Meaning(
         "There is room, and jobs with the same request come before it",
         "those start first, at this moment",
@@ -70,6 +75,11 @@ MEANINGS: Final = {
         "There is room: it is about to start",
         "it is admitted at this moment, or by the next sweep",
         "nothing; if it stays so for more than 10 s, run `verify`",
+    ),
+    Reason.PAUSED: Meaning(
+        "… is paused since …",
+        "an operator paused its queue, its task or everything",
+        "wait, or `celery -A platform resume` with the option that it names ([how](../how-to/drain-and-pause.md))",
     ),
     Reason.SCHEDULED: Meaning(
         "It must not start before …",

@@ -51,7 +51,7 @@ UPDATE jobs SET
   {_if_replaced("request", "CAST(:request AS jsonb)")},
   {_if_replaced("retries", ":retries")},
   {_if_replaced("nesting", ":nesting")},
-  {_if_replaced("priority", ":priority")},
+  {_if_replaced("priority", "CASE WHEN reprioritized THEN priority ELSE :priority END")},
   {_if_replaced("due_at", "CAST(:due_at AS timestamptz)")},
   {_if_replaced("expires_at", "CAST(:expires_at AS timestamptz)")},
   {_if_replaced("step", str(Step.BACK.value))},

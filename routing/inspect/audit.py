@@ -75,7 +75,9 @@ class LedgerReading:
     wrong_expiry: list[str] = field(default_factory=list)
 
     def first_of(self, shape: str) -> int | None:
-        """Return the order of the first job of a shape that may start: before its border, where it has one."""
+        """Return the order of the first job of a shape that may start: before its border, and not held back."""
+        if shape in self.head.withheld and shape not in self.shapes:
+            return None
         order = self.waits[shape][0][1] if self.waits[shape] else None
         border = self.borders.get(shape)
         return order if order is None or border is None or order < border else None

@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 from sqlalchemy import Connection, func, select
 
 from celery_capacity.routing.database import schema
-from celery_capacity.routing.inspect import running_jobs, waiting
+from celery_capacity.routing.inspect import held_back, running_jobs, waiting
 from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.ledger import snapshot
 from celery_capacity.routing.model.reasons import Reason
@@ -23,8 +23,8 @@ from celery_capacity.routing.model.request import Request, filed_shape, split_sh
 from celery_capacity.routing.model.states import FINAL, HOLDING, State, Store
 from celery_capacity.routing.policy.feasibility import count_before, is_large_enough, judge, kind_of, kinds_of
 from celery_capacity.routing.policy.missing import missing_on_each, unblocked_by
-from celery_capacity.routing.policy.placement import Admission, Book, order
-from celery_capacity.routing.store import backlog, dependencies
+from celery_capacity.routing.policy.placement import Admission, Book, Refusal, order
+from celery_capacity.routing.store import backlog, controls, dependencies
 
 #: Most needed jobs that an explanation names.
 SHOWN_NEEDS: Final = 10
@@ -58,6 +58,8 @@ def explain(
         worker = row.worker if state in HOLDING else None
         due_at = row.due_at if state is State.SCHEDULED else None
         return Explanation(job, state, simple, request, row.declared, worker=worker, due_at=due_at)
+    if (pause := controls.pause_of(connection, row.queue, row.name)) is not None:
+        return Explanation(job, state, Reason.PAUSED, request, row.declared, pause=pause)
     if connection.execute(select(schema.authority.c.authority)).scalar_one_or_none() == Store.POSTGRES:
         return Explanation(job, state, Reason.LEDGER_STANDS_BACK, request, row.declared)
     try:
@@ -79,7 +81,7 @@ class _Ledger:
     held: Request
     filed: str
     registered: Sequence[Book]
-    live: int
+    live: frozenset[str]
     before: Mapping[str, int]
 
 
@@ -101,7 +103,7 @@ def _read_ledger(client: redispy.Redis, connection: Connection, job: str, row: A
         held=Request.from_shape(split_shape(filed)[0]),
         filed=filed,
         registered=[book.to_policy(head.now, knowing) for book in books],
-        live=sum(head.is_live(book) for book in books),
+        live=frozenset(book.worker for book in books if head.is_live(book)),
         before=before,
     )
 
@@ -116,6 +118,10 @@ def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, 
     why = Reason.ABOUT_TO_START if refusal is None else refusal.reason
     if state is State.ACCEPTED and why in (Reason.ABOUT_TO_START, Reason.BEHIND_SHAPE):
         why = Reason.ON_ITS_WAY
+    live = [book for book in seen.registered if book.worker in seen.live]
+    cordon = held_back.cordon_in_the_way(connection, seen.held, live, task, refusal)
+    if cordon is not None:
+        why, refusal = Reason.CORDONED, Refusal(Reason.CORDONED, worker=cordon.worker)
     missing = missing_on_each(seen.held, seen.registered, task) if why in SHORT_OF_ROOM else []
     large = _large_workers(request, seen.registered, task)
     unblocking = None
@@ -137,10 +143,11 @@ def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, 
         before=sum(seen.before.values()),
         position=count_before(seen.before, seen.registered),
         large_enough=sum(book.admitting and book.worker in large for book in seen.registered),
-        live_workers=seen.live,
+        live_workers=len(seen.live),
         missing=tuple(missing[:SHOWN_WORKERS]),
         more_missing=max(0, len(missing) - SHOWN_WORKERS),
         unblocked_by=unblocking,
+        cordon=cordon,
     )
 
 
@@ -163,6 +170,7 @@ def _row(connection: Connection, job: str) -> Any:
             jobs.priority,
             jobs.seq,
             jobs.name,
+            jobs.queue,
             jobs.needs,
             jobs.not_before,
             func.now().label("now"),

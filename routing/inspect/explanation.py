@@ -12,6 +12,7 @@ from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.policy.missing import Missing, Unblocking
+from celery_capacity.routing.store.controls import Cordon, Pause
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,10 @@ class Explanation:
     more_missing: int = 0
     #: the running jobs whose ends would make room soonest
     unblocked_by: Unblocking | None = None
+    #: the pause that holds it back
+    pause: Pause | None = None
+    #: the cordon of the worker that would take it
+    cordon: Cordon | None = None
 
     @property
     def waits(self) -> bool:
@@ -66,6 +71,8 @@ class Explanation:
             "free": _number(self.resource, self.free),
             "due_at": None if self.due_at is None else self.due_at.astimezone(UTC).isoformat(),
             "missing": [_missing(line) for line in self.missing],
+            "pause": None if self.pause is None else self.pause.to_json(),
+            "cordon": None if self.cordon is None else self.cordon.to_json(),
         }
 
 

@@ -23,6 +23,7 @@ from celery_capacity.routing.database import schema
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import NotMigrated, mask_url
+from celery_capacity.routing.inspect import held_back
 from celery_capacity.routing.inspect.waiting import BacklogLine, blocked_first, queue_reads, read_backlog
 from celery_capacity.routing.inspect.worker_page import WHOLE, Page
 from celery_capacity.routing.ledger import keys, snapshot
@@ -32,6 +33,7 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import State, Store, WorkerStatus
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.store import quarantine
+from celery_capacity.routing.store.controls import Cordon, Pause
 from celery_capacity.routing.store.quarantine import Quarantined
 
 #: Seconds without a heartbeat after which Postgres no longer counts a worker, where the caller does not say.
@@ -40,7 +42,6 @@ WORKER_TTL: Final = 60.0
 COLD: Final = "the ledger is cold"
 #: Fields of a worker's view that only its heartbeat knows.
 _SEEN: Final = ("heartbeat_at", "hostname", "pid", "started_at", "version")
-_UNSEEN: Final = (None,) * len(_SEEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ class WorkerLine:
     version: str | None
     #: catalogue of its registered tasks; "" where it takes any, or where Postgres tells of it
     catalogue: str = ""
+    #: the operator's order that holds it back; None for none
+    cordon: Cordon | None = None
 
     def to_policy(self) -> Book:
         """Return the worker as the policy sees it; its tasks are judged elsewhere."""
@@ -84,6 +87,7 @@ class WorkerLine:
             "incarnation": self.incarnation,
             "started_at": self.started_at,
             "version": self.version,
+            "cordon": None if self.cordon is None else self.cordon.to_json(),
         }
 
 
@@ -106,6 +110,8 @@ class Overview:
     why: str = ""
     #: millicores that workers without a lease still have allocated: their jobs have not been taken back yet
     lapsed_cpus: int = 0
+    #: parts of the backlog of which nothing starts
+    pauses: tuple[Pause, ...] = ()
     #: True if the memory of Redis is short, so that jobs which find no room stay in Postgres
     memory_short: bool = False
     #: The workers to show. The sums are over all workers.
@@ -172,6 +178,7 @@ class Overview:
             "workers": [worker.to_json() for worker in shown],
             "next_after": last,
             "backlog": [line.to_json() for line in self.backlog],
+            "pauses": [pause.to_json() for pause in self.pauses],
             "counters": dict(self.counters),
             "source": self.source.value,
             "unapplied": self.unapplied,
@@ -201,11 +208,11 @@ def read(client: redispy.Redis, engine: Engine, ttl: float = WORKER_TTL, page: P
     try:
         if _postgres_decides(engine):
             raise Cold("Postgres decides, and the books are old")
-        return replace(from_ledger(client, page), quarantine=quarantined(engine))
+        return replace(held_back.added(from_ledger(client, page), engine), quarantine=quarantined(engine))
     except (RedisError, Cold) as error:
         try:
             with engine.connect() as connection:
-                seen = from_postgres(connection, ttl)
+                seen = held_back.added(from_postgres(connection, ttl), engine)
                 return replace(seen, quarantine=quarantine.read(connection), why=mask_url(str(error)), page=page)
         except (DBAPIError, PoolTimeout) as second:
             raise translate(second, f"the ledger does not answer ({error}), and ") from second
@@ -251,7 +258,7 @@ def from_ledger(client: redispy.Redis, page: Page = WHOLE) -> Overview:
         for worker in head.leases:
             book = snapshot.parse_book(worker, snapshot.pairs(next(replies)))
             if book is not None and head.is_live(book):
-                lines.append(_ledger_line(head.now, book, seen.get(worker, _UNSEEN)))
+                lines.append(_ledger_line(head.now, book, seen.get(worker, (None,) * len(_SEEN))))
             elif book is not None:
                 lapsed += book.allocated.get(CPUS, 0)
                 silent += [book.to_policy(head.now)] if head.is_registered(book) else []
@@ -275,7 +282,7 @@ def _ledger_line(now: int, book: snapshot.WorkerBook, view: Sequence[Any]) -> Wo
     beat, hostname, pid, started_at, version = (None if value is None else snapshot.text(value) for value in view)
     return WorkerLine(
         name=book.worker,
-        status=book.status,
+        status=book.cordoned or book.status,
         capacity=book.capacity,
         allocated=book.allocated,
         heartbeat_age=max(0.0, now / 1000 - datetime.fromisoformat(beat).timestamp()) if beat else None,

@@ -26,7 +26,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.inspect import audit
+from celery_capacity.routing.inspect import audit, held_back
 from celery_capacity.routing.inspect.audit import Suspicion
 
 #: Seconds after which a suspicion that stays is a violation. Longer than a rebuild waits for the workers (2 s), and far
@@ -111,13 +111,14 @@ def _read(
     try:
         with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
             rows = audit.read_postgres(connection)
+            held = {audit.Suspicion("I6", difference) for difference in held_back.differences(connection, client)}
         ledger = audit.read_ledger(client)
     except (DBAPIError, PoolTimeout) as error:
         raise translate(error) from error
     except RedisError as error:
         raise StoreUnavailable(f"Redis does not answer: {error}") from error
     resting = rows.at_rest if at_rest is None else at_rest
-    return audit.inspect(ledger, rows, resting, write_within), resting
+    return audit.inspect(ledger, rows, resting, write_within) | held, resting
 
 
 def _verdict(name: str, suspicions: set[Suspicion], resting: bool) -> Verdict:

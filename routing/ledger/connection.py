@@ -24,7 +24,6 @@ from celery_capacity.routing.ledger.scripts import Script, load
 from celery_capacity.routing.ledger.signatures import Group, Reply
 from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model.reasons import Tally
-from celery_capacity.routing.model.token import Token
 
 #: Seconds that a reader waits for the ledger before it asks Postgres.
 PATIENCE: Final = 1.0
@@ -373,10 +372,13 @@ class LedgerServer:
         rows = [{"name": name} for name in names]
         self._call("close_epoch", rows, opening=epoch, run_id=self._caller(run_id), step=step)
 
-    def open_epoch(self, epoch: int, run_id: str | None = None) -> None:
-        """Open an epoch on empty books; `run_id` as in `close_epoch`, None for the current one."""
+    def open_epoch(
+        self, epoch: int, run_id: str | None = None, version: int = 0, controls: Iterable[Group] = ()
+    ) -> None:
+        """Open an epoch on empty books, with controls of a version; `run_id` as in `close_epoch`, None: the current."""
         self._meant.run_id = run_id or self.run_id
-        reply = self._call("open_epoch", opening=epoch, run_id=self._caller(run_id or self.run_id))
+        caller = self._caller(run_id or self.run_id)
+        reply = self._call("open_epoch", controls, opening=epoch, run_id=caller, version=version)
         # From now on the rows that this process reads are newer than the epoch, also by its own estimate of the clock.
         self.hear(reply.number("now"))
         self.epoch = epoch
@@ -384,17 +386,3 @@ class LedgerServer:
     def finish_epoch(self, epoch: int) -> None:
         """Note that the rebuild of this epoch is done. Raise `LedgerClosed` where a newer epoch is open."""
         self._call("finish_epoch", epoch=epoch, run_id=self._caller(self.run_id))
-
-    def carried(self) -> set[str]:
-        """Return the jobs that nobody may bring in, because the stream has their transitions of an older epoch."""
-        jobs: Any = self._guard(lambda: self.client.smembers(keys.CARRIED))
-        return {job.decode() for job in jobs}
-
-    def unblock_carried(self, jobs: Sequence[tuple[str, Token, str, str]]) -> int:
-        """Let carried jobs in again, whose entries Postgres has now, and return how many were carried until now.
-
-        At most 200 jobs, each as its row is: id, token, state, and a mark. The mark is `1` where the job has
-        ended, `held` where a worker has it, and empty otherwise.
-        """
-        rows = [{"job": job, **token.columns(), "state": state, "final": final} for job, token, state, final in jobs]
-        return self._call("unblock_carried", rows).number("unblocked") if rows else 0

@@ -15,7 +15,6 @@ import redis
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.snapshot import WorkerBook, text
 from celery_capacity.routing.model.amounts import CPUS, MEMORY, ONLY_LABELLED
-from celery_capacity.routing.model.states import WorkerStatus
 from celery_capacity.routing.policy.placement import asked_score, waits_beside
 
 #: The name of the index of all workers, beside the names of resources.
@@ -82,7 +81,7 @@ def wrong_workers(indexes: Indexes, books: Mapping[str, WorkerBook]) -> Iterator
     """Describe each place in the indexes of workers that differs from the books."""
     for worker, actual in sorted(indexes.free.items()):
         row = books.get(worker)
-        book = None if row is None else replace(row.to_policy(0), admitting=row.status == WorkerStatus.READY)
+        book = None if row is None else replace(row.to_policy(0), admitting=row.is_ready)
         room = 0 if book is None else book.free(CPUS)
         expected = {}
         if book is not None and book.open:

@@ -19,6 +19,9 @@
 | `ledger:left` | sorted set | such a shape, the least order of the jobs left since the runner last read |
 | `ledger:low` | set | such shapes, of which the runner is to fetch jobs; a channel of the same name says so |
 | `ledger:staying` | hash | such a shape, how many of its jobs stay in Postgres, for people |
+| `ledger:cordons` | hash | worker to which nothing is admitted, `cordoned` or `draining`; a channel of the same name |
+| `ledger:paused` | hash | `platform`, `queue:<name>` or `task:<name>`: a part of the backlog of which nothing starts |
+| `ledger:withheld` | set | paused shapes that are kept out of `ledger:shapes` |
 | `ledger:unclaimed` | sorted set | admitted job, time at which its message is delivered again (ms) |
 | `ledger:stream` | stream | transitions that Postgres does not have yet |
 | `ledger:carried` | set | jobs with an entry of an older epoch in the stream: nobody brings them in |
@@ -32,14 +35,14 @@
 | `worker:<name>` | hash with expiry | the view for people; only registration and heartbeat create it |
 | `resource:allocated_cpus` | string | CPUs allocated in all, as a decimal number |
 
-In a book `status` is ready, draining or closed. `tasks` is the worker's catalogue, a set of task names whose key has
-their digest: workers with the same code share one. A worker without a catalogue takes any task. `c.<resource>` is the
-capacity and `a.<resource>` the allocated amount of a resource. `unfilled` says that jobs
-which fit there may wait unseen. `kept` is the shape for which the worker takes nothing
-else (`routing.policy.placement`); the key `ledger:kept` only leads there. `places` are the resources in whose indexes
-of free CPUs the worker stands while jobs may be admitted to it. Such a resource is any but `cpus`, `slots` and
-`alone`; queues are among them, by their labels (`routing.model.amounts`). A score in such an index is the class of the
-free amount (`routing.policy.placement.amount_class`) times 2^32, and the free millicores. Queues have no classes.
+In a book `status` is ready, draining or closed. `cordoned` is the entry of `ledger:cordons`. `tasks` is the worker's
+catalogue, a set of task names whose key has their digest: workers with the same code share one. A worker without a
+catalogue takes any task. `c.<resource>` is the capacity and `a.<resource>` the allocated amount of a resource.
+`unfilled` says that jobs which fit there may wait unseen. `kept` is the shape for which the worker takes nothing else
+(`routing.policy.placement`); the key `ledger:kept` only leads there. `places` are the resources in whose indexes of
+free CPUs the worker stands while jobs may be admitted to it. Such a resource is any but `cpus`, `slots` and `alone`;
+queues are among them, by their labels (`routing.model.amounts`). A score in such an index is the class of the free
+amount (`routing.policy.placement.amount_class`) times 2^32, and the free millicores. Queues have no classes.
 
 A job's value is its head, a line for each of `HEAD_LINES`, and its message behind that. The message of a waiting job is
 packed (`packed` in lua/lib/job.lua). A line is empty where the job lacks the field. The fields are `state` (waiting,
@@ -81,6 +84,9 @@ KEYS: Final = {
     "left": "ledger:left",
     "low": "ledger:low",
     "staying": "ledger:staying",
+    "cordons": "ledger:cordons",
+    "paused": "ledger:paused",
+    "withheld": "ledger:withheld",
     "unclaimed": "ledger:unclaimed",
     "stream": "ledger:stream",
     "carried": "ledger:carried",
@@ -108,6 +114,9 @@ SHAPES: Final = KEYS["shapes"]
 BORDER: Final = KEYS["border"]
 LOW: Final = KEYS["low"]
 STAYING: Final = KEYS["staying"]
+CORDONS: Final = KEYS["cordons"]
+PAUSED: Final = KEYS["paused"]
+WITHHELD: Final = KEYS["withheld"]
 UNCLAIMED: Final = KEYS["unclaimed"]
 STREAM: Final = KEYS["stream"]
 CARRIED: Final = KEYS["carried"]

@@ -1,4 +1,4 @@
-"""Calls of reconcile to the ledger: compare many jobs in one step, and repair single places.
+"""Calls that make the ledger equal Postgres: compare many jobs in one step, repair single places, copy controls.
 
 A script that writes nothing reports the differences. Another script repairs each of them, and checks once more before
 it does.
@@ -6,7 +6,18 @@ it does.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.connection import LedgerServer
+from celery_capacity.routing.ledger.replies import PlaceVerdict
+from celery_capacity.routing.ledger.signatures import Group
+from celery_capacity.routing.model.token import Token
+from celery_capacity.routing.policy.placement import SHAPES
+
+#: Kind and key of each control in the ledger (lua/epoch/set_controls.lua).
+CONTROLS: Final = {"cordon": keys.CORDONS, "pause": keys.PAUSED}
 
 
 class Repairs(LedgerServer):
@@ -15,7 +26,8 @@ class Repairs(LedgerServer):
     def compare_jobs(self, rows: str) -> list[str]:
         """Return the jobs that differ between the ledger and Postgres, or stand elsewhere than their keys say.
 
-        `rows`: one line for each job, with its id, state (`ended` where it is over), token and worker (`-` for none).
+        `rows`: one line for each job, with its id, state (`ended` where it is over), token, worker and order (`-` for
+        none).
         """
         return self._call("compare_jobs", rows=rows).rest
 
@@ -56,3 +68,73 @@ class Repairs(LedgerServer):
     def set_total(self, expected: int | None, total: int) -> bool:
         """Set the sum of allocated millicores, unless it changed since it was read as `expected` (None: missing)."""
         return self._call("set_total", expected="" if expected is None else expected, sum=total).head == "ok"
+
+    def carried(self) -> set[str]:
+        """Return the jobs that nobody may bring in, because the stream has their transitions of an older epoch."""
+        jobs: Any = self._guard(lambda: self.client.smembers(keys.CARRIED))
+        return {job.decode() for job in jobs}
+
+    def unblock_carried(self, jobs: Sequence[tuple[str, Token, str, str]]) -> int:
+        """Let carried jobs in again, whose entries Postgres has now, and return how many were carried until now.
+
+        At most 200 jobs, each as its row is: id, token, state, and a mark. The mark is `1` where the job has
+        ended, `held` where a worker has it, and empty otherwise.
+        """
+        rows = [{"job": job, **token.columns(), "state": state, "final": final} for job, token, state, final in jobs]
+        return self._call("unblock_carried", rows).number("unblocked") if rows else 0
+
+    # -- priorities ----------------------------------------------------------------------------------------------
+
+    def reprioritize(self, jobs: Sequence[tuple[str, int, str]]) -> list[PlaceVerdict]:
+        """Give jobs (id, order, shape under which it stays in Postgres) the places of their new orders."""
+        verdicts: list[PlaceVerdict] = []
+        for start in range(0, len(jobs), SHAPES):
+            rows = [
+                {"job": job, "order": number, "behind": behind} for job, number, behind in jobs[start : start + SHAPES]
+            ]
+            verdicts += map(PlaceVerdict, self._call("reprioritize", rows).rest)
+        return verdicts
+
+    # -- what operators hold back --------------------------------------------------------------------------------
+
+    def controls_version(self) -> int | None:
+        """Return the number of the newest action of an operator that the ledger has; None where it is cold."""
+        version = self._guard(lambda: self.client.hget(keys.EPOCH, "controls"))
+        return None if version is None else int(version)
+
+    def controls(self) -> dict[tuple[str, str], str]:
+        """Return the controls that the ledger has: (kind, name) -> value."""
+        pipe = self.client.pipeline(transaction=True)
+        for key in CONTROLS.values():
+            pipe.hgetall(key)
+        replies: Any = self._guard(pipe.execute)
+        return {
+            (kind, name.decode()): value.decode()
+            for kind, fields in zip(CONTROLS, replies, strict=True)
+            for name, value in fields.items()
+        }
+
+    def set_controls(self, version: int, changes: Mapping[tuple[str, str], str], *, last: bool) -> bool:
+        """Change controls, "" taking one back; return False where the ledger has those of a newer version.
+
+        `last`: the ledger has all controls of this version now.
+        """
+        reply = self._call("set_controls", control_groups(changes), version=version, last="1" if last else "0")
+        return reply.head == "ok"
+
+    def resume_shapes(self) -> int:
+        """Let the shapes start again that no pause holds back any more, and return how many."""
+        names, resumed = self._withheld(), 0
+        for start in range(0, len(names), SHAPES):
+            chunk = [{"shape": shape} for shape in names[start : start + SHAPES]]
+            resumed += self._call("resume_shapes", chunk).number("resumed")
+        return resumed
+
+    def _withheld(self) -> list[str]:
+        shapes: Any = self._guard(lambda: self.client.smembers(keys.WITHHELD))
+        return sorted(shape.decode() for shape in shapes)
+
+
+def control_groups(controls: Mapping[tuple[str, str], str]) -> Iterable[Group]:
+    """Return controls, (kind, name) -> value, as arguments of a script."""
+    return [{"kind": kind, "name": name, "value": value} for (kind, name), value in controls.items()]

@@ -28,6 +28,19 @@ class SubmitVerdict(StrEnum):
     LATE = "late"
 
 
+class PlaceVerdict(StrEnum):
+    """Answer to a new priority; the value is the word of `reprioritize`."""
+
+    #: the job waits in another place
+    MOVED = "moved"
+    #: a worker has it: its next attempt has the priority
+    HELD = "held"
+    #: it waits in Postgres alone
+    STAYING = "staying"
+    #: the ledger does not have it
+    MISSING = "missing"
+
+
 class ReleaseVerdict(StrEnum):
     """Answer to the end of an attempt; the value is the word of `release`."""
 

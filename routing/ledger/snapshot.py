@@ -84,6 +84,7 @@ class WorkerBook:
 
     `lease`: end of its lease (ms). `shrunk`: the capacity was lowered below the allocations. `kept`: the shape for
     which the worker takes nothing else, "" for none. `catalogue`: that of its registered tasks, "" where it takes any.
+    `cordoned`: cordoned or draining by an operator, "" for neither.
     """
 
     worker: str
@@ -97,6 +98,12 @@ class WorkerBook:
     shrunk: bool = False
     kept: str = ""
     catalogue: str = ""
+    cordoned: str = ""
+
+    @property
+    def is_ready(self) -> bool:
+        """Return True if jobs may be admitted while its lease runs."""
+        return self.status == WorkerStatus.READY and not self.cordoned
 
     def is_live(self, now: int) -> bool:
         """Return True if the worker counts as live at `now` (ms): its lease runs, and its book is not closed."""
@@ -108,7 +115,7 @@ class WorkerBook:
 
     def to_policy(self, now: int, catalogues: Mapping[str, Collection[str]] | None = None) -> Book:
         """Return the book in the form that the policy takes. Without `catalogues` its worker takes any task."""
-        admitting = self.lease > now and self.status == WorkerStatus.READY
+        admitting = self.lease > now and self.is_ready
         tasks = catalogues.get(self.catalogue) if catalogues is not None else None
         return Book(self.worker, self.capacity, self.allocated, admitting, self.kept, tasks)
 
@@ -131,6 +138,8 @@ class Head:
     staying: Mapping[str, int] = field(default_factory=dict)
     #: True if the memory of the server is short, so that jobs which find no room stay in Postgres.
     tight: bool = False
+    #: Paused shapes that are kept out of the index of waiting shapes. `shapes` has them too.
+    withheld: frozenset[str] = frozenset()
 
     def is_registered(self, worker: WorkerBook) -> bool:
         """Return True if a worker counts as registered in this epoch: it has not left, and is not given up as lost."""
@@ -157,14 +166,16 @@ def read_head(client: redis.Redis) -> Head:
     pipe.xlen(keys.STREAM)
     pipe.xrange(keys.STREAM, count=1)
     pipe.hgetall(keys.STAYING)
-    server, time, opened, leases, shapes, allocated, counters, unapplied, oldest, stays = pipe.execute()
+    pipe.smembers(keys.WITHHELD)
+    server, time, opened, leases, shapes, allocated, counters, unapplied, oldest, stays, withheld = pipe.execute()
     opening, staying = _texts(opened), {shape: int(number) for shape, number in _texts(stays).items()}
     warm = "epoch" in opening and opening.get("run_id") == server.get("run_id")
     return Head(
         now=int(time[0]) * 1000 + int(time[1]) // 1000,
         epoch=int(opening["epoch"]) if warm else None,
         leases={text(worker): int(lease) for worker, lease in leases},
-        shapes=tuple(dict.fromkeys([*map(text, shapes), *staying])),
+        shapes=tuple(dict.fromkeys([*map(text, shapes), *sorted(map(text, withheld)), *staying])),
+        withheld=frozenset(map(text, withheld)),
         allocated=None if allocated[0] is None else int(allocated[0]),
         allocated_cpus=None if allocated[1] is None else text(allocated[1]),
         counters={name: int(value) for name, value in sorted(_texts(counters).items())},
@@ -210,6 +221,7 @@ def parse_book(worker: str, fields: Mapping[Any, Any]) -> WorkerBook | None:
         shrunk=text(rest.get("shrunk", "")) == "1",
         kept=text(rest.get("kept", "")),
         catalogue=text(rest.get("tasks", "")),
+        cordoned=text(rest.get("cordoned", "")),
     )
 
 

@@ -51,6 +51,10 @@ class Reason(Enum):
 
     #: there is room: the job is admitted at this moment, or by the next sweep
     ABOUT_TO_START = "about-to-start"
+    #: an operator paused the platform, its queue or its task
+    PAUSED = "paused"
+    #: a worker has room for it, and an operator has cordoned that worker
+    CORDONED = "cordoned"
     #: the job must not start before its time
     SCHEDULED = "scheduled"
     #: other jobs must succeed first

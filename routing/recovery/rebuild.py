@@ -34,6 +34,7 @@ from celery_capacity.routing.database.authority import (
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.repair import control_groups
 from celery_capacity.routing.ledger.replies import Adopted, LedgerClosed
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import filed_shape
@@ -41,7 +42,8 @@ from celery_capacity.routing.model.states import FINAL, HOLDING, Store, WorkerSt
 from celery_capacity.routing.model.token import NO_ATTEMPT, Token
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import reconcile, refill, resubmit, revocation, transition_log
-from celery_capacity.routing.store import backlog, claims
+from celery_capacity.routing.recovery.controls import entries
+from celery_capacity.routing.store import backlog, claims, controls
 from celery_capacity.routing.store.backlog import Pending, in_doubt
 
 logger = logging.getLogger(__name__)
@@ -169,7 +171,11 @@ class Opener:
         for start in range(0, len(jobs), BACKLOG_CHUNK):
             self._go_on()
             self._ledger.close_epoch(self._epoch, self._run_id, "carry", jobs[start : start + BACKLOG_CHUNK])
-        self._ledger.open_epoch(self._epoch, self._run_id)
+        # A later action of an operator is copied by its own program, once the epoch is open.
+        with self._engine.connect() as connection:
+            held_back = controls.read(connection)
+        groups = control_groups(entries(held_back))
+        self._ledger.open_epoch(self._epoch, self._run_id, held_back.version, groups)
 
     def _wipe(self) -> None:
         # An entry leaves the stream when Postgres has it, and not before.

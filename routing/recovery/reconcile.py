@@ -32,8 +32,8 @@ from celery_capacity.routing.ledger.snapshot import JobCard
 from celery_capacity.routing.model.request import filed_shape
 from celery_capacity.routing.model.states import FINAL, HOLDING, Rank, State, Step, Store
 from celery_capacity.routing.model.token import Token
-from celery_capacity.routing.policy.placement import order
-from celery_capacity.routing.recovery import reconcile_indexes, refill, resubmit, transition_log
+from celery_capacity.routing.policy.placement import SUBMISSIONS, TOP_PRIORITY, order
+from celery_capacity.routing.recovery import controls, reconcile_indexes, refill, resubmit, transition_log
 from celery_capacity.routing.recovery.drift import Reconciled
 from celery_capacity.routing.store import backlog, claims, fencing, job_transitions
 from celery_capacity.routing.store.job_transitions import Transition
@@ -90,7 +90,9 @@ class Row:
             return (card.token, card.worker) == (self.token, self.worker)
         if self.state != card.state:
             return False
-        return self.state == State.WAITING or (card.token, card.worker) == (self.token, self.worker)
+        if self.state == State.WAITING:
+            return card.order == order(self.priority, self.seq)
+        return (card.token, card.worker) == (self.token, self.worker)
 
 
 _COLUMNS: Final = (
@@ -101,9 +103,10 @@ _COLUMNS: Final = (
 #: The states of jobs that the ledger has, in the order in which most jobs go through them.
 _OPEN: Final = (State.WAITING, State.ADMITTED, State.RUNNING)
 #: Reads one state at a time, because the index has the rows of a state in their order.
-_LINES: Final = text("""
-SELECT max(seq), string_agg(concat_ws(' ', id, state, epoch || '.' || attempt, coalesce(worker, '-')), chr(10))
-FROM (SELECT seq, id, state, epoch, attempt, worker FROM jobs
+_LINES: Final = text(f"""
+SELECT max(seq), string_agg(concat_ws(' ', id, state, epoch || '.' || attempt, coalesce(worker, '-'),
+  ({TOP_PRIORITY} - priority) * {SUBMISSIONS} + seq), chr(10))
+FROM (SELECT seq, id, state, epoch, attempt, worker, priority FROM jobs
       WHERE state = :state AND behind IS NULL AND seq > :after ORDER BY seq LIMIT :most) AS j
 """)
 #: Families of keys besides those of the jobs.
@@ -146,6 +149,7 @@ def reconcile(engine: Engine, ledger: Ledger) -> Reconciled:
             ledger.epoch = authority.epoch
             result.applied, applied = transition_log.apply_all(engine, ledger)
             resubmit.go_on(engine, ledger, applied)
+            controls.restore(engine, ledger, result)
             compared = _rows_against_ledger(connection, ledger, result)
             names = _ledger_against_rows(connection, ledger, compared, result)
             _close_committed(connection, ledger, result)
@@ -216,7 +220,7 @@ def _not_over(connection: Connection, ledger: Ledger, ids: Sequence[str]) -> lis
     """Return the jobs that are not over in both stores. Nearly all others ended within the last minute."""
     going_on = list(connection.execute(_GOING_ON, {"ids": list(ids)}).scalars()) if ids else []
     over = set(ids).difference(going_on)
-    return [*going_on, *ledger.compare_jobs("\n".join(f"{job} {snapshot.TOMBSTONE} - -" for job in over))]
+    return [*going_on, *ledger.compare_jobs("\n".join(f"{job} {snapshot.TOMBSTONE} - - -" for job in over))]
 
 
 def _look_at(connection: Connection, ledger: Ledger, ids: Sequence[str], result: Reconciled) -> None:

@@ -26,6 +26,7 @@ from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import MAX_ADMITTED, Book, Waiting, fits, held_by, order
 from celery_capacity.routing.policy.unknown_starts import FEWEST_LOSSES, losses_in_doubt
 from celery_capacity.routing.store import fencing, job_transitions
+from celery_capacity.routing.store.controls import NOT_PAUSED
 from celery_capacity.routing.store.job_transitions import Applied, Transition
 
 #: Rows that one statement reads.
@@ -73,7 +74,7 @@ class Taken:
 _SELECT: Final = """
 (SELECT id, shape, priority, seq, losses FROM jobs
  WHERE {} AND (expires_at IS NULL OR expires_at > now()) AND revoked_at IS NULL AND (-priority, seq) > (:priority, :seq)
-   AND shape <> ALL(CAST(:without AS text[]))
+   AND shape <> ALL(CAST(:without AS text[])) AND {}
    AND (CAST(:tasks AS text[]) IS NULL OR name = ANY(CAST(:tasks AS text[]))
      OR name LIKE ANY(CAST(:everywhere AS text[])))
  ORDER BY -priority, seq LIMIT :most)
@@ -81,7 +82,7 @@ _SELECT: Final = """
 _WAITS: Final = "state IN ('accepted', 'waiting')"
 _IS_DUE: Final = "state = 'scheduled' AND due_at <= now()"
 _CANDIDATES: Final = text(
-    f"SELECT * FROM ({_SELECT.format(_WAITS)} UNION ALL {_SELECT.format(_IS_DUE)}) AS c"
+    f"SELECT * FROM ({_SELECT.format(_WAITS, NOT_PAUSED)} UNION ALL {_SELECT.format(_IS_DUE, NOT_PAUSED)}) AS c"
     " ORDER BY -priority, seq LIMIT :most"
 )
 
@@ -158,6 +159,7 @@ WITH doubt AS (
     AND (expires_at IS NULL OR expires_at > now())
     AND revoked_at IS NULL
     AND EXISTS (SELECT 1 FROM authority WHERE authority = 'postgres' AND epoch = :epoch)
+    AND {NOT_PAUSED} AND NOT EXISTS (SELECT FROM cordons WHERE worker = :worker)
   FOR NO KEY UPDATE SKIP LOCKED
 ), taken AS (
   UPDATE jobs SET state = 'running', epoch = :epoch, attempt = jobs.attempt + 1 + chosen.doubtful::int,

@@ -151,7 +151,7 @@ UPDATE jobs SET
   rerun = CASE WHEN goes_on THEN coalesce(jobs.successor_rerun, jobs.rerun) ELSE jobs.rerun END,
   retries = CASE WHEN goes_on THEN jobs.successor_retries ELSE jobs.retries END,
   nesting = CASE WHEN goes_on THEN jobs.successor_nesting ELSE jobs.nesting END,
-  priority = CASE WHEN goes_on THEN jobs.successor_priority ELSE jobs.priority END,
+  priority = CASE WHEN goes_on AND NOT jobs.reprioritized THEN jobs.successor_priority ELSE jobs.priority END,
   expires_at = CASE WHEN goes_on THEN jobs.successor_expires_at ELSE jobs.expires_at END,
   successor = CASE WHEN goes_on THEN NULL ELSE jobs.successor END,
   successor_retries = CASE WHEN goes_on THEN NULL ELSE jobs.successor_retries END,

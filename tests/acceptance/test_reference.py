@@ -122,6 +122,9 @@ def used(redis_url: str) -> Iterator[Cluster]:
         cluster.register("labelled", Capacity.of({"cpus": 1, "slots": 1, **labels(["video"])}).shape)
         ledger.register("idle", "life", "queue.idle", Request.of({"cpus": 1}).shape, {"pid": "2"}, admit=False)
         ledger.adopt("small", "small-life", [Adopted("adopted", Token(1, 1), ONE, 1, 5, 6, "", 0)])
+        paused = Request.of({"cpus": 5000}).within("paused").shape
+        ledger.set_controls(1, {("cordon", "idle"): "draining", ("pause", "queue:paused"): "1"}, last=True)
+        assert ledger.submit("paused", paused, order(0, 98), MESSAGE).state == "waiting"
         ledger.client.hset(keys.DECLARATIONS, "task", "{}")
         ledger.elect("w-life", 0, 60.0)
         ledger.elect("v-life", 0, 60.0, ["suspicion"])

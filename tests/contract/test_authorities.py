@@ -14,8 +14,12 @@ from typing import Any, Final
 
 import pytest
 
+from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.token import Token
+from celery_capacity.routing.policy.pauses import Scope
+from celery_capacity.routing.store import controls as stored_controls
+from celery_capacity.workers.client import controls, priorities
 from tests.fixtures.stores.authorities import Authority
 
 # -- who starts
@@ -476,3 +480,111 @@ def test_files_of_one_store_are_those_of_the_table() -> None:
     }
     assert in_folders <= OF_ONE_STORE.keys()
     assert [path for path in OF_ONE_STORE if not (root / path).is_file()] == []
+
+
+# -- what operators hold back
+
+
+def test_cordoned_worker_takes_nothing_more_until_uncordoned(authority: Authority) -> None:
+    authority.worker("a", cpus=2000)
+    running = authority.submit(cpus=1000)
+    assert authority.starts("a") == [running]
+    controls.cordon(authority.stores, ["a"], reason="fan", by="ann")
+    job = authority.submit(cpus=1000)
+    assert authority.starts("a") == []
+    assert authority.end(running) == "released"
+    assert (authority.starts("a"), authority.waits(job)) == ([], True)
+    # A worker of the name that starts anew is cordoned too.
+    authority.worker("a", cpus=2000)
+    assert authority.starts("a") == []
+    authority.worker("b", cpus=1000)
+    assert authority.starts("b") == [job]
+    last = authority.submit(cpus=2000)
+    (order,) = controls.uncordon(authority.stores, ["a"])
+    assert (order.before, order.applied, authority.starts("a")) == (True, True, [last])
+
+
+@pytest.mark.parametrize("names", [{}, {"queue": "mail"}, {"task": "task"}], ids=str)
+def test_paused_jobs_wait_and_start_when_resumed(authority: Authority, names: dict[str, str]) -> None:
+    authority.worker("a", cpus=4000, queues=["celery", "mail"])
+    before = authority.submit(cpus=1000, queue="mail")
+    assert authority.starts("a") == [before]
+    scope = Scope.of(**names)
+    assert not controls.pause(authority.stores, scope, reason="full disk").before
+    job = authority.submit(cpus=1000, queue="mail")
+    other = authority.submit(cpus=1000)
+    assert authority.starts("a") == ([other] if "queue" in names else [])
+    assert authority.end(before) == "released"
+    assert (authority.waits(job), authority.why(job), authority.starts("a")) == (True, Reason.PAUSED, [])
+    assert controls.resume(authority.stores, scope).before
+    assert authority.starts("a") == ([job] if "queue" in names else [job, other])
+
+
+def test_two_pauses_hold_a_job_until_both_are_over(authority: Authority) -> None:
+    authority.worker("a", cpus=4000)
+    for scope in (Scope.of(), Scope.of(queue="celery")):
+        controls.pause(authority.stores, scope)
+    job = authority.submit(cpus=1000)
+    controls.resume(authority.stores, Scope.of())
+    assert (authority.starts("a"), authority.why(job)) == ([], Reason.PAUSED)
+    controls.resume(authority.stores, Scope.of(queue="celery"))
+    assert authority.starts("a") == [job]
+
+
+def test_order_for_an_unknown_worker_is_refused_and_noted_nowhere(authority: Authority) -> None:
+    authority.worker("render-01", cpus=1000)
+    with pytest.raises(InvalidRequest, match=r"there is no worker render-02.*The nearest: render-01"):
+        controls.cordon(authority.stores, ["render-01", "render-02"])
+    with authority.stage.engine.connect() as connection:
+        assert (stored_controls.cordons(connection), stored_controls.version(connection)) == ({}, 0)
+
+
+def test_priority_of_a_waiting_job_moves_it_in_the_backlog(authority: Authority) -> None:
+    first, second, third = (authority.submit(cpus=1000) for _ in range(3))
+    (raised, lowered) = priorities.set_priority(authority.stores, [third, first], 5, by="ann")
+    assert (raised.became, raised.before, raised.priority) == ("moved", 0, 5)
+    priorities.set_priority(authority.stores, [first], 0)
+    assert lowered.job == first
+    authority.worker("a", cpus=2000)
+    assert authority.starts("a") == [third, first]
+    authority.end(third)
+    assert authority.starts("a") == [second]
+
+
+def test_priority_of_a_running_job_is_that_of_its_next_attempt(authority: Authority) -> None:
+    authority.worker("a", cpus=1000)
+    job = authority.submit(cpus=1000)
+    assert authority.starts("a") == [job]
+    other = authority.submit(cpus=1000, priority=7)
+    (result,) = priorities.set_priority(authority.stores, [job], 5)
+    assert (result.became, result.state) == ("next-attempt", "running")
+    assert authority.end(job, "handed_back") == "released"
+    assert authority.starts("a") == [other]
+    authority.end(other)
+    assert authority.starts("a") == [job]
+    # Its retry is a publish with the priority that the message had at first.
+    authority.republish(job)
+    authority.end(job, "retried")
+    authority.duty()
+    assert authority.starts("a") == [job]
+    assert authority.row(job).priority == 5
+    authority.end(job)
+
+
+def test_priority_of_an_ended_job_is_refused(authority: Authority) -> None:
+    authority.worker("a", cpus=1000)
+    job = authority.submit(cpus=1000)
+    authority.starts("a")
+    authority.end(job)
+    (result,) = priorities.set_priority(authority.stores, [job], 9)
+    assert (result.became, result.state, authority.row(job).priority) == ("ended-before", "succeeded", 0)
+
+
+@pytest.mark.parametrize("wrong", [-1, 10, True, "9"])
+def test_priority_that_is_none_is_refused_before_anything_is_written(authority: Authority, wrong: Any) -> None:
+    job = authority.submit(cpus=1000)
+    with pytest.raises(InvalidRequest, match="priority"):
+        priorities.set_priority(authority.stores, [job], wrong)
+    with pytest.raises(InvalidRequest, match="there is no job other"):
+        priorities.set_priority(authority.stores, [job, "other"], 9)
+    assert authority.row(job).priority == 0

@@ -14,9 +14,9 @@ from celery_capacity.routing.model.states import State, WorkerStatus
 from celery_capacity.routing.recovery import revocation
 from celery_capacity.routing.store import backlog, claims, job_transitions, worker_rows
 from celery_capacity.workers.duties import due
-from celery_capacity.workers.membership.window import Window
 from celery_capacity.workers.process.stores import Stores, transactions
 from celery_capacity.workers.results.deliver_later import deliver_rows
+from celery_capacity.workers.supervision.window import Window
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from celery_capacity.routing.recovery import reclaim
 from celery_capacity.routing.store import worker_rows
 from celery_capacity.routing.store.refused_transitions import concerns_data
 from celery_capacity.workers.membership import orphans
-from celery_capacity.workers.membership.window import Window
 from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.supervision.window import Window
 
 logger = logging.getLogger(__name__)
 

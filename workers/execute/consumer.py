@@ -21,7 +21,7 @@ from celery_capacity.routing.config.redaction import HIDDEN
 from celery_capacity.workers.broker.cut_connection import cut, is_silence
 from celery_capacity.workers.broker.queues import as_queue
 from celery_capacity.workers.execute import readiness
-from celery_capacity.workers.execute.pool import recall_unsent, runs_in_loop
+from celery_capacity.workers.execute.pool import breaks_off, recall_unsent, runs_in_loop
 from celery_capacity.workers.execute.pool_loop import PoolLoop
 from celery_capacity.workers.execute.request import JobRequest, request_class
 from celery_capacity.workers.execute.runtime import Runtime
@@ -202,14 +202,29 @@ class Consumer(celery_consumer.Consumer):
         if self.controller is not None and self.controller.semaphore is not None:
             self.controller.semaphore.clear()
         recalled = recall_unsent(self.pool)
-        # Celery has the requests of all workers of the process in one set.
-        mine = self.runtime.identity.incarnation
-        for request in tuple(worker_state.reserved_requests):
-            if not isinstance(request, JobRequest) or request.incarnation != mine:
-                continue
+        for request in self._requests():
             if request.never_sent or request.id in recalled:
                 worker_state.task_ready(request)
                 request.hand_back()
+
+    def break_off(self, signal: str) -> bool:
+        """Break off the bodies that run here, and hand their jobs back; return False for a pool that cannot.
+
+        In any thread: the main loop does it.
+        """
+        if not breaks_off(self.pool):
+            return False
+        self.runtime.announcer.later(partial(self._break_off, signal))
+        return True
+
+    def _break_off(self, signal: str) -> None:
+        for request in self._requests():
+            request.break_off(self.pool, signal)
+
+    def _requests(self) -> list[JobRequest]:
+        """Return the requests of this worker. Celery has those of all workers of the process in one set."""
+        mine, requests = self.runtime.identity.incarnation, tuple(worker_state.reserved_requests)
+        return [request for request in requests if isinstance(request, JobRequest) and request.incarnation == mine]
 
     # Messages that never become a request end their job here. Celery would write their bodies into the log.
 

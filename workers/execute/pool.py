@@ -62,13 +62,18 @@ def recall_unsent(pool: Any) -> set[str]:
     return recalled
 
 
+def breaks_off(pool: Any) -> bool:
+    """Return True for a pool that can break off a single body: it has processes, or greenlets."""
+    return getattr(pool.terminate_job, "__func__", None) is not BasePool.terminate_job
+
+
 def abandon_bodies(pool: Any) -> bool:
     """Give up the bodies of a pool that cannot break them off. Return False for a pool that can.
 
     A pool of threads waits for its bodies when it stops. From now on it does not, and its process ends without them
     (`end_process`). The `solo` pool has its body in the main thread, which an exception leaves.
     """
-    if getattr(pool.terminate_job, "__func__", None) is not BasePool.terminate_job:
+    if breaks_off(pool):
         return False
     pool.platform_abandoned = True
     if (executor := getattr(pool, "executor", None)) is not None:

@@ -1,4 +1,4 @@
-"""Messages of the worker's own queue that never become a request: unknown, invalid, undecodable, not to be started."""
+"""Messages of the worker's own queue: their attempts, and those that never become a request (unknown, invalid ...)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,39 @@ from celery import Celery
 from celery.app.task import Context
 from celery.exceptions import InvalidTaskError
 
-from celery_capacity.routing.model.message import parse_tag
+from celery_capacity.routing.model import format_versions
+from celery_capacity.routing.model.envelope import Unreadable
+from celery_capacity.routing.model.identifiers import check_job_id
+from celery_capacity.routing.model.message import HEADER, Tag, parse_tag
 from celery_capacity.routing.model.reasons import Refusal
+from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.workers.broker import transport
 from celery_capacity.workers.process.attempts import Attempt, held
 from celery_capacity.workers.process.identity import Identity
 from celery_capacity.workers.results.backends import kept_of
 from celery_capacity.workers.results.quarantine_thread import QuarantineThread
+
+
+def attempt_of(message: Any) -> tuple[Tag, Request]:
+    """Return the attempt of a message of the private queue, and its request. Raises `PlatformError`, `Unreadable`."""
+    tag, carried = parse_tag(message.delivery_tag), message.headers.get(HEADER)
+    if tag is None or not isinstance(carried, dict):
+        raise Unreadable("no message of an attempt")
+    check_job_id(tag.job)
+    # In a format that this release does not know, the tag alone is sure. The job is claimed, and handed back.
+    readable = format_versions.is_known(carried)
+    return tag, Request.from_shape(str(carried.get("shape"))) if readable else Request.of({})
+
+
+def take_raw(raw: bytes, accept: Any, quarantine: QuarantineThread, queue: str, arrived: Callable[[Any], None]) -> None:
+    """Pass on a message of the ledger queue, or set it aside where nobody can read it; in the thread of the queue."""
+    try:
+        message = transport.job_message(raw, accept)
+    except Unreadable as error:
+        quarantine.set_aside(raw, queue, error.reason, str(error))
+        return
+    arrived(message)
 
 
 @contextmanager

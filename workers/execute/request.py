@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry, TaskError, Terminated, WorkerLostError
+from celery.platforms import signals as signal_numbers
 from celery.utils.saferepr import saferepr
 from celery.worker import state as worker_state
 
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 #: Characters of an exception's text that are kept.
 ERROR_LENGTH = 4000
 
+#: Error of an attempt that a drain broke off.
+DRAINED = "the worker was drained"
+
 #: Set by the worker's runtime: (job, token, outcome, error, outbox, on_lost) -> True if this was the first end.
 EndJob = Callable[[str, Token, Outcome | Ambiguous, str | None, Outbox, Callable[[], None] | None], bool]
 
@@ -48,6 +52,7 @@ class JobRequest:
     _apply_result: Any
     time_start: float | None
     hostname: str
+    worker_pid: int | None
     request_dict: dict[str, Any]
     end_job: EndJob
     #: True while the worker stops without waiting for its jobs: a job that dies now is handed back, not lost.
@@ -186,7 +191,7 @@ class JobRequest:
         a failure that Celery's hooks may see.
         """
         worker_state.task_ready(self)
-        if type(self).stopping_cold():
+        if type(self).stopping_cold() or self.ended_by == "stop":
             self._end(Ambiguous.STOPPED, str(error))
             return
         request: Any = self
@@ -244,6 +249,18 @@ class JobRequest:
         with self._speaking():
             super().cancel(pool, signal, emit_retry)  # type: ignore[misc]
 
+    def break_off(self, pool: Any, signal: str) -> None:
+        """Break off the body because its worker is drained. The attempt ends once its process is gone.
+
+        A body that has not begun yet is left alone: the next call meets it.
+        """
+        if self.never_sent:
+            worker_state.task_ready(self)
+            self.hand_back()
+        elif self.time_start is not None:
+            self.ended_by = "stop"
+            pool.terminate_job(self.worker_pid, signal_numbers.signum(signal))
+
     def killed(self) -> None:
         """End an attempt whose greenlet was ended from outside.
 
@@ -268,6 +285,11 @@ class JobRequest:
             self._say_failed(error, raised(error))
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        if terminated and self.ended_by == "stop":
+            # A drain ended the process, and no revoke.
+            worker_state.task_ready(self)
+            self._end(Ambiguous.STOPPED, DRAINED)
+            return
         try:
             with self._speaking():
                 super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, Final
 
 from celery import Celery
+from celery.platforms import EX_OK
 from celery.worker import state as worker_state
 from kombu.serialization import prepare_accept_content
 
@@ -27,13 +28,9 @@ from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.config.machine import Detected
 from celery_capacity.routing.errors import NameTaken, PlatformError
 from celery_capacity.routing.ledger.replies import LedgerClosed
-from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model.envelope import Unreadable
-from celery_capacity.routing.model.identifiers import check_job_id
-from celery_capacity.routing.model.message import HEADER, parse_tag
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.routing.model.reasons import Refusal
-from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.wake import Wake
@@ -42,13 +39,13 @@ from celery_capacity.workers.broker.decompression import TIMES
 from celery_capacity.workers.broker.ledger_queue import LedgerQueue
 from celery_capacity.workers.execute.enroll import Intake
 from celery_capacity.workers.execute.outcome_check import JUDGED, Ambiguous, BodyEnd, gone_back, judge
-from celery_capacity.workers.execute.rejected import refusing
+from celery_capacity.workers.execute.rejected import attempt_of, refusing, take_raw
 from celery_capacity.workers.execute.returned import ReturnedMessages
 from celery_capacity.workers.execute.start_queue import StartQueue
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.epoch_watch import EpochWatch
-from celery_capacity.workers.membership.heartbeat import HeartbeatThread
+from celery_capacity.workers.membership.heartbeat import HeartbeatThread, end_cold
 from celery_capacity.workers.membership.join import Joining
 from celery_capacity.workers.membership.preflight import shares_ledger
 from celery_capacity.workers.membership.registration import Membership
@@ -70,6 +67,7 @@ from celery_capacity.workers.settle.postgres_ends import PostgresEnds
 from celery_capacity.workers.settle.pull_thread import Puller
 from celery_capacity.workers.settle.settle_thread import LedgerThread
 from celery_capacity.workers.submit.router import Declarations
+from celery_capacity.workers.supervision.drain import Drain
 from celery_capacity.workers.supervision.health import Health
 
 logger = logging.getLogger(__name__)
@@ -140,7 +138,8 @@ class Runtime:
         private = (identity.queue, self.arrived) if shared else None
         self.intake = Intake(app, self.served_queues, self.on_tick, self.announcer.refused, private)
         #: Takes the messages of the private queue where the intake does not.
-        self.ledger_queue = None if shared else LedgerQueue(settings, identity.queue, self._received)
+        to = (self._accept, self.quarantine, identity.queue, self.arrived)
+        self.ledger_queue = None if shared else LedgerQueue(settings, identity.queue, lambda raw: take_raw(raw, *to))
 
     def _make_threads(self, context: WorkerContext) -> None:
         """Make the threads that settle jobs, say that the worker lives, and run the duties."""
@@ -176,7 +175,11 @@ class Runtime:
         self.duties.election.worker, self.duties.election.on_look = identity.name, self.heartbeat.looked
         ticks = beat_messages.channel(app) if self.ledger_queue is None else ""
         fetch = partial(self.duties.tick, REFILL)
-        self.duties.election.news = EpochWatch(context.settings, self.heartbeat.look, self.on_tick, ticks, fetch)
+        acts = (self.holdings.all, lambda signal: self.announcer.consumer.break_off(signal), self._end)
+        self.drain_service = Drain(context.engine, identity.name, context.settings.due_interval, *acts)
+        self.duties.election.news = news = EpochWatch(context.settings, self.heartbeat.look, self.on_tick, ticks, fetch)
+        news.worker, news.on_cordon = identity.name, self.drain_service.look
+        self.puller.on_cordon = self.drain_service.look
         self.confirmation.on_epoch, self.confirmation.on_authority = self.heartbeat.look, self.puller.wake
         self.health = Health(context.settings.health_dir, self.start_queue)
         self.heartbeat.on_look = self.health.beat
@@ -186,7 +189,7 @@ class Runtime:
         #: Stages of the end of an attempt, the last one first: recorded, delivered, released.
         self.stages = Services(self.quarantine, self.recorder, self.delivery, self.ledger_thread)
         membership = (self.confirmation, self.puller, self.heartbeat)
-        self.member_services = Services(*membership, self.ledger_queue, self.intake, self.duties)
+        self.member_services = Services(*membership, self.ledger_queue, self.intake, self.duties, self.drain_service)
 
     # -- from start to end ---------------------------------------------------------------------------------------
 
@@ -299,28 +302,12 @@ class Runtime:
 
     def arrived(self, message: Any) -> None:
         """Pass on a message of the private queue. Nothing here waits: it runs in the thread that takes the message."""
-        tag = parse_tag(message.delivery_tag)
-        carried = message.headers.get(HEADER)
         try:
-            if tag is None or not isinstance(carried, dict):
-                raise Unreadable("no message of an attempt")
-            check_job_id(tag.job)
-            # In a format that this release does not know, the tag alone is sure. The job is claimed, and handed back.
-            readable = format_versions.is_known(carried)
-            request = Request.from_shape(str(carried.get("shape"))) if readable else Request.of({})
+            tag, request = attempt_of(message)
         except (PlatformError, Unreadable) as error:
             self.quarantine.set_aside(transport.raw_of(message), self.identity.queue, Refusal.FOREIGN, str(error))
             return
         self.ledger_thread.arrive(tag, request, message)
-
-    def _received(self, raw: bytes) -> None:
-        """Take a message of the ledger queue, in its thread."""
-        try:
-            message = transport.job_message(raw, self._accept)
-        except Unreadable as error:
-            self.quarantine.set_aside(raw, self.identity.queue, error.reason, str(error))
-            return
-        self.arrived(message)
 
     def attach(self, hub: Any) -> None:
         """Attach the main loop, see `StartQueue.attach`, and pull jobs from Postgres."""
@@ -389,7 +376,14 @@ class Runtime:
     def _on_taken(self, error: NameTaken) -> None:
         """End as after a TERM, with an exit code that says why. In the heartbeat's thread."""
         logger.critical("this worker ends: %s", error)
-        worker_state.should_stop = Exit.UNAVAILABLE
+        self._end(cold=False, code=Exit.UNAVAILABLE)
+
+    def _end(self, cold: bool, code: int = EX_OK) -> None:
+        """End as after a TERM, or cold as after a QUIT; in any thread."""
+        if cold:
+            end_cold()
+            return
+        worker_state.should_stop = code
         self.stops(cold=False)
         self.drain()
 

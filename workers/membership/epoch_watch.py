@@ -49,7 +49,10 @@ class EpochWatch:
         self._on_low = on_low
         #: True while the subscription is the runner's.
         self._runs = False
-        self._channels = [EPOCH_CHANNEL, *([tick_channel] if tick_channel else [])]
+        self._channels = [EPOCH_CHANNEL, keys.CORDONS, *([tick_channel] if tick_channel else [])]
+        #: Name of this worker, and the function that is called when an operator cordons, drains or frees it.
+        self.worker = ""
+        self.on_cordon: Callable[[], None] = lambda: None
         self._client: Any = None
         self._pubsub: Any = None
 
@@ -107,6 +110,10 @@ class EpochWatch:
             # The beginning of a subscription counts too, since nobody publishes an earlier epoch again.
             if channel == EPOCH_CHANNEL and kind in ("message", "subscribe"):
                 self._on_epoch()
+            elif channel == keys.CORDONS:
+                # When the subscription begins, an earlier cordon may have been missed.
+                if kind == "subscribe" or (kind == "message" and message["data"].decode() == self.worker):
+                    self.on_cordon()
             elif channel == keys.LOW:
                 # Also when the subscription begins, because an earlier shape is not told again.
                 self._on_low()

@@ -25,8 +25,8 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.election import Elected
 from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.membership.epoch_watch import EpochWatch
-from celery_capacity.workers.membership.window import Window
 from celery_capacity.workers.process.service import LookingService
+from celery_capacity.workers.supervision.window import Window
 
 logger = logging.getLogger(__name__)
 

@@ -31,6 +31,7 @@ from celery_capacity.workers.broker import beat_messages, transport
 from celery_capacity.workers.duties import (
     apply_transitions,
     archive,
+    controls,
     deliver_results,
     due,
     fallback,
@@ -96,6 +97,8 @@ REFILL: Final = "refill"
 DUTIES: Final = (
     # The transitions that the ledger alone knows come first: the other duties judge by the rows.
     Duty("stream", lambda s: s.due_interval, apply_transitions.run_once),
+    # The ledger has the orders of operators before a duty starts a job.
+    Duty("controls", lambda s: s.due_interval, controls.run_once),
     # Jobs that stay in Postgres are marked before others look for rows that the ledger does not know.
     Duty("refill", lambda s: s.due_interval, refill.run_once, REFILL),
     Duty("due", lambda s: s.due_interval, due.run_once, without=fallback.expire),

@@ -23,7 +23,7 @@ from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.model.request import Request, filed_shape
 from celery_capacity.routing.model.states import Outcome, Store
 from celery_capacity.routing.policy.placement import held_by
-from celery_capacity.routing.store import claims, fencing
+from celery_capacity.routing.store import claims, controls, fencing
 from celery_capacity.routing.store.refused_transitions import concerns_data
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holding
@@ -63,6 +63,8 @@ class Puller(OnDemandLookingService):
         self._flush_within = timeouts.FLUSH * context.settings.store_timeout
         self._start_job = start_job
         self._can_start = can_start
+        #: Called where this worker is cordoned.
+        self.on_cordon: Callable[[], None] = lambda: None
         #: Set in a signal handler: this worker takes nothing any more.
         self.draining = False
         self._listening: Any = None
@@ -120,6 +122,9 @@ class Puller(OnDemandLookingService):
         if not self._can_start() or not book.open:
             return None
         with self._engine.connect() as connection:
+            if controls.is_cordoned(connection, self._identity.name):
+                self.on_cordon()
+                return None
             chosen = claims.look(connection, book, most_losses, passed)
             if not chosen:
                 return None

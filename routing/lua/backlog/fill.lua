@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Does: admits to one worker the waiting jobs that fit on it, going on after a cursor of shapes.
 -- KEYS: none; by name: epoch, free, free_of, book, shapes, shapes_of, asks, wait, job, held, unclaimed, counters,
---   stream, view, allocated, allocated_cpus, kept, tasks, border, low
+--   stream, view, allocated, allocated_cpus, kept, tasks, border, low, paused, withheld
 -- ARGV: epoch, run_id, worker, after (the cursor, -inf to begin)
 -- Replies: {ok, admitted, cursor ('' when done), freed (a worker that was kept for an admitted job, and is to be filled
 --   too; '': none)} | {cold} | {epoch, current}
@@ -12,6 +12,7 @@ local book, now = read_book(worker, epoch), clock()
 if not book then
   return {'ok', '0', '', ''}
 end
+book.pauses = facts.paused
 local admitted, cursor, freed = fill_pass(book, now, after, function(id, job, message)
   admit_job(id, job, message, book, now)
 end)

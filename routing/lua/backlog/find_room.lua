@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: looks for workers with room for the first jobs of waiting shapes, behind a cursor, and admits nothing.
--- KEYS: none; by name: epoch, shapes, free, free_of, book, kept, tasks
+-- KEYS: none; by name: epoch, shapes, free, free_of, book, kept, tasks, paused
 -- ARGV: epoch, run_id, after (the order of the last shape looked at; '' to begin)
 -- Replies: {ok, cursor ('' when done), then for each shape that may have room: shape, worker ('': not all workers were
 --   looked at, or one is to be kept for its job)} | {cold} | {epoch, current}
@@ -12,9 +12,12 @@ local rows = redis.call('ZRANGEBYSCORE', KEY.shapes, from, '+inf', 'WITHSCORES',
 local reply = {'ok', ''}
 for i = 1, #rows, 2 do
   local shape, amounts = rows[i], amounts_of(rows[i])
-  local book, seen, more = search(shape, amounts, epoch, now, 2 * LIMIT.few, '', '')
+  local paused, book, seen, more = is_paused(facts.paused, shape), nil, 0, nil
+  if not paused then
+    book, seen, more = search(shape, amounts, epoch, now, 2 * LIMIT.few, '', '')
+  end
   looked, cursor = looked + seen, rows[i + 1]
-  local to_keep = amounts.alone and not book and redis.call('HEXISTS', KEY.kept, shape) == 0
+  local to_keep = amounts.alone and not paused and not book and redis.call('HEXISTS', KEY.kept, shape) == 0
   if book or more or to_keep then
     reply[#reply + 1], reply[#reply + 2] = shape, book and book.worker or ''
   end

@@ -1,10 +1,11 @@
 #!lua flags=allow-oom
 -- Does: opens an epoch on books that were emptied before, for the caller's database in Postgres.
--- KEYS: none; by name: epoch, allocated, allocated_cpus
--- ARGV: opening (the new epoch), run_id
+-- KEYS: none; by name: epoch, allocated, allocated_cpus, cordons, paused, withheld
+-- ARGV: opening (the new epoch), run_id, version (number of the newest action of an operator), then for each control:
+--   kind (cordon or pause), name, value (as in set_controls)
 -- Replies: {ok, now (ms)} | {epoch, current} where a newer one is open, or is being opened | {foreign, database} where
 --   the books are those of another database
--- Cost: constant
+-- Cost: a command a control
 -- Repeat: harmless: jobs that were admitted in this epoch meanwhile stay
 local server_run, database = parted(run_id)
 local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'opening', 'database')
@@ -21,9 +22,16 @@ if current[1] == opening and current[2] == server_run then
 end
 redis.call('SET', KEY.allocated, '0')
 redis.call('SET', KEY.allocated_cpus, '0')
+-- Nothing starts in this epoch that an operator holds back. Each worker finds its cordon when it registers.
+redis.call('UNLINK', KEY.cordons, KEY.paused, KEY.withheld)
+for i = EACH.first, #ARGV, EACH.step do
+  local key = ARGV[i + EACH.kind] == 'cordon' and KEY.cordons or KEY.paused
+  redis.call('HSET', key, ARGV[i + EACH.name], ARGV[i + EACH.value])
+end
+mark_pauses()
 redis.call('HDEL', KEY.epoch, 'opening', 'waiting', 'stay', 'tight')
 redis.call('HSET', KEY.epoch, 'epoch', opening, 'run_id', server_run, 'opened', int(now), 'rebuilding', '1',
-  'format', LIMIT.format)
+  'format', LIMIT.format, 'controls', version)
 if database ~= '' then
   redis.call('HSET', KEY.epoch, 'database', database)
 end

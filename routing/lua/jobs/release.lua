@@ -2,7 +2,7 @@
 -- Does: gives back the allocations of attempts that are over, stores their results, and admits to that worker the jobs
 --   that now fit.
 -- KEYS: none; by name: epoch, book, job, held, unclaimed, counters, stream, wait, shapes, shapes_of, asks, free,
---   free_of, view, allocated, allocated_cpus, kept, tasks, border, low
+--   free_of, view, allocated, allocated_cpus, kept, tasks, border, low, paused, withheld
 -- ARGV: epoch, run_id, worker, incarnation, most_losses, admit (1: go on to admit, 0: this caller may not), nonce (not
 --   '': the worker is asking, so hand jobs over to it), then for each job: job, token, outcome (succeeded, failed,
 --   cancelled, expired, replaced, retried, requeued, handed_back, lost), error, outbox, told (1: the worker tells how
@@ -84,6 +84,7 @@ while i <= #ARGV do
 end
 if any and admit == '1' then
   local _
+  book.pauses = facts.paused
   _, reply[2], reply[3] = fill_pass(book, now, '-inf', function(id, job, message)
     if nonce ~= '' and #message <= LIMIT.hand_over then
       hand_over(id, job, message, book, now, nonce, reply)

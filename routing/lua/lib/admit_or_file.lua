@@ -37,8 +37,9 @@ local function admit_or_file(id, job, message, digest, rerun, facts, now, batch)
       write_batch(batch)
     end
     -- Where a shape already waits, another job of it would find no room either: it is filed without a search.
-    batch = {shape = job.shape, amounts = amounts_of(job.shape), full = redis.call('ZSCORE', KEY.shapes, job.shape),
-      looked = batch and batch.looked or 0}
+    local paused = is_paused(facts.paused, job.shape)
+    batch = {shape = job.shape, amounts = amounts_of(job.shape), paused = paused, looked = batch and batch.looked or 0,
+      full = paused or redis.call('ZSCORE', KEY.shapes, job.shape)}
     batch.border = facts.stay and redis.call('ZSCORE', KEY.border, job.shape)
   end
   if batch.border and not facts.fetched and tonumber(job.order) >= tonumber(batch.border) then

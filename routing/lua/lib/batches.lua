@@ -8,9 +8,9 @@
 -- Write the changes of a batch, at its end.
 --
 -- A batch has `shape`, `amounts`, `looked` (workers at which this script has looked), and `full` where all later jobs
--- are filed. Until they are written it has `book` and the admissions there: `tokens` (id, token, id, token, ...), `due`
--- (time, id, time, id, ...) and `messages`. It also has `waiting`, as `file` takes it, with `first`, the least of its
--- orders.
+-- are filed. `paused`: a pause holds the shape back. Until they are written it has `book` and the admissions there:
+-- `tokens` (id, token, id, token, ...), `due` (time, id, time, id, ...) and `messages`. It also has `waiting`, as
+-- `file` takes it, with `first`, the least of its orders.
 local function write_batch(batch)
   if batch.messages then
     enter(batch.book)
@@ -21,7 +21,7 @@ local function write_batch(batch)
     batch.messages = nil
   end
   if batch.waiting then
-    file(batch.shape, batch.waiting, batch.first)
+    file(batch.shape, batch.waiting, batch.first, batch.paused)
     count('filed', #batch.waiting / 2)
     batch.waiting = nil
   end

@@ -112,9 +112,9 @@ local function allocate(book, amounts, times)
 end
 
 -- True if jobs may be admitted to a worker, so that it stands in the indexes of free CPUs. Such a worker is ready, not
--- over its capacity, and has a free slot, which every job needs. No job that must be alone runs there, and the worker
--- is kept for none.
+-- over its capacity, not cordoned, and has a free slot, which every job needs. No job that must be alone runs there,
+-- and the worker is kept for none.
 local function is_open(book)
-  return book.status == 'ready' and not over(book) and room(book, 'slots') >= 1 and (book.allocated.alone or 0) == 0
-    and not book.kept
+  return book.status == 'ready' and not book.cordoned and not over(book) and room(book, 'slots') >= 1
+    and (book.allocated.alone or 0) == 0 and not book.kept
 end

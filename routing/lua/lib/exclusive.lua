@@ -37,8 +37,8 @@ local function is_kept_elsewhere(shape, amounts, asking, now)
   if not book or book.kept ~= shape then
     return false
   end
-  if book.status == 'ready' and book.lease > now and serves(book, shape) and fits_empty(book, amounts)
-    and knows(book.tasks, shape) then
+  if book.status == 'ready' and not book.cordoned and book.lease > now and serves(book, shape)
+    and fits_empty(book, amounts) and knows(book.tasks, shape) then
     return true
   end
   redis.call('HDEL', KEY.book .. other, 'kept')

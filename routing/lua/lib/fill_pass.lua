@@ -5,7 +5,8 @@
 local function kept_shape(book)
   local shape, head = book.kept, redis.call('ZSCORE', KEY.shapes, book.kept)
   local mine, row = redis.call('HGET', KEY.kept, shape) == book.worker, nil
-  if mine and head and serves(book, shape) and fits_empty(book, amounts_of(shape)) and knows(book.tasks, shape) then
+  if mine and head and serves(book, shape) and fits_empty(book, amounts_of(shape)) and knows(book.tasks, shape)
+    and not is_paused(book.pauses, shape) then
     if (book.allocated.slots or 0) > 0 then
       return true
     end
@@ -22,12 +23,13 @@ end
 
 -- Admit to one worker the waiting jobs that now fit on it, in their order, each by `admit(id, job, message)`. A pass
 -- looks at the first LIMIT.shapes shapes, and at as many behind them that the worker may take. After a cursor it looks
--- only at the latter. It admits no more than LIMIT.most jobs. The caller writes changes of the book that are left
--- unwritten where no job is admitted. Returns the number admitted, and the cursor to go on from, '' when done. Also
--- returns a worker to be filled, '' for none: it was kept until now for a job that this worker took.
+-- only at the latter. It admits no more than LIMIT.most jobs. `book.pauses` is `facts.paused`. The caller writes
+-- changes of the book that are left unwritten where no job is admitted. Returns the number admitted, and the cursor to
+-- go on from, '' when done. Also returns a worker to be filled, '' for none: it was kept until now for a job that this
+-- worker took.
 local function fill_pass(book, now, after, admit)
   local kept_row = book.kept and book.lease > now and book.status == 'ready' and not over(book) and kept_shape(book)
-  if kept_row == true or not is_open(book) or book.lease <= now then
+  if kept_row == true or not is_open(book) or book.lease <= now or book.pauses == 'all' then
     -- A later release, or the heartbeat that opens the worker, fills it.
     if book.unfilled then
       redis.call('HDEL', KEY.book .. book.worker, 'unfilled')

@@ -30,9 +30,14 @@ local function count_waiting(number)
 end
 
 -- File jobs under their shape. `jobs`: order, id, order, id, ...; `first`: the least of these orders. The caller writes
--- the hashes of the jobs. A job behind one that stays in Postgres does not make its shape wait.
-local function file(shape, jobs, first)
+-- the hashes of the jobs. A job behind one that stays in Postgres does not make its shape wait, nor does a paused one
+-- (lib/controls.lua).
+local function file(shape, jobs, first, paused)
   count_waiting(redis.call('ZADD', KEY.wait .. shape, unpack(jobs)))
+  if paused then
+    redis.call('SADD', KEY.withheld, shape)
+    return
+  end
   local head = redis.call('ZSCORE', KEY.shapes, shape)
   if not head or tonumber(first) < tonumber(head) then
     local border = redis.call('ZSCORE', KEY.border, shape)
@@ -45,6 +50,14 @@ local function file(shape, jobs, first)
   if not head then
     note_asked(shape)
   end
+end
+
+-- Take a shape out of the indexes of waiting shapes.
+local function leave_indexes(shape)
+  redis.call('ZREM', KEY.shapes, shape)
+  redis.call('ZREM', shapes_beside(shape), shape)
+  redis.call('ZREM', KEY.asks .. 'cpus', shape)
+  redis.call('ZREM', KEY.asks .. 'memory', shape)
 end
 
 -- Take a job out of the queue of its shape. The caller updates the place of the shape.
@@ -63,10 +76,7 @@ local function refile(shape)
     ask_for_more(shape, border)
   end
   if not id then
-    redis.call('ZREM', KEY.shapes, shape)
-    redis.call('ZREM', shapes_beside(shape), shape)
-    redis.call('ZREM', KEY.asks .. 'cpus', shape)
-    redis.call('ZREM', KEY.asks .. 'memory', shape)
+    leave_indexes(shape)
     return nil
   end
   redis.call('ZADD', KEY.shapes, order, shape)

@@ -1,5 +1,4 @@
--- The shapes that a pass over a worker tries, in the order of their first jobs. They are read a few at a time, because
--- a worker is often full after the first.
+-- The shapes that a pass over a worker tries, by their first jobs. They are read a few at a time: it is soon full.
 
 -- The lists in which the waiting shapes stand that a worker may take: those of its resources, and of the default queue.
 -- Where few shapes wait, the whole index is one command instead of a hundred.
@@ -34,7 +33,8 @@ local function look_at(tries, book, shape, order)
   tries.looked = tries.looked + 1
   local amounts = not tries.seen[shape] and serves(book, shape) and amounts_of(shape)
   tries.seen[shape] = true
-  if amounts and (fits(book, amounts) or amounts.alone and fits_empty(book, amounts)) and knows(book.tasks, shape) then
+  if amounts and (fits(book, amounts) or amounts.alone and fits_empty(book, amounts)) and knows(book.tasks, shape)
+    and not holds_back(book.pauses, shape) then
     keep_shape(tries, {shape = shape, order = order, amounts = amounts})
   end
 end

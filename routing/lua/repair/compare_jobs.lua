@@ -1,13 +1,13 @@
 #!lua flags=allow-oom
 -- Does: finds jobs that differ between the ledger and Postgres, or that stand elsewhere than their own keys say.
 -- KEYS: none; by name: epoch, job, wait, book, held, unclaimed, stream
--- ARGV: epoch, run_id, rows (one line for each job: job, state, token, worker; none has blanks; the state ended: the
---   job is over)
+-- ARGV: epoch, run_id, rows (one line for each job: job, state, token, worker, order; none has blanks; the state
+--   ended: the job is over)
 -- Replies: {ok, then for each job that differs: job} | {cold} | {epoch, current}
 -- Cost: at most four commands a job, and one for each of their workers
 -- Repeat: harmless: nothing is written
 local reply, incarnations = {'ok'}, {}
-for id, state, token, worker in string.gmatch(rows, '(%S+) (%S+) (%S+) (%S+)') do
+for id, state, token, worker, order in string.gmatch(rows, '(%S+) (%S+) (%S+) (%S+) (%S+)') do
   local job = read_job(id) or {}
   local standing, holder, entry, right = job.state, job.worker, job.entry, false
   local held_token = standing and token_of(job)
@@ -31,8 +31,8 @@ for id, state, token, worker in string.gmatch(rows, '(%S+) (%S+) (%S+) (%S+)') d
     -- The job's newest transition is on its way to Postgres, if it was not lost with the stream.
     right = #redis.call('XRANGE', KEY.stream, entry, entry, 'COUNT', 1) == 1
   elseif right then
-    right = standing == state
-      and (standing == 'waiting' or standing == 'ended' or (held_token == token and holder == worker))
+    right = standing == state and (standing == 'ended' or (held_token == token and holder == worker)
+      or (standing == 'waiting' and tonumber(job.order) == tonumber(order)))
   end
   if not right then
     reply[#reply + 1] = id

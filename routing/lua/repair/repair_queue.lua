@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: repairs the queue of a shape for one job, and the indexes of shapes for the first job of the shape.
--- KEYS: none; by name: epoch, job, wait, shapes, shapes_of, asks, border, low
+-- KEYS: none; by name: epoch, job, wait, shapes, shapes_of, asks, border, low, paused, withheld
 -- ARGV: epoch, run_id, shape, id (of a job; '' when only the shape is looked at), seen (the resource in whose index the
 --   shape was seen; '': none)
 -- Replies: {ok, differed (1, else 0)} | {cold} | {epoch, current}
@@ -18,6 +18,13 @@ if id ~= '' then
     unqueue(shape, id)
     different = 1
   end
+end
+if is_paused(facts.paused, shape) then
+  -- A pass takes a paused shape out of the indexes once it meets it, and either is right.
+  if redis.call('EXISTS', KEY.wait .. shape) == 1 then
+    redis.call('SADD', KEY.withheld, shape)
+  end
+  return {'ok', int(different)}
 end
 local beside, asked = shapes_beside(shape), {}
 for _, name in ipairs({'cpus', 'memory'}) do

@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
 -- Does: opens a worker's book with its capacity, or changes the capacity of this incarnation. The caller fills the
 --   worker, if it may admit.
--- KEYS: none; by name: epoch, book, held, missing, view, leases, free, free_of, allocated, allocated_cpus, job, tasks
+-- KEYS: none; by name: epoch, book, held, missing, view, leases, free, free_of, allocated, allocated_cpus, job,
+--   tasks, cordons
 -- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), tasks (catalogue of the tasks that
 --   it has registered; '': it takes any), names (of these tasks, with blanks between), status (ready, or closed until
 --   the worker has named the jobs it holds and renews), counted (the sum of its jobs' amounts, as a shape; '': count
@@ -49,6 +50,13 @@ for name, amount in pairs(amounts_of(capacity)) do
 end
 redis.call('HSET', key, 'unfilled', '1', unpack(fields))
 redis.call('HDEL', key, 'lapsed')
+-- A cordon outlives the incarnation of its worker.
+local cordoned = redis.call('HGET', KEY.cordons, worker)
+if cordoned then
+  redis.call('HSET', key, 'cordoned', cordoned)
+else
+  redis.call('HDEL', key, 'cordoned')
+end
 if tasks == '' then
   redis.call('HDEL', key, 'tasks')
 else

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import redis
 
-from celery_capacity.platform.console import render
+from celery_capacity.platform.console import render, terminal
 from celery_capacity.platform.console.wording import details
 from celery_capacity.routing.inspect.explain import explain
 from celery_capacity.routing.inspect.explanation import Explanation
@@ -218,7 +218,7 @@ def test_a_scheduled_job_says_when(stage: Stage) -> None:
     due = datetime.now(UTC) + timedelta(hours=1)
     explanation = _why(stage, stage.insert({"cpus": 1000}, due_at=due))
     assert (explanation.why, explanation.due_at) == (Reason.SCHEDULED, due)
-    assert render.moment(due) in _words(explanation)
+    assert terminal.moment(due) in _words(explanation)
 
 
 def test_without_redis_that_is_the_reason(stage: Stage) -> None:

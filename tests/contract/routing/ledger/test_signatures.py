@@ -15,6 +15,7 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import client as bindings
 from celery_capacity.routing.ledger import keys, scripts
 from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.repair import control_groups
 from celery_capacity.routing.ledger.replies import Adopted, Arrived, Ended
 from celery_capacity.routing.model.states import Outcome, State
 from celery_capacity.routing.model.token import Token
@@ -79,6 +80,7 @@ def refill(ledger: Ledger) -> Any:
 
 #: Jobs in the list of a worker.
 HELD: Final = ("a", "b", "c")
+CONTROLS: Final = {("cordon", "a"): "draining", ("pause", "queue:mail"): ""}
 VIEW: Final = {"cpus": "4", "pid": "7"}
 
 BINDINGS: Final = {
@@ -170,7 +172,18 @@ BINDINGS: Final = {
     "repair_queue": Binding(
         lambda ledger: ledger.repair_queue("s", "a"), 0, {("ok", "1"): "True", ("ok", "0"): "False"}
     ),
-    "open_epoch": Binding(lambda ledger: ledger.open_epoch(5), 0, {("ok", "7"): "None"}),
+    "open_epoch": Binding(
+        lambda ledger: ledger.open_epoch(5, None, 3, control_groups(CONTROLS)), 2, {("ok", "7"): "None"}
+    ),
+    "reprioritize": Binding(
+        lambda ledger: ledger.reprioritize([("a", 7, ""), ("b", 8, "s")]),
+        2,
+        {("ok", "moved", "staying"): "['moved', 'staying']", ("ok", "held", "missing"): "['held', 'missing']"},
+    ),
+    "resume_shapes": Binding(lambda ledger: ledger.resume_shapes(), 2, {("ok", "2"): "2"}),
+    "set_controls": Binding(
+        lambda ledger: ledger.set_controls(3, CONTROLS, last=True), 2, {("ok",): "True", ("older",): "False"}
+    ),
     "find_misplaced": Binding(lambda ledger: ledger.find_misplaced("s", 500, 500), 0, {("ok", "7", "a"): "(7, ['a'])"}),
     "place_shape": Binding(
         lambda ledger: ledger.place_shape("s"),
@@ -288,6 +301,9 @@ class Recording(Ledger):
     def _held_sum(self, worker: str) -> str:
         return "cpus=1000,slots=1"
 
+    def _withheld(self) -> list[str]:
+        return ["s", "t"]
+
     def _named_again(self, worker: str, absent: set[str]) -> None:
         assert absent == set(HELD)
 
@@ -355,7 +371,7 @@ def test_loaded_script_calls_each_function_that_it_holds(name: str) -> None:
 #: Lines of a script as it is sent. A script that searches for a worker, or goes through the waiting shapes, is longer.
 MOST_LINES: Final = 450
 MOST_LINES_OF: Final = {
-    "fill": 610, "place_shape": 565, "refill": 655, "release": 775, "submit": 625, "submit_many": 640
+    "fill": 630, "place_shape": 575, "refill": 670, "release": 800, "submit": 640, "submit_many": 655
 }  # fmt: skip
 
 

@@ -22,6 +22,8 @@ from celery_capacity.routing.model.states import State
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import rebuild, reconcile, refill, resubmit
 from celery_capacity.routing.store import backlog, job_transitions
+from celery_capacity.workers.app.install import create_app
+from celery_capacity.workers.client import priorities
 from tests.fixtures.stores.staged import Stage
 
 #: Waiting jobs that each shape may have in the ledger of these tests.
@@ -362,3 +364,43 @@ def test_jobs_start_in_the_order_of_an_unlimited_ledger(
     limited = starts(engine, settings, 1, steps)
     assert limited == starts(engine, settings, 0, steps)
     assert len(limited) == sum(step != "end" for step in steps)
+
+
+def test_raised_job_that_stays_in_postgres_starts_before_those_in_redis(stage: Head) -> None:
+    stage.worker("w", cpus=1000)
+    jobs = [stage.add() for _ in range(8)]
+    stage.refill()
+    assert stage.row(jobs[-1]).behind == SHAPE
+    app = create_app("head", resolve=lambda _: stage.settings)
+    (raised,) = priorities.set_priority(app.platform, [jobs[-1]], 9)
+    assert (raised.became, raised.priority) == ("moved", 9)
+    # Nothing starts before it was fetched, so order holds.
+    stage.start(jobs[0])
+    stage.end(jobs[0])
+    assert stage.held() == []
+    stage.refill()
+    assert stage.drain() == [jobs[-1], *jobs[1:-1]]
+    app.platform.engine.dispose()
+
+
+def test_lowered_job_in_redis_lets_those_in_postgres_pass(stage: Head) -> None:
+    stage.worker("w", cpus=1000)
+    jobs = [stage.add(priority=5) for _ in range(6)]
+    stage.refill()
+    app = create_app("head", resolve=lambda _: stage.settings)
+    assert jobs[1] in stage.filed()
+    priorities.set_priority(app.platform, [jobs[1]], 0)
+    assert stage.drain() == [jobs[0], *jobs[2:], jobs[1]]
+    app.platform.engine.dispose()
+
+
+def test_reconcile_gives_a_job_the_place_of_its_row(stage: Head) -> None:
+    stage.worker("w", cpus=1000)
+    jobs = [stage.add() for _ in range(3)]
+    # The program that set the priority died before the ledger heard of it.
+    stage.sql("UPDATE jobs SET priority = 9, reprioritized = true WHERE id = :id", id=jobs[2])
+    done = reconcile.reconcile(stage.engine, stage.ledger)
+    assert (done.drift, done.all_repaired) == (1, True)
+    stage.apply()
+    assert stage.filed() == [jobs[2], jobs[1]]
+    assert stage.drain() == [jobs[0], jobs[2], jobs[1]]

@@ -13,8 +13,8 @@ from celery_capacity.routing.recovery import reclaim
 from celery_capacity.routing.recovery.reconcile import reconcile
 from celery_capacity.routing.store import fencing
 from celery_capacity.workers.duties import fallback, lapse
-from celery_capacity.workers.membership.window import Window
 from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.supervision.window import Window
 from tests.fixtures.stores.staged import Stage
 from tests.fixtures.waiting import until
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from celery_capacity.platform.console import render
+from celery_capacity.platform.console import render, terminal
 from celery_capacity.platform.console.terminal import SafeConsole
 from celery_capacity.routing.inspect.overview import Overview, WorkerLine
 from celery_capacity.routing.inspect.verify import INVARIANTS, Report, Verdict
@@ -38,8 +38,8 @@ def test_ages_are_said_in_the_unit_that_fits(seconds: float | None, said: str) -
 
 
 def test_a_time_that_is_not_there_is_a_dash() -> None:
-    assert render.moment(None) == "-"
-    assert len(render.moment(datetime(2026, 1, 2, tzinfo=UTC))) == 19
+    assert terminal.moment(None) == "-"
+    assert len(terminal.moment(datetime(2026, 1, 2, tzinfo=UTC))) == 19
 
 
 def _cluster(encoding: str, terminal: bool = True, width: int = 120, names: str = "a", page: Page = WHOLE) -> str:
