@@ -4,7 +4,7 @@
 -- ARGV: epoch, run_id, then for each job (at most LIMIT.shapes): job, order, behind (the shape under which it waits in
 --   Postgres alone, '': it does not)
 -- Replies: {ok, then for each job: moved | held | staying (in Postgres) | missing} | {cold} | {epoch, current}
--- Cost: at most twenty-four commands a job
+-- Cost: at most eighteen commands a job
 -- Repeat: harmless
 local reply = {'ok'}
 for i = EACH.first, #ARGV, EACH.step do

@@ -17,7 +17,7 @@ from celery_capacity.routing.ledger.replies import Adopted, Arrived, Ended
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome, State
 from celery_capacity.routing.model.token import Token
-from celery_capacity.routing.policy.placement import order
+from celery_capacity.routing.policy.placement import SHAPES, order
 from tests.contract.routing.ledger.test_signatures import assembled
 from tests.fixtures.servers.pair import empty_redis
 from tests.fixtures.stores.books import FOR_EVER, MESSAGE, MOST_LOSSES, VIEW, write_job
@@ -428,7 +428,17 @@ def in_new_ledger(flood: Flood) -> Callable[[], object]:
     return lambda: flood.ledger.open_epoch(2)
 
 
-ROWS: Final = "\n".join(f"stranger-{number} waiting 1.0 -" for number in range(500))
+#: Changes and jobs of one call, as many as a program sends.
+CONTROLS: Final = {("cordon", "w"): "draining", **{("pause", f"queue:q{number}"): "1" for number in range(49)}}
+RANKED: Final = [(f"stranger-{number}", 7, "") for number in range(SHAPES)]
+
+
+def resume_shapes(ledger: Ledger) -> int:
+    ledger.client.sadd(keys.WITHHELD, *(Request.of({"cpus": number}).shape for number in range(1, SHAPES + 1)))
+    return ledger.resume_shapes()
+
+
+ROWS: Final = "\n".join(f"stranger-{number} waiting 1.0 - 1" for number in range(500))
 
 
 def begin_refill(flood: Flood) -> Callable[[], object]:
@@ -466,6 +476,9 @@ DRIVERS: Final[dict[str, tuple[Driver, ...]]] = {
     "set_total": (among_strangers(lambda ledger: ledger.set_total(0, 0)),),
     "set_waiting": (among_strangers(lambda ledger: ledger.set_waiting(0, 0)),),
     "set_tight": (among_strangers(lambda ledger: ledger.set_tight(False)),),
+    "set_controls": (among_strangers(lambda ledger: ledger.set_controls(9, CONTROLS, last=True)),),
+    "resume_shapes": (among_strangers(resume_shapes),),
+    "reprioritize": (among_strangers(lambda ledger: ledger.reprioritize(RANKED)),),
     "prune_index": (among_strangers(lambda ledger: ledger.prune_index("gpus", 0, 500)),),
     "prune_held": (among_strangers(lambda ledger: ledger.prune_held("w")),),
     "expire_lease": (among_strangers(lambda ledger: ledger.expire_lease("w", "w-life")),),

@@ -177,7 +177,12 @@ CASES: Final[list[tuple[str, Call, Call]]] = [
         lambda ledger, jobs: ledger.take_back_missing("w", "w-life", [], MOST_LOSSES, 0),
     ),
     ("hand_over_again", run, lambda ledger, jobs: ledger.hand_over_again("w", "w-life", [])),
-    ("compare_jobs", submit, lambda ledger, jobs: ledger.compare_jobs("\n".join(f"{job} - - -" for job in jobs))),
+    ("compare_jobs", submit, lambda ledger, jobs: ledger.compare_jobs("\n".join(f"{job} - - - -" for job in jobs))),
+    (
+        "reprioritize",
+        file,
+        lambda ledger, jobs: ledger.reprioritize([(job, order(9, place), "") for place, job in enumerate(jobs)]),
+    ),
     ("prune_held", hold_strays, lambda ledger, jobs: ledger.prune_held("w")),
     ("prune_index", index_strays, lambda ledger, jobs: ledger.prune_index("gpus", 0, MANY)),
     ("find_misplaced", queue_strays, lambda ledger, jobs: ledger.find_misplaced(ONE, 0, MANY)),
