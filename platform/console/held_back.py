@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from celery_capacity.routing.store.controls import Cordon, Pause
     from celery_capacity.workers.client.controls import WorkerOrder
 
+#: Cordoned workers that `cluster` names.
+MAX_CORDONS: Final = 20
 #: Text for an action that only Postgres knows yet.
 LATER: Final = "Postgres has it. The ledger cannot be reached now: it takes effect there as soon as the ledger answers."
 
@@ -25,8 +27,10 @@ by_option: Final = click.option("--by", metavar="NAME", type=Text(), help="Who d
 
 def lines(overview: Overview) -> list[str]:
     """Return a line for each pause and each cordon, as `cluster` shows them."""
-    workers = [worker.cordon for worker in overview.shown[0] if worker.cordon is not None]
-    return [*map(paused, overview.pauses), *map(cordoned, workers)]
+    live = {worker.name for worker in overview.workers}
+    cordons = [f"{cordoned(order)}{'' if order.worker in live else ', is down'}" for order in overview.orders.cordons]
+    more = [f"and {len(cordons) - MAX_CORDONS} more workers"] if len(cordons) > MAX_CORDONS else []
+    return [*map(paused, overview.orders.pauses), *cordons[:MAX_CORDONS], *more]
 
 
 def show(console: Console, overview: Overview) -> None:

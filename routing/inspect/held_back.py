@@ -18,7 +18,7 @@ from celery_capacity.routing.model.states import WorkerStatus
 from celery_capacity.routing.policy.placement import Admission, Book, Refusal, survey
 from celery_capacity.routing.recovery.controls import entries
 from celery_capacity.routing.store import controls
-from celery_capacity.routing.store.controls import Cordon
+from celery_capacity.routing.store.controls import Cordon, Orders
 
 _Overview = TypeVar("_Overview", bound=Any)
 
@@ -36,7 +36,8 @@ def added(seen: _Overview, engine: Engine) -> _Overview:
             cordons, pauses = controls.cordons(connection), controls.pauses(connection)
     except (DBAPIError, PoolTimeout):
         return seen
-    return replace(seen, workers=tuple(_with_cordon(line, cordons) for line in seen.workers), pauses=pauses)
+    orders = Orders(pauses, tuple(cordons.values()))
+    return replace(seen, workers=tuple(_with_cordon(line, cordons) for line in seen.workers), orders=orders)
 
 
 def _with_cordon(line: Any, cordons: Mapping[str, Cordon]) -> Any:

@@ -33,7 +33,7 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import State, Store, WorkerStatus
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.store import quarantine
-from celery_capacity.routing.store.controls import Cordon, Pause
+from celery_capacity.routing.store.controls import Cordon, Orders
 from celery_capacity.routing.store.quarantine import Quarantined
 
 #: Seconds without a heartbeat after which Postgres no longer counts a worker, where the caller does not say.
@@ -110,8 +110,8 @@ class Overview:
     why: str = ""
     #: millicores that workers without a lease still have allocated: their jobs have not been taken back yet
     lapsed_cpus: int = 0
-    #: parts of the backlog of which nothing starts
-    pauses: tuple[Pause, ...] = ()
+    #: what operators hold back, also of workers that are down
+    orders: Orders = field(default_factory=Orders)
     #: True if the memory of Redis is short, so that jobs which find no room stay in Postgres
     memory_short: bool = False
     #: The workers to show. The sums are over all workers.
@@ -178,7 +178,7 @@ class Overview:
             "workers": [worker.to_json() for worker in shown],
             "next_after": last,
             "backlog": [line.to_json() for line in self.backlog],
-            "pauses": [pause.to_json() for pause in self.pauses],
+            **self.orders.to_json(),
             "counters": dict(self.counters),
             "source": self.source.value,
             "unapplied": self.unapplied,

@@ -67,6 +67,20 @@ class Pause:
 
 
 @dataclass(frozen=True, slots=True)
+class Orders:
+    """The pauses, and the cordons by the names of their workers."""
+
+    pauses: tuple[Pause, ...] = ()
+    cordons: tuple[Cordon, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "pauses": [pause.to_json() for pause in self.pauses],
+            "cordons": [cordon.to_json() for cordon in self.cordons],
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Controls:
     """Everything that is held back, as of one moment. `version`: number of the newest action, 0 for none."""
 

@@ -43,6 +43,7 @@ def test_worker_killed_while_cordoned_comes_back_cordoned(platform: Platform, su
     tasks.let_go(platform.redis, "gate")
     assert submitter.ended(running).state == "succeeded"
     worker.kill()
+    assert [cordon["worker"] for cordon in command(platform, "cluster")["cordons"]] == ["a"]
     platform.worker("a", cpus=2)
     assert submitter.row(job).state == "waiting"
     assert command(platform, "cluster")["workers"][0]["status"] == "cordoned"
