@@ -305,6 +305,11 @@ def test_a_postgres_that_does_not_answer(stage: Stage, run: Run) -> None:
         ("retry", "x"),
         ("retry", "--failed"),
         ("submit", "x"),
+        ("cordon", "x"),
+        ("drain", "x"),
+        ("pause",),
+        ("resume", "--queue", "x"),
+        ("priority", "x", "5"),
     )
     looks = (("jobs",), ("job", "x"), ("reconcile",), ("db", "current"), ("db", "upgrade"), ("db", "downgrade"))
     for words in (*looks, *acts, ("submit", "x")):
@@ -315,7 +320,7 @@ def test_a_postgres_that_does_not_answer(stage: Stage, run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["cluster", "jobs", "verify", "reconcile", "wait x", "cancel x", "retry x", "submit x"]
+    "line", ["cluster", "jobs", "verify", "reconcile", "wait x", "cancel x", "retry x", "submit x", "cordon x", "pause"]
 )
 def test_without_tables_it_is_the_error_that_says_so(run: Run, database_url: str, line: str) -> None:
     downgrade(database_url, "base")
@@ -324,7 +329,8 @@ def test_without_tables_it_is_the_error_that_says_so(run: Run, database_url: str
 
 def test_wrong_settings_are_listed(run: Run) -> None:
     for name in sorted({"db current", *commands()} - {"dashboard", "db", "settings"}):
-        words = [*name.split(), *(["x"] if name in ("job", "wait", "cancel", "retry", "submit") else [])]
+        named = ("job", "wait", "cancel", "retry", "submit", "cordon", "uncordon", "drain")
+        words = [*name.split(), *(["x"] if name in named else ["x", "5"] if name == "priority" else [])]
         error = problem(run, *words, code=Exit.CONFIGURATION, PLATFORM_CPUS="many", PLATFORM_WORKER_TTL="soon")
         assert len(error["problems"]) == 2
 
