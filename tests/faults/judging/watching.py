@@ -201,11 +201,11 @@ class Oracle:
         """Return the number of bodies of this job that began so far."""
         return sum(line.what == "start" and line.job == job for line in read(self.trace))
 
-    def until_runs(self, count: int, within: float = 60.0) -> None:
+    def until_runs(self, count: int, within: float = 120.0) -> None:
         """Wait until so many bodies have begun since the test did."""
         until(lambda: self.runs() >= count, lambda: f"{count} bodies began, {self.runs()} did", within)
 
-    def until_more(self, count: int, within: float = 60.0) -> None:
+    def until_more(self, count: int, within: float = 120.0) -> None:
         """Wait until so many more bodies have begun."""
         self.until_runs(self.runs() + count, within)
 
@@ -220,7 +220,7 @@ class Oracle:
         for job in [job for job in self._unsure if job in rows]:
             self.accepted(job, *self._unsure.pop(job))
 
-    def verdict(self, within: float = 60.0, say: Callable[[str], None] | None = None) -> Verdict:
+    def verdict(self, within: float = 120.0, say: Callable[[str], None] | None = None) -> Verdict:
         """Wait for so many seconds at most until every row is final, and return the counts."""
         late: list[tuple[str, str]] = []
         try:
@@ -260,7 +260,7 @@ class Oracle:
         for text_ in self._deaths():
             yield {"what": "death", "text": text_}
 
-    def assert_zeros(self, within: float = 60.0) -> None:
+    def assert_zeros(self, within: float = 120.0) -> None:
         """Assert that all counts are 0."""
         verdict = self.verdict(within)
         assert verdict.zeros, "the oracle does not find all zeros:\n" + "\n".join(verdict.lines())
