@@ -252,10 +252,16 @@ class Machine(JobRules):
         assert set(observe(self.ledger.client)["job"]) == set(self.model.jobs)
 
 
+#: Parts of the examples, which run beside each other: a step waits for five answers of Redis.
+PARTS: Final = 2
+
+
 @pytest.mark.long(60)
-def test_the_books_are_those_of_the_model_after_every_step(ledger: Ledger) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_the_books_are_those_of_the_model_after_every_step(ledger: Ledger, part: int) -> None:
     machine = type("LedgerMachine", (Machine,), {"ledger": ledger})
     steps = settings(
+        max_examples=settings().max_examples // PARTS,
         stateful_step_count=50,
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
