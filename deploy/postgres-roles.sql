@@ -64,6 +64,8 @@ ALTER TABLE operator_actions OWNER TO platform_owner;
 ALTER TABLE authority OWNER TO platform_owner;
 ALTER TABLE runner OWNER TO platform_owner;
 ALTER TABLE declarations OWNER TO platform_owner;
+ALTER TABLE run_times OWNER TO platform_owner;
+ALTER TABLE run_times_read OWNER TO platform_owner;
 ALTER TABLE quarantine OWNER TO platform_owner;
 ALTER TABLE alembic_version OWNER TO platform_owner;
 
@@ -88,14 +90,15 @@ GRANT SELECT, UPDATE ON authority TO platform_worker;
 -- Operators use this role too: `cordon`, `drain`, `pause`, `priority`.
 GRANT SELECT, INSERT, UPDATE, DELETE ON cordons, pauses TO platform_worker;
 GRANT SELECT, INSERT ON operator_actions TO platform_worker;
-GRANT SELECT, INSERT, UPDATE ON runner TO platform_worker;
+GRANT SELECT, INSERT, UPDATE ON runner, run_times_read TO platform_worker;
+GRANT SELECT, INSERT, UPDATE, DELETE ON run_times TO platform_worker;
 GRANT SELECT, INSERT, DELETE ON quarantine TO platform_worker;
 GRANT SELECT ON alembic_version TO platform_worker;
 
 -- Submitters. Of a row they see what tells whether a publish is the same again, and nothing that it carries.
 GRANT INSERT ON jobs TO platform_submitter;
 GRANT SELECT (id, seq, state, epoch, attempt, step, retries, nesting) ON jobs TO platform_submitter;
-GRANT SELECT ON authority, rates TO platform_submitter;
+GRANT SELECT ON authority, rates, run_times TO platform_submitter;
 
 -- Constraints are made by functions with their owner's rights: whoever submits may hold its own new job back, and has
 -- no say in others.
@@ -111,9 +114,10 @@ GRANT EXECUTE ON FUNCTION note_chord(text, integer, text) TO platform_worker, pl
 -- Those who look. `message`, `successor` and `outbox` hold the arguments and the results of jobs.
 GRANT SELECT (id, seq, name, state, epoch, attempt, step, losses, worker, incarnation, priority, request, shape, declared,
   queue, rerun, retries, nesting, root_id, parent_id, replaces, submitted_at, due_at, expires_at, admitted_at, started_at,
-  finished_at, revoked_at, error, needs, rated, not_before, progress, behind, reprioritized) ON jobs TO platform_dashboard;
+  finished_at, revoked_at, error, needs, rated, not_before, progress, behind, reprioritized,
+  expected_ms) ON jobs TO platform_dashboard;
 GRANT SELECT ON attempts, workers, cordons, pauses, operator_actions, authority, runner, declarations, dependencies,
-  rates, retries, infeasible, alembic_version TO platform_dashboard;
+  rates, retries, infeasible, run_times, run_times_read, alembic_version TO platform_dashboard;
 GRANT SELECT ON jobs_archive, attempts_archive TO platform_dashboard;
 GRANT SELECT (id, queue, reason, worker, seen_at) ON quarantine TO platform_dashboard;
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import Connection, Engine, NullPool, create_engine, text
 from sqlalchemy.exc import OperationalError
 
+from celery_capacity.routing import format_versions
 from celery_capacity.routing.database import deadlines, postgres_errors, server_checks
 from celery_capacity.routing.errors import InvalidRequest, NotMigrated, StoreUnavailable, show
-from celery_capacity.routing.model import format_versions
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["HEAD", "MAX_COUNTED", "check", "count_jobs", "current", "downgrade", "upgrade"]
 
 #: Newest revision. Kept as a constant so that `check` needs no import of Alembic; a test compares it.
-HEAD: Final = "0017"
+HEAD: Final = "0018"
 
 #: Revision that replaces all earlier ones, none of which is here any more.
 FIRST: Final = "0011"

@@ -24,6 +24,7 @@ from celery_capacity.routing.model.amounts import (
     parse_count_text,
     parse_cpus_text,
 )
+from celery_capacity.routing.model.expected import parse_duration
 from celery_capacity.routing.model.request import Request
 from celery_capacity.workers.process.exit_codes import Exit
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 @click.option("--memory", metavar="SIZE", type=Text(), help="Memory, such as 2GiB.")
 @click.option("--gpus", metavar="N", type=Text(), help="GPUs.")
 @click.option("--resource", metavar="NAME=N", type=Text(), multiple=True, help="A named resource; again for more.")
+@click.option("--expected", metavar="DURATION", type=Text(), help="Its expected run time, such as 90 or 10m.")
 @click.option("--queue", metavar="NAME", type=Text(), help="Its queue.")
 @click.option("--priority", metavar="N", type=click.IntRange(0, 9), help="0 to 9, 9 first.")
 @click.option("--countdown", metavar="SECONDS", type=click.FloatRange(min=0), help="Start no earlier than that.")
@@ -132,6 +134,9 @@ def _call(options: Mapping[str, Any]) -> dict[str, Any]:
         call["cpus"] = cpus_number(parse_cpus_text(options["cpus"], "--cpus"))
     if options["gpus"] is not None:
         call["gpus"] = parse_count_text(options["gpus"], "--gpus")
+    if options["expected"] is not None:
+        parse_duration(options["expected"], "--expected")
+        call["expected"] = options["expected"]
     if options["resource"]:
         call["resources"] = dict(map(_resource, options["resource"]))
     if options["unique"]:

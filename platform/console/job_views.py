@@ -14,6 +14,7 @@ from celery_capacity.platform.console.terminal import NOTHING, STATE_STYLES, har
 from celery_capacity.platform.console.wording import details
 from celery_capacity.routing.config.redaction import hidden_text
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE
+from celery_capacity.routing.model.expected import duration_text
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import FINAL, State
 
@@ -136,6 +137,7 @@ def job(console: Console, file: JobFile, why: Explanation | None, call: Mapping[
         ("args", value(call.get("args"))),
         ("kwargs", value(call.get("kwargs"))),
         ("request", f"{Request.from_people(line['request'])}{declared}"),
+        ("expected", duration_text(line["expected_ms"]) if line["expected_ms"] else ""),
         ("queue", "" if line["queue"] == DEFAULT_QUEUE else line["queue"]),
         ("priority", str(line["priority"])),
         ("sender", call.get("sender") or ""),

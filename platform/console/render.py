@@ -7,6 +7,7 @@ the value's own `to_json`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.text import Text
@@ -27,6 +28,7 @@ from celery_capacity.routing.model.amounts import (
     format_memory,
     queues_of,
 )
+from celery_capacity.routing.model.expected import duration_text
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.states import Store
 
@@ -169,10 +171,13 @@ def _unknown_tasks(console: Console, names: Sequence[str]) -> None:
 def _workers(console: Console, workers: Sequence[WorkerLine], resources: Sequence[str], silent_after: float) -> None:
     """Print a line for each worker, with a column for each resource that not every worker has."""
     names = (CPUS, MEMORY, SLOTS, *resources)
-    header = ("worker", "status", "CPUs", *names[1:], "heartbeat", "queues")
-    rows = [_worker(worker, resources, silent_after) for worker in workers]
-    shown = len(header) - all(row[-1] == DEFAULT_QUEUE for row in rows)
-    header, rows = header[:shown], [row[:shown] for row in rows]
+    columns = {
+        **dict.fromkeys(("worker", "status", "CPUs", *names[1:], "heartbeat"), True),
+        "left": any(worker.left is not None for worker in workers),
+        "queues": any(queues_of(worker.capacity) != [DEFAULT_QUEUE] for worker in workers),
+    }
+    header = [name for name, shown in columns.items() if shown]
+    rows = [list(compress(_worker(worker, resources, silent_after), columns.values())) for worker in workers]
     meters = {
         column: [(worker.allocated.get(name, 0), worker.capacity.get(name, 0)) for worker in workers]
         for column, name in enumerate(names, 2)
@@ -228,6 +233,7 @@ def _worker(worker: WorkerLine, resources: Sequence[str], silent_after: float) -
         _of(worker.allocated.get(MEMORY, 0), worker.capacity.get(MEMORY, 0)),
         *(_share(worker, name) for name in (SLOTS, *resources)),
         _heartbeat(worker.heartbeat_age, silent_after),
+        age(worker.left),
         ", ".join(queues_of(worker.capacity)),
     )
 
@@ -312,6 +318,8 @@ def _reason(why: Explanation) -> str:
         else f"No worker has room now: it needs {asked}, and {why.worker}, which comes closest, has {free} free.",
         Reason.ALONE: "One more lost attempt would end it, so it runs alone on a worker, and none that it fits is"
         " empty." + (f" {why.worker} takes nothing else until it is." if why.worker else ""),
+        Reason.NO_TIME: f"No worker that it fits lives long enough: it may run for {duration_text(why.asked or 0)},"
+        f" and {why.worker}, which lives longest, has {duration_text(why.free or 0)} left.",
         Reason.BEHIND_SHAPE: "There is room, and jobs with the same request come before it.",
         Reason.ABOUT_TO_START: f"There is room on {why.worker or 'a worker'}: it is about to start.",
         Reason.PAUSED: held_back.why_paused(why.pause),

@@ -61,6 +61,12 @@ MEANINGS: Final = {
         "an operator took the worker out; no other worker takes the job now",
         "wait, start another worker, or `celery -A platform uncordon NAME`",
     ),
+    Reason.NO_TIME: Meaning(
+        "No worker that it fits lives long enough",
+        "each worker that is large enough ends before the job would, by its `time_limit` or its `expected` time",
+        "start a worker that [lives longer](../how-to/run-times.md#end-a-worker-at-a-known-time), or give the job a"
+        " shorter `expected` or `time_limit`",
+    ),
     Reason.BEHIND_SHAPE: Meaning(
         "There is room, and jobs with the same request come before it",
         "those start first, at this moment",

@@ -6,6 +6,7 @@ Each raises `InvalidRequest`, which names the variable, the wrong value and the 
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from pathlib import Path
 
 from sqlalchemy import make_url
@@ -13,6 +14,7 @@ from sqlalchemy.exc import ArgumentError
 
 from celery_capacity.routing.errors import InvalidRequest, show
 from celery_capacity.routing.model import amounts, identifiers
+from celery_capacity.routing.model.expected import parse_duration
 
 #: times that may be 0, each with the meaning of that
 ZERO = {
@@ -115,3 +117,24 @@ def seconds(value: str, env: str) -> float:
         return float(value.replace("_", "?"))
     except ValueError as error:
         raise _wrong(env, value, f"{env} must be a number of seconds, such as 30 or 0.5.") from error
+
+
+def switch(value: str, env: str) -> bool:
+    """Return True for `on`, False for `off`."""
+    if value.lower() not in ("on", "off"):
+        raise _wrong(env, value, f"{env} must be on or off.")
+    return value.lower() == "on"
+
+
+def lifetime(value: str, env: str) -> float | datetime:
+    """Return a number of seconds from the start of a worker, or a time with its zone."""
+    try:
+        return parse_duration(value, env) / 1000
+    except InvalidRequest:
+        pass
+    try:
+        when = datetime.fromisoformat(value)
+        return when if when.tzinfo is not None else when.astimezone()
+    except (ValueError, OverflowError) as error:
+        right = f"{env} must be a duration such as 7200 or 2h, or a time such as 2026-12-24T18:00:00+01:00."
+        raise _wrong(env, value, right) from error

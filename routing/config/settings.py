@@ -8,14 +8,18 @@ Each field's metadata holds its variable, its unit and its meaning; docs/referen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
+from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from celery_capacity.routing.config import redis_urls, secret_files, setting_values
 from celery_capacity.routing.config.embedded import default_home
+from celery_capacity.routing.config.meaning import Meaning
+from celery_capacity.routing.config.meaning import duration as _duration
+from celery_capacity.routing.config.meaning import setting as _setting
 from celery_capacity.routing.errors import InvalidRequest, SettingsError, mask_url
 from celery_capacity.routing.model import amounts, identifiers
 
@@ -31,35 +35,6 @@ MAX_LOSSES_LIMIT = 1000
 
 #: times that may be longer than `MAX_SECONDS`: records are kept for decades
 LONG = {"keep_archived": 100 * MAX_SECONDS}
-
-
-class Meaning(NamedTuple):
-    """Metadata of a field: variable, default as the docs write it, unit, what it does, and its parser."""
-
-    env: str
-    shown: str
-    unit: str
-    text: str
-    parse: Callable[[str, str], Any]
-
-
-def _setting(
-    env: str,
-    text: str,
-    parse: Callable[[str, str], Any] = setting_values.plain_text,
-    default: Any = None,
-    unit: str = "",
-    shown: str = "",
-) -> Any:
-    written = shown or ("" if default is None else str(default))
-    meaning = Meaning(env, written, unit, text, parse)
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata={"setting": meaning})
-    return field(default=default, metadata={"setting": meaning})
-
-
-def _duration(env: str, default: float, text: str) -> Any:
-    return _setting(env, text, setting_values.seconds, default, "seconds", f"{default:.10g}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -159,6 +134,22 @@ class Settings:
         amounts.parse_count_text,
         default=3,
         unit="attempts",
+    )
+    lifetime: float | datetime | None = _setting(  # noqa: RUF009 - it does not change
+        "PLATFORM_LIFETIME",
+        "How long this worker lives from its start, or until when. It takes no job that would not end before, and"
+        " drains then.",
+        setting_values.lifetime,
+        unit="seconds, text like 2h, or a time in ISO 8601",
+        shown="for ever",
+    )
+    learn_run_times: bool = _setting(
+        "PLATFORM_LEARN_RUN_TIMES",
+        "Whether jobs without an expected run time get the usual one of their task and request.",
+        setting_values.switch,
+        default=True,
+        unit="on or off",
+        shown="on",
     )
     requests: Path | None = _setting(  # noqa: RUF009 - it does not change
         "PLATFORM_REQUESTS",

@@ -10,6 +10,7 @@ that fits counts, in the order of the file. Its amounts replace those that the t
     cpus = 0.5
     memory = "512MiB"
     resources = { licence = 1 }
+    expected = "10m"
     rerun = false
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from celery_capacity.routing.errors import InvalidRequest, SettingsError, show
+from celery_capacity.routing.model.expected import EXPECTED, parse_duration
 from celery_capacity.routing.model.request import REQUEST_OPTIONS, Request
 
 #: Setting that names the file.
@@ -32,16 +34,20 @@ RERUN: Final = "rerun"
 #: Task names whose rule is remembered at once; bounded, since anybody may send by any name.
 MAX_NAMES: Final = 4096
 #: Keys that a table may have.
-KEYS: Final = (*REQUEST_OPTIONS, RERUN)
+KEYS: Final = (*REQUEST_OPTIONS, EXPECTED, RERUN)
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Rule of the file for tasks whose names fit `pattern`. `rerun` is None where the table does not say."""
+    """Rule of the file for tasks whose names fit `pattern`.
+
+    `rerun` is None where the table does not say. So is `expected_ms`, the time that such a job is expected to run.
+    """
 
     pattern: str
     options: Mapping[str, Any]
     rerun: bool | None = None
+    expected_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +118,13 @@ def _rule(pattern: str, table: Any, where: str, wrong: list[str]) -> Rule:
             Request.from_options({key: value}, 0)
         except InvalidRequest as error:
             wrong.append(f"{where}: {key}: {error}")
+    expected_ms = None
+    if EXPECTED in table:
+        try:
+            expected_ms = parse_duration(table[EXPECTED])
+        except InvalidRequest as error:
+            wrong.append(f"{where}: {error}")
     rerun = table.get(RERUN)
     if rerun is not None and not isinstance(rerun, bool):
         wrong.append(f"{where}: {RERUN} = {show(rerun)} must be true or false.")
-    return Rule(pattern, options, rerun)
+    return Rule(pattern, options, rerun, expected_ms)

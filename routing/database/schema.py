@@ -26,12 +26,12 @@ _JOB: Final = (
 )
 _ATTEMPT: Final = "epoch attempt worker incarnation admitted_at started_at ended_at outcome error"
 
-jobs: Final = _table("jobs", f"{_JOB} shape message needs not_before progress")
+jobs: Final = _table("jobs", f"{_JOB} shape message needs not_before progress expected_ms")
 attempts: Final = _table("attempts", f"job_id {_ATTEMPT}")
 jobs_archive: Final = _table("jobs_archive", f"{_JOB} message_bytes archived_at")
 attempts_archive: Final = _table("attempts_archive", f"job_seq {_ATTEMPT}")
 workers: Final = _table(
-    "workers", "incarnation name capacity status hostname pid version started_at seen_at left_at ledger_lost_at"
+    "workers", "incarnation name capacity status hostname pid version started_at seen_at left_at ledger_lost_at ends_at"
 )
 retries: Final = _table("retries", "seq job of_seq of_job made_at")
 quarantine: Final = _table("quarantine", "id raw queue reason worker seen_at")

@@ -80,6 +80,7 @@ _TYPES: Final[Mapping[str, TypeEngine[Any]]] = {
     "smallint": SmallInteger(),
     "bool": Boolean(),
     "int": Integer(),
+    "bigint": BigInteger(),
     "timestamptz": DateTime(timezone=True),
 }
 _JOBS: Final = Table(

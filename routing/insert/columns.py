@@ -56,6 +56,7 @@ COLUMNS: Final = (
     _same("rerun", "bool"),
     _same("replaces", "text"),
     _same("stamps", "jsonb"),
+    _same("expected_ms", "bigint"),
 )
 NAMES: Final = ", ".join(column.name for column in COLUMNS)
 TYPES: Final = ", ".join(column.type for column in COLUMNS)

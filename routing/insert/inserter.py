@@ -26,14 +26,14 @@ from celery_capacity.routing.insert.columns import request_json
 from celery_capacity.routing.model.job import Inserted, NewJob, Publisher
 from celery_capacity.routing.model.states import State
 
-_COLUMNS: Final = "id, name, state, shape, request, message, priority, declared, queue, root_id"
+_COLUMNS: Final = "id, name, state, shape, request, message, priority, declared, queue, expected_ms, root_id"
 #: Insert of any job without unusual values.
 _SIMPLE: Final = single.Statement.of(
     "celery_capacity_insert_simple_job",
     _COLUMNS,
-    "text, text, text, jsonb, bytea, smallint, bool, text",
-    f"VALUES ($1, $2, '{State.ACCEPTED.value}', $3, $4, $5, $6, $7, $8, $1)",
-    8,
+    "text, text, text, jsonb, bytea, smallint, bool, text, bigint",
+    f"VALUES ($1, $2, '{State.ACCEPTED.value}', $3, $4, $5, $6, $7, $8, $9, $1)",
+    9,
 )
 #: Jobs after which a kind is common, and has a statement of its own with two parameters.
 _COMMON: Final = 8
@@ -43,8 +43,8 @@ _COUNTED: Final = 256
 _MAX_KINDS: Final = 32
 
 #: Values that jobs of one kind have in common, in the order of `_SIMPLE`: name, shape, request, priority, declared,
-#: queue.
-_Kind = tuple[str, str, str, int, bool, str]
+#: queue, expected_ms.
+_Kind = tuple[str, str, str, int, bool, str, int]
 
 
 def _is_simple(job: NewJob) -> bool:
@@ -64,7 +64,7 @@ def _general(job: NewJob) -> tuple[single.Statement, tuple[Any, ...]]:
 
 def _own_statement(kind: _Kind) -> single.Statement:
     """Return the insert of jobs of one kind, with all their common values in it."""
-    source = f"VALUES ($1, %s, '{State.ACCEPTED.value}', %s, %s, $2, %s, %s, %s, $1)"
+    source = f"VALUES ($1, %s, '{State.ACCEPTED.value}', %s, %s, $2, %s, %s, %s, %s, $1)"
     return single.Statement.of("celery_capacity_insert_own_job", _COLUMNS, "text, bytea", source, 2, common=kind)
 
 
@@ -142,7 +142,7 @@ class Inserter:
     def _simple(self, job: NewJob) -> tuple[single.Statement, tuple[Any, ...]]:
         """Return the insert of a simple job, and its parameters."""
         shape = job.shape
-        kind = (job.name, shape, request_json(shape), job.priority, job.declared, job.queue)
+        kind = (job.name, shape, request_json(shape), job.priority, job.declared, job.queue, job.expected_ms)
         statement = self._own.get(kind) or self._count(kind)
         if statement is not None:
             return statement, (job.id, job.message)

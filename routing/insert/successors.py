@@ -49,6 +49,7 @@ UPDATE jobs SET
   {_if_replaced("shape", ":shape")},
   {_if_replaced("queue", ":queue")},
   {_if_replaced("request", "CAST(:request AS jsonb)")},
+  {_if_replaced("expected_ms", ":expected_ms")},
   {_if_replaced("retries", ":retries")},
   {_if_replaced("nesting", ":nesting")},
   {_if_replaced("priority", "CASE WHEN reprioritized THEN priority ELSE :priority END")},
@@ -58,6 +59,7 @@ UPDATE jobs SET
   {_unless_replaced("successor", ":message")},
   {_unless_replaced("successor_shape", ":shape")},
   {_unless_replaced("successor_request", "CAST(:request AS jsonb)")},
+  {_unless_replaced("successor_expected_ms", "CAST(:expected_ms AS bigint)")},
   {_unless_replaced("successor_name", "CAST(:name AS text)")},
   {_unless_replaced("successor_rerun", "CAST(:rerun AS bool)")},
   {_unless_replaced("successor_retries", "CAST(:retries AS int)")},
@@ -79,7 +81,7 @@ RETURNING CASE WHEN successor IS NULL THEN '{State.REPLACED.value}' ELSE state E
 #: Columns of a job that its successor replaces, and those that tell one publish from another.
 _COLUMNS: Final = (
     *("id", "message", "name", "rerun", "shape", "queue", "request", "retries", "nesting", "priority"),
-    *("due_at", "expires_at"),
+    *("due_at", "expires_at", "expected_ms"),
 )
 
 

@@ -18,6 +18,7 @@ from celery_capacity.routing.database import schema
 from celery_capacity.routing.inspect import held_back, running_jobs, waiting
 from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.ledger import snapshot
+from celery_capacity.routing.model.expected import run_time_of
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request, filed_shape, split_shape
 from celery_capacity.routing.model.states import FINAL, HOLDING, State, Store
@@ -97,7 +98,7 @@ def _read_ledger(client: redispy.Redis, connection: Connection, job: str, row: A
     before = Counter(waiting.count_before(client, head.shapes, position))
     if head.staying:
         before.update(backlog.staying_before(connection, row.priority, row.seq))
-    tasks = {split_shape(shape)[1] for shape in (filed, *before)} - {""}
+    tasks = {split_shape(shape).task for shape in (filed, *before)} - {""}
     knowing = snapshot.read_catalogues(client, {book.catalogue for book in books} - {""}, tasks)
     return _Ledger(
         held=Request.from_shape(split_shape(filed)[0]),
@@ -111,15 +112,16 @@ def _read_ledger(client: redispy.Redis, connection: Connection, job: str, row: A
 def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, most_losses: int) -> Explanation:
     """Explain a job that waits in the ledger, or is on its way there: by the policy, over the books."""
     state, request = State(row.state), Request.from_shape(row.shape)
-    _, task = split_shape(seen.filed)
+    task = split_shape(seen.filed).task
     ahead = seen.before.get(seen.filed, 0)
-    decision = judge(seen.held, seen.registered, ahead, task)
+    bound = run_time_of(seen.filed).bound
+    decision = judge(seen.held, seen.registered, ahead, task, bound)
     refusal = None if isinstance(decision, Admission) else decision
     why = Reason.ABOUT_TO_START if refusal is None else refusal.reason
     if state is State.ACCEPTED and why in (Reason.ABOUT_TO_START, Reason.BEHIND_SHAPE):
         why = Reason.ON_ITS_WAY
     live = [book for book in seen.registered if book.worker in seen.live]
-    cordon = held_back.cordon_in_the_way(connection, seen.held, live, task, refusal)
+    cordon = held_back.cordon_in_the_way(connection, seen.held, live, task, bound, refusal)
     if cordon is not None:
         why, refusal = Reason.CORDONED, Refusal(Reason.CORDONED, worker=cordon.worker)
     missing = missing_on_each(seen.held, seen.registered, task) if why in SHORT_OF_ROOM else []

@@ -49,14 +49,14 @@ def _with_cordon(line: Any, cordons: Mapping[str, Cordon]) -> Any:
 
 
 def cordon_in_the_way(
-    connection: Connection, request: Request, books: Iterable[Book], task: str, refusal: Refusal | None
+    connection: Connection, request: Request, books: Iterable[Book], task: str, bound: int, refusal: Refusal | None
 ) -> Cordon | None:
     """Return the cordon of a worker that would take a job now, while no other worker takes it; None for none."""
     if refusal is None or refusal.reason not in BY_CORDON:
         return None
     cordons = controls.cordons(connection)
     opened = [replace(book, admitting=True) for book in books if book.worker in cordons]
-    decision = survey(request, opened, 0, task) if opened else None
+    decision = survey(request, opened, 0, task, bound) if opened else None
     return cordons[decision.worker] if isinstance(decision, Admission) else None
 
 

@@ -24,7 +24,7 @@ from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import NotMigrated, mask_url
 from celery_capacity.routing.inspect import held_back
-from celery_capacity.routing.inspect.waiting import BacklogLine, blocked_first, queue_reads, read_backlog
+from celery_capacity.routing.inspect.waiting import BacklogLine, blocked_first, merged, queue_reads, read_backlog
 from celery_capacity.routing.inspect.worker_page import WHOLE, Page
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model import amounts
@@ -62,6 +62,8 @@ class WorkerLine:
     catalogue: str = ""
     #: the operator's order that holds it back; None for none
     cordon: Cordon | None = None
+    #: seconds until it ends, None where no end is known
+    left: float | None = None
 
     def to_policy(self) -> Book:
         """Return the worker as the policy sees it; its tasks are judged elsewhere."""
@@ -88,6 +90,7 @@ class WorkerLine:
             "started_at": self.started_at,
             "version": self.version,
             "cordon": None if self.cordon is None else self.cordon.to_json(),
+            "left_seconds": None if self.left is None else round(self.left, 3),
         }
 
 
@@ -292,6 +295,7 @@ def _ledger_line(now: int, book: snapshot.WorkerBook, view: Sequence[Any]) -> Wo
         started_at=started_at,
         version=version,
         catalogue=book.catalogue,
+        left=None if book.ends is None else max(0, book.ends - now) / 1000,
     )
 
 
@@ -317,7 +321,7 @@ def from_postgres(connection: Connection, ttl: float = WORKER_TTL) -> Overview:
         .group_by(jobs.shape)
         .order_by(func.max(jobs.priority).desc(), func.min(jobs.seq))
     )
-    backlog = (
+    backlog = merged(
         BacklogLine(Request.from_shape(row.shape), row.waiting, max(0.0, (now - row.oldest).total_seconds()))
         for row in queues
     )
@@ -338,6 +342,7 @@ def _row_line(row: Any, now: datetime, allocated: Mapping[str, int]) -> WorkerLi
         incarnation=row.incarnation,
         started_at=row.started_at.astimezone(UTC).isoformat(timespec="milliseconds"),
         version=row.version,
+        left=None if row.ends_at is None else max(0.0, (row.ends_at - now).total_seconds()),
     )
 
 

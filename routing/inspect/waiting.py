@@ -64,7 +64,7 @@ def read_backlog(
     queues = [(shape, int(next(replies)), _firsts(replies)) for shape in head.shapes]
     jobs = [job for _, _, firsts in queues for job in firsts]
     # A worker without a catalogue takes any task. Without a worker there is another reason to wait.
-    names = {split_shape(shape)[1] for shape in head.shapes} - {""} if catalogues and "" not in catalogues else set()
+    names = {split_shape(shape).task for shape in head.shapes} - {""} if catalogues and "" not in catalogues else set()
     heads_of_jobs = (("GETRANGE", keys.job(job), "0", str(snapshot.HEAD_BYTES - 1)) for job in jobs)
     tasks = (("SISMEMBER", keys.tasks(catalogue), name) for name in names for catalogue in catalogues)
     answers = iter(snapshot.read_many(client, (*heads_of_jobs, *tasks)))
@@ -74,7 +74,7 @@ def read_backlog(
     lines: dict[tuple[str, str], BacklogLine] = {}
     for shape, filed, firsts in queues:
         waiting = filed + head.staying.get(shape, 0)
-        asked, name = split_shape(shape)
+        asked, name, _ = split_shape(shape)
         task = name if name in unknown else ""
         times = [submitted[job] for job in firsts if job in submitted]
         oldest = max(0.0, (head.now - min(times)) / 1000) if times else None
@@ -100,6 +100,15 @@ def _blocked(line: BacklogLine, books: Sequence[Book]) -> Reason | None:
         return Reason.NO_TASK
     decision = judge(line.request, books)
     return decision.reason if isinstance(decision, Refusal) and decision.reason in BLOCKING else None
+
+
+def merged(lines: Iterable[BacklogLine]) -> tuple[BacklogLine, ...]:
+    """Return the lines with one for each request: jobs of one request wait in a queue for each class of run times."""
+    by_request: dict[Request, BacklogLine] = {}
+    for line in lines:
+        before = by_request.get(line.request)
+        by_request[line.request] = line if before is None else _together(before, line)
+    return tuple(by_request.values())
 
 
 def _together(first: BacklogLine, second: BacklogLine) -> BacklogLine:

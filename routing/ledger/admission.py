@@ -10,7 +10,7 @@ from celery_capacity.routing.ledger.repair import Repairs
 from celery_capacity.routing.ledger.replies import NEVER_AGAIN, Brought, Placed, Submitted, SubmitVerdict
 from celery_capacity.routing.ledger.signatures import Reply
 from celery_capacity.routing.model.envelope import digest_of
-from celery_capacity.routing.model.request import Request, split_shape
+from celery_capacity.routing.model.request import Request, with_request
 from celery_capacity.routing.policy.placement import held_by, is_last_chance
 
 #: Beginning of the value of a job that the ledger holds no more.
@@ -49,13 +49,11 @@ class Admission(Repairs):
         }
 
     def shape_held(self, shape: str, losses: int) -> str:
-        """Return the shape that the next attempt of a job holds; `shape` may be that one already. Its task stays."""
+        """Return the shape that the next attempt of a job holds; `shape` may be that one already."""
         most = self.settings.most_losses
         if not is_last_chance(losses, most):
             return shape
-        request, task = split_shape(shape)
-        held = held_by(Request.from_shape(request), losses, most).shape
-        return f"{held},{task}" if task else held
+        return with_request(shape, held_by(Request.from_shape(shape), losses, most))
 
     def submit(
         self,

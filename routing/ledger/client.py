@@ -242,13 +242,14 @@ class Ledger(Held, Elections):
         status: WorkerStatus = WorkerStatus.READY,
         *,
         tasks: Collection[str] | None = None,
+        left_ms: int | None = None,
         admit: bool = True,
     ) -> Filled | Taken:
         """Open a worker's book, or return `Taken` where the name belongs to another incarnation.
 
         `capacity` has the form of a shape. `tasks`: names of the tasks that the worker has registered, None where it
-        takes any. With the status `closed`, nothing is admitted before the next `renew`. Without `admit`, this caller
-        admits nothing.
+        takes any. `left_ms`: milliseconds until the worker ends, None where no end is known. With the status `closed`,
+        nothing is admitted before the next `renew`. Without `admit`, this caller admits nothing.
         """
         names = " ".join(sorted(map(task_text, tasks or ())))
         catalogue = "" if tasks is None else hashlib.sha256(names.encode()).hexdigest()[:CATALOGUE_DIGITS]
@@ -263,6 +264,7 @@ class Ledger(Held, Elections):
             tasks=catalogue,
             names=names,
             status=status,
+            left="" if left_ms is None else left_ms,
         )
         if reply.head == "taken":
             return Taken(reply["incarnation"], reply.number("lease_left"), reply.number("held"))

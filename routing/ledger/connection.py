@@ -14,7 +14,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
 
-from celery_capacity.routing import os_threads, redis_commands
+from celery_capacity.routing import format_versions, os_threads, redis_commands
 from celery_capacity.routing.config import redis_urls, timeouts
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import NotMigrated, PlatformError, StoreUnavailable, Unsupported, mask_url
@@ -22,7 +22,6 @@ from celery_capacity.routing.ledger import keys, sentinels
 from celery_capacity.routing.ledger.replies import LedgerClosed, LedgerFull
 from celery_capacity.routing.ledger.scripts import Script, load
 from celery_capacity.routing.ledger.signatures import Group, Reply
-from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model.reasons import Tally
 
 #: Seconds that a reader waits for the ledger before it asks Postgres.

@@ -28,6 +28,7 @@
 | `ledger:allocated` | string | millicores allocated in all |
 | `ledger:counters` | hash | counters for people: admissions, refusals, stale writes, ... |
 | `ledger:declarations` | hash | task name, request as JSON in people's units |
+| `ledger:declared_times` | hash | task name, `{"expected_ms": ..., "limits_ms": [hard, soft]}` where it declares them |
 | `ledger:tasks:<catalogue>` | set | names of the tasks that workers with this catalogue have registered |
 | `ledger:runner` | hash | `incarnation` of the worker that runs the duties, `fence` and `until` (ms) of its lease |
 | `ledger:asked` | set | duties that others ask the runner for |
@@ -42,7 +43,7 @@ catalogue takes any task. `c.<resource>` is the capacity and `a.<resource>` the 
 (`routing.policy.placement`); the key `ledger:kept` only leads there. `places` are the resources in whose indexes of
 free CPUs the worker stands while jobs may be admitted to it. Such a resource is any but `cpus`, `slots` and `alone`;
 queues are among them, by their labels (`routing.model.amounts`). A score in such an index is the class of the free
-amount (`routing.policy.placement.amount_class`) times 2^32, and the free millicores. Queues have no classes.
+amount (`routing.policy.amount_classes.amount_class`) times 2^32, and the free millicores. Queues have no classes.
 
 A job's value is its head, a line for each of `HEAD_LINES`, and its message behind that. The message of a waiting job is
 packed (`packed` in lua/lib/job.lua). A line is empty where the job lacks the field. The fields are `state` (waiting,
@@ -93,6 +94,7 @@ KEYS: Final = {
     "allocated": "ledger:allocated",
     "counters": "ledger:counters",
     "declarations": "ledger:declarations",
+    "declared_times": "ledger:declared_times",
     "tasks": "ledger:tasks:",
     "runner": "ledger:runner",
     "asked": "ledger:asked",
@@ -123,6 +125,7 @@ CARRIED: Final = KEYS["carried"]
 ALLOCATED: Final = KEYS["allocated"]
 COUNTERS: Final = KEYS["counters"]
 DECLARATIONS: Final = KEYS["declarations"]
+DECLARED_TIMES: Final = KEYS["declared_times"]
 RUNNER: Final = KEYS["runner"]
 ASKED: Final = KEYS["asked"]
 PROBE: Final = KEYS["probe"]

@@ -22,13 +22,14 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any, Final
 
+from celery_capacity.routing import format_versions
 from celery_capacity.routing.ledger import signatures
 from celery_capacity.routing.ledger.keys import HEAD_LINES, KEYS
 from celery_capacity.routing.ledger.signatures import Signature
-from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, LABEL
 from celery_capacity.routing.model.states import Step
-from celery_capacity.routing.policy.placement import CANDIDATES, CLASS_SPAN, MAX_ADMITTED, SHAPES
+from celery_capacity.routing.policy.amount_classes import CLASS_SPAN
+from celery_capacity.routing.policy.placement import CANDIDATES, MAX_ADMITTED, SHAPES
 from celery_capacity.routing.policy.unknown_starts import FEWEST_LOSSES
 
 #: Candidates that a submit fetches first. It fetches the others only where none of these has room.
@@ -92,7 +93,7 @@ SHARED_TEXTS: Final = (
 FOLDERS: Final = ("jobs", "workers", "backlog", "repair", "epoch")
 #: The files of `lua/lib`, with the functions that the operations share. A function stands behind those that it uses.
 LIBRARY: Final = (
-    "values", "book", "classes", "indexes", "candidates", "search", "job", "transitions", "border", "queues",
+    "values", "book", "times", "classes", "indexes", "candidates", "search", "job", "transitions", "border", "queues",
     "controls", "admit", "requeue", "batches", "admit_or_file", "held", "exclusive", "shapes_to_try", "fill_pass",
 )  # fmt: skip
 _LUA: Final = files("celery_capacity.routing").joinpath("lua")

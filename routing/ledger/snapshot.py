@@ -85,6 +85,7 @@ class WorkerBook:
     `lease`: end of its lease (ms). `shrunk`: the capacity was lowered below the allocations. `kept`: the shape for
     which the worker takes nothing else, "" for none. `catalogue`: that of its registered tasks, "" where it takes any.
     `cordoned`: cordoned or draining by an operator, "" for neither.
+    `ends`: the end of the worker itself (ms), None where none is known.
     """
 
     worker: str
@@ -99,6 +100,7 @@ class WorkerBook:
     kept: str = ""
     catalogue: str = ""
     cordoned: str = ""
+    ends: int | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -117,7 +119,8 @@ class WorkerBook:
         """Return the book in the form that the policy takes. Without `catalogues` its worker takes any task."""
         admitting = self.lease > now and self.is_ready
         tasks = catalogues.get(self.catalogue) if catalogues is not None else None
-        return Book(self.worker, self.capacity, self.allocated, admitting, self.kept, tasks)
+        left = None if self.ends is None else self.ends - now
+        return Book(self.worker, self.capacity, self.allocated, admitting, self.kept, tasks, left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +225,7 @@ def parse_book(worker: str, fields: Mapping[Any, Any]) -> WorkerBook | None:
         kept=text(rest.get("kept", "")),
         catalogue=text(rest.get("tasks", "")),
         cordoned=text(rest.get("cordoned", "")),
+        ends=int(rest["ends"]) if "ends" in rest else None,
     )
 
 

@@ -38,7 +38,10 @@ class Constraints:
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A job as it is submitted. `message` has the form of `routing.model.message`."""
+    """A job as it is submitted. `message` has the form of `routing.model.message`.
+
+    `shape`: its request, and the class of its run time. `expected_ms`: that time itself; 0 where it is unknown.
+    """
 
     id: str
     name: str
@@ -62,6 +65,7 @@ class NewJob:
     constraints: Constraints | None = None
     #: The job's stamped headers as JSON: {name: [values]}. None: it has none.
     stamps: str | None = None
+    expected_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
+from celery_capacity.routing.model.expected import run_time_of
 from celery_capacity.routing.model.job import Constraints, NewJob, Rate
 
 _TIMES: Final = ("due_at", "expires_at")
@@ -78,6 +79,8 @@ def publishes(text: str) -> bool:
 def _job_out(job: NewJob) -> dict[str, Any]:
     values = asdict(job)
     values[_CONSTRAINTS] = values.pop("constraints")
+    # An older worker fails on another name. The class of the time is in the shape.
+    del values["expected_ms"]
     values["message"] = base64.b64encode(job.message).decode("ascii")
     for name in _TIMES:
         values[name] = values[name] and values[name].isoformat()
@@ -87,6 +90,7 @@ def _job_out(job: NewJob) -> dict[str, Any]:
 def _job_in(values: Mapping[str, Any]) -> NewJob:
     fields = dict(values)
     fields["message"] = base64.b64decode(fields["message"])
+    fields["expected_ms"] = run_time_of(fields["shape"]).expected
     for name in _TIMES:
         fields[name] = datetime.fromisoformat(fields[name]) if fields[name] else None
     if constraints := fields.pop(_CONSTRAINTS, None):

@@ -46,6 +46,8 @@ class Reason(Enum):
     BEHIND_SHAPE = "behind-shape"
     #: its last attempt runs alone on a worker, and no worker that it would fit is empty
     ALONE = "alone"
+    #: would fit, and no worker that it fits lives long enough for it
+    NO_TIME = "no-time"
 
     # -- of the way to the policy
 

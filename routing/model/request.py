@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
 from celery_capacity.routing.errors import InvalidRequest, show
@@ -26,6 +26,7 @@ from celery_capacity.routing.model.amounts import (
     SLOTS,
     Amounts,
 )
+from celery_capacity.routing.model.expected import EXPECTED, run_time_of, split_times
 from celery_capacity.routing.model.message import PLATFORM_PREFIX
 
 #: Beginnings of the names of tasks that every worker knows.
@@ -33,8 +34,10 @@ KNOWN_EVERYWHERE: Final = ("celery.", PLATFORM_PREFIX)
 _SAFE: Final = "._-:/@"
 _UNSAFE: Final = re.compile(rf"[^\w{re.escape(_SAFE)}]", re.ASCII)
 
-#: options that `@app.task(…)` and `apply_async(…)` accept
+#: options of a request that `@app.task(…)` and `apply_async(…)` accept
 REQUEST_OPTIONS = (CPUS, MEMORY, GPUS, "resources")
+#: the same, and the expected run time
+CALL_OPTIONS = (*REQUEST_OPTIONS, EXPECTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ class Request:
     def from_shape(cls, shape: str) -> Request:
         """Make a request from the text that `shape` makes; other texts of an equal request are refused.
 
-        The task of a filed shape is left out.
+        The task and the run time of a filed shape are left out.
         """
         return _from_shape(split_shape(shape)[0])
 
@@ -132,23 +135,50 @@ class Request:
         return ", ".join(_amounts.format_amount(n, a) for n, a in [(CPUS, self.get(CPUS)), *named])
 
 
-def filed_shape(shape: str, task: str) -> str:
-    """Return the text under which the ledger files a job: its shape, and its task where not every worker knows that.
+class FiledShape(NamedTuple):
+    """Parts of a filed shape: its request, its task and the class of its expected run time in milliseconds.
 
-    As in "cpus=4000,slots=1,tasks.render". A worker takes a job of this shape only if it has registered the task.
+    `task`: as `task_text` wrote it; "" where any worker may take it. `expected`: 0 where it is unknown.
     """
-    return shape if not task or task.startswith(KNOWN_EVERYWHERE) else f"{shape},{task_text(task)}"
+
+    request: str
+    task: str
+    expected: int
+
+
+def filed_shape(shape: str, task: str) -> str:
+    """Return the text under which the ledger files a job: its request, its task, and its run time behind them.
+
+    As in "cpus=4000,slots=1,tasks.render,~655360". A worker takes a job of this shape only if it has registered the
+    task. A task that every worker knows is left out.
+    """
+    if not task or task.startswith(KNOWN_EVERYWHERE):
+        return shape
+    request, times = split_times(shape)
+    return f"{request},{task_text(task)}{times}"
 
 
 def task_text(task: str) -> str:
-    """Return a task's name as it stands in keys of the ledger: in ASCII, without the characters of a shape."""
-    return quote(task, safe=_SAFE) if _UNSAFE.search(task) else task
+    """Return a task's name as it stands in keys of the ledger: in ASCII, without the characters of a shape.
+
+    No name looks like an amount or a run time there.
+    """
+    return quote(task, safe=_SAFE).replace("~", "%7E") if _UNSAFE.search(task) else task
 
 
-def split_shape(filed: str) -> tuple[str, str]:
-    """Return the request of a filed shape, and its task as `task_text` wrote it; "" where any worker may take it."""
-    request, _, last = filed.rpartition(",")
-    return (filed, "") if "=" in last else (request, last)
+def split_shape(filed: str) -> FiledShape:
+    """Return the parts of a filed shape."""
+    shape, times = split_times(filed)
+    request, _, last = shape.rpartition(",")
+    expected = run_time_of(times).expected if times else 0
+    return FiledShape(shape, "", expected) if "=" in last else FiledShape(request, last, expected)
+
+
+def with_request(filed: str, request: Request) -> str:
+    """Return a filed shape with another request. Its task and its run time stay."""
+    shape, times = split_times(filed)
+    _, _, last = shape.rpartition(",")
+    return f"{request.shape}{times}" if "=" in last else f"{request.shape},{last}{times}"
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, int]:

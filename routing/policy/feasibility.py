@@ -68,10 +68,13 @@ def find_shortfall(request: Request, registered: Iterable[Book]) -> Shortfall | 
     return Shortfall(Reason.TOO_LARGE, *short[0], worker=closest.worker, combined=True)
 
 
-def judge(request: Request, registered: Iterable[Book], ahead: int = 0, task: str = "") -> Admission | Refusal:
+def judge(
+    request: Request, registered: Iterable[Book], ahead: int = 0, task: str = "", bound: int = 0
+) -> Admission | Refusal:
     """Return the decision over all registered workers, with the best reason there is.
 
-    `ahead`: jobs of the same request and task that wait before this one. A request that no worker could ever hold is
+    `ahead`: jobs of the same request and task that wait before this one. `bound`: milliseconds after which the job has
+    ended, 0 for unknown. A request that no worker could ever hold is
     refused as such, also while no worker admits anything. Where only workers that admit nothing now are large enough,
     the refusal is `NO_WORKER` and names the first of them.
     """
@@ -84,7 +87,7 @@ def judge(request: Request, registered: Iterable[Book], ahead: int = 0, task: st
     large = [book for book in kinds if is_large_enough(request, book)]
     if large and not any(book.admitting for book in large):
         return Refusal(Reason.NO_WORKER, worker=min(book.worker for book in large))
-    return survey(request, books, ahead, task)
+    return survey(request, books, ahead, task, bound)
 
 
 def kind_of(book: Book) -> Hashable:
@@ -118,6 +121,6 @@ def count_before(waiting: Mapping[str, int], registered: Iterable[Book]) -> int:
 
 
 def _can_start(filed: str, kinds: Sequence[Book]) -> bool:
-    shape, task = split_shape(filed)
+    shape, task, _ = split_shape(filed)
     request = Request.from_shape(shape)
     return any(book.knows(task) and is_large_enough(request, book) for book in kinds)

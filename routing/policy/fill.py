@@ -38,7 +38,7 @@ def fill_or_keep(book: Book, backlog: Iterable[Waiting], most: int, elsewhere: C
     looked_at = {shape: deque(queue) for shape, queue in queues.items()}
     if book.kept:
         first = queues.get(book.kept)
-        if first and book.knows(first[0].task) and fits(first[0].request, replace(book, allocated={})) is None:
+        if first and book.takes(first[0]) and fits(first[0].request, replace(book, allocated={})) is None:
             if not book.empty:
                 return Filling([], book.kept)
             looked_at = {book.kept: deque(first)}
@@ -51,7 +51,7 @@ def fill_or_keep(book: Book, backlog: Iterable[Waiting], most: int, elsewhere: C
             (queue[0].order, shape)
             for shape, queue in looked_at.items()
             if queue
-            and book.knows(queue[0].task)
+            and book.takes(queue[0])
             and (fits(queue[0].request, book) is None or _keeps(shape, queue[0].request, book, elsewhere))
         ]
         if not possible:

@@ -10,6 +10,8 @@ The rules:
   again, not even a job that asks for nothing. It is passed over like a cordoned worker.
 - A job runs a task, and only workers that have registered the task take the job. Tasks that come with Celery and with
   the platform are known to all. A worker of an older release, which published none, takes any.
+- A worker may end at a known time. It takes a job only if the job's bound is over by then: its hard time limit, or
+  without one its expected run time. A job with neither is taken.
 - A job is in a queue, and only workers that serve the queue take the job. A queue other than the default one is a
   label: the job asks for one of it, and workers that serve the queue have more than can be allocated. A worker that
   does not serve the default queue takes only jobs with a label. Labels are no capacity: a worker that serves a queue no
@@ -40,8 +42,10 @@ from celery_capacity.routing.model.amounts import (
     has_index,
     is_label,
 )
+from celery_capacity.routing.model.expected import UNKNOWN, RunTime, split_times, timed
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request, filed_shape, split_shape
+from celery_capacity.routing.policy.amount_classes import CLASS_SPAN, amount_class
 
 #: highest priority; the lowest is 0, and a higher one comes first
 TOP_PRIORITY = 9
@@ -49,12 +53,8 @@ TOP_PRIORITY = 9
 SUBMISSIONS = 2**49
 
 
-#: Free millicores that an index of workers can tell apart within one class of amounts. Of more free CPUs it tells that
-#: there are so many. A score stays below 2^53, whatever the class.
-CLASS_SPAN = 2**32
-#: Amount below which each amount is a class of its own, and classes in which an amount doubles from there.
-FIRST_CLASSES, CLASSES_IN_DOUBLE = 16, 4
-
+#: Name of the time that a worker has left, in a refusal.
+TIME = "time"
 #: Workers that one script looks at. A book takes some 5 us to read, so Redis is held for well under a millisecond.
 CANDIDATES = 64
 #: Shapes that one script looks at, for the same reason; platforms have tens of shapes rather than thousands.
@@ -83,7 +83,8 @@ class Refusal:
     """Decision that the job goes nowhere now. `resource`, `asked`, `free` and `worker` say what is short where.
 
     They describe the worker that comes closest; "" and 0 where there is none. For `TOO_LARGE` `free` is its capacity.
-    For `BEHIND_SHAPE` `asked` is the number of jobs before it. For `LOOK_FURTHER` (`free`, `worker`) is the cursor. For
+    For `NO_TIME` `asked` is the bound of the job, and `free` the rest of the worker's life, in milliseconds. For
+    `BEHIND_SHAPE` `asked` is the number of jobs before it. For `LOOK_FURTHER` (`free`, `worker`) is the cursor. For
     `ALONE` `worker` is the worker that is kept for the job, "" where none is yet.
     """
 
@@ -99,7 +100,8 @@ class Book:
     """Capacity and allocations of a worker, by resource.
 
     Not `admitting`: the worker is cordoned, draining or closed. `kept`: the only shape that the worker takes, "" for no
-    such limit. `tasks`: those that it has registered, None where it takes any.
+    such limit. `tasks`: those that it has registered, None where it takes any. `left`: milliseconds until it ends, None
+    where no end is known.
     """
 
     worker: str
@@ -108,6 +110,7 @@ class Book:
     admitting: bool = True
     kept: str = ""
     tasks: Collection[str] | None = None
+    left: int | None = None
 
     def free(self, resource: str) -> int:
         """Return capacity less allocations; negative while the worker is over its capacity."""
@@ -169,6 +172,14 @@ class Book:
         """Return True if the worker takes jobs of this task; "" is a task that every worker knows."""
         return self.tasks is None or filed_shape("", task) == "" or task in self.tasks
 
+    def lasts(self, bound: int) -> bool:
+        """Return True if a job that ends within `bound` milliseconds, 0 for unknown, ends before the worker does."""
+        return self.left is None or bound <= self.left
+
+    def takes(self, waiting: Waiting) -> bool:
+        """Return True if the worker knows the task of a waiting job, and lasts as long as the job."""
+        return self.knows(waiting.task) and self.lasts(waiting.run_time.bound)
+
     def holding(self, request: Request) -> Book:
         """Return the book after this request was admitted."""
         return self._moved(request, 1)
@@ -186,18 +197,19 @@ class Book:
 class Waiting:
     """A job in the backlog. `order` is the number that `order()` makes of priority and submission.
 
-    `task`: its name; "" for one that every worker knows.
+    `task`: its name; "" for one that every worker knows. `run_time`: its classes, as the job is filed.
     """
 
     job: str
     request: Request
     order: int
     task: str = ""
+    run_time: RunTime = UNKNOWN
 
     @property
     def shape(self) -> str:
         """Return the shape under which the job is filed."""
-        return filed_shape(self.request.shape, self.task)
+        return filed_shape(timed(self.request.shape, self.run_time), self.task)
 
 
 def order(priority: int, seq: int) -> int:
@@ -205,14 +217,6 @@ def order(priority: int, seq: int) -> int:
     if not 0 <= priority <= TOP_PRIORITY or not 0 <= seq < SUBMISSIONS:
         raise ValueError(f"priority {priority} must be 0 to {TOP_PRIORITY}, seq {seq} 0 to {SUBMISSIONS - 1}")
     return (TOP_PRIORITY - priority) * SUBMISSIONS + seq
-
-
-def amount_class(amount: int) -> int:
-    """Return the class of a free amount in an index: a larger amount has the same class or a later one."""
-    if amount < FIRST_CLASSES:
-        return max(0, amount)
-    exponent = amount.bit_length()
-    return CLASSES_IN_DOUBLE * exponent + (amount >> (exponent - 3)) - 8
 
 
 def is_last_chance(losses: int, most_losses: int) -> bool:
@@ -232,9 +236,9 @@ def held_by(request: Request, losses: int, most_losses: int) -> Request:
 
 def asked_shape(shape: str) -> str:
     """Return the shape that a job itself asks for, from the shape that it holds or is filed under."""
-    shape, _ = split_shape(shape)
     asked = dict(Request.from_shape(shape).amounts)
-    return Request.of(asked).shape if asked.pop(ALONE, 0) else shape
+    asked.pop(ALONE, 0)
+    return Request.of(asked).shape + split_times(shape)[1]
 
 
 def asked_kept(book: Book) -> str:
@@ -303,14 +307,19 @@ def asked_score(shape: str, name: str) -> int:
 
 
 def choose(
-    request: Request, books: Iterable[Book], candidates: int, after: tuple[int, str] | None = None, task: str = ""
+    request: Request,
+    books: Iterable[Book],
+    candidates: int,
+    after: tuple[int, str] | None = None,
+    task: str = "",
+    bound: int = 0,
 ) -> Admission | Refusal:
     """Return the best fit among at most `candidates` workers, as one script looks at them.
 
     The candidates admit, are not over their capacity, and have a free slot and enough free CPUs. A worker on which a
     job is alone, or that is kept for a job, is no candidate. All of them stand in the index that the request is
     `found_by`. They come in order of (free CPUs, name), behind the cursor `after` where there is one. The first with
-    room for the whole request that knows the task is chosen.
+    room for the whole request that knows the task, and lasts for the job's `bound` (ms), is chosen.
     """
     books = list(books)
     admitting = [book for book in books if book.admitting]
@@ -329,7 +338,7 @@ def choose(
     behind = [row for row in index if row[0] >= asked and (after is None or row[:2] > after)]
     looked_at = behind[:candidates]
     for _, worker, book in looked_at:
-        if fits(request, book) is None and book.knows(task):
+        if fits(request, book) is None and book.knows(task) and book.lasts(bound):
             return Admission(worker)
     if len(behind) > len(looked_at):
         free, worker, _ = looked_at[-1]
@@ -337,10 +346,13 @@ def choose(
     return _closest(request, [book for book in admitting if book.knows(task)], Reason.NO_ROOM)
 
 
-def survey(request: Request, books: Iterable[Book], ahead: int = 0, task: str = "") -> Admission | Refusal:
+def survey(
+    request: Request, books: Iterable[Book], ahead: int = 0, task: str = "", bound: int = 0
+) -> Admission | Refusal:
     """Return the decision over all workers, with the best reason there is, as `explain` says it.
 
-    `ahead`: jobs of the same request and task that wait before this one; they would get the room first.
+    `ahead`: jobs of the same request and task that wait before this one; they would get the room first. `bound`:
+    milliseconds after which the job has ended, 0 for unknown.
     """
     live = list(books)
     knowing = [book for book in live if book.knows(task)]
@@ -359,6 +371,11 @@ def survey(request: Request, books: Iterable[Book], ahead: int = 0, task: str = 
     large_enough = [book for book, bare in zip(admitting, empty, strict=True) if fits(request, bare) is None]
     if not large_enough:
         return _closest(request, empty, Reason.TOO_LARGE)
+    lasting = [book for book in large_enough if book.lasts(bound)]
+    if not lasting:
+        longest = max(large_enough, key=lambda book: (book.left or 0, book.worker))
+        return Refusal(Reason.NO_TIME, TIME, bound, longest.left or 0, longest.worker)
+    large_enough = lasting
     decision = choose(request, large_enough, len(large_enough))
     if isinstance(decision, Admission) and ahead:
         return Refusal(Reason.BEHIND_SHAPE, asked=ahead, worker=decision.worker)

@@ -179,7 +179,7 @@ class Opener:
 
     def _wipe(self) -> None:
         # An entry leaves the stream when Postgres has it, and not before.
-        kept = (keys.EPOCH, keys.COUNTERS, keys.DECLARATIONS, keys.STREAM, keys.RUNNER, keys.ASKED)
+        kept = (keys.EPOCH, keys.COUNTERS, keys.DECLARATIONS, keys.DECLARED_TIMES, keys.STREAM, keys.RUNNER, keys.ASKED)
         keep = {key.encode() for key in kept}
         try:
             for pattern in (keys.LEDGER, keys.VIEWS):

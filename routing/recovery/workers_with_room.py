@@ -56,7 +56,7 @@ def with_room(client: redis.Redis, shapes: Collection[str]) -> Iterator[str]:
         return
     by_task: dict[str, list[str]] = defaultdict(list)
     for shape in shapes:
-        by_task[split_shape(shape)[1]].append(shape)
+        by_task[split_shape(shape).task].append(shape)
     wanted = {task: smallest(of_task) for task, of_task in by_task.items()}
     knowing: dict[tuple[str, str], bool] = {}
     names = [snapshot.text(name) for name in client.zrange(keys.FREE, 0, -1)]

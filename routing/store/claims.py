@@ -19,6 +19,7 @@ from sqlalchemy.exc import OperationalError
 from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.model.amounts import ALONE
+from celery_capacity.routing.model.expected import run_time_of
 from celery_capacity.routing.model.request import KNOWN_EVERYWHERE, Request
 from celery_capacity.routing.model.states import FINAL, Outcome, State, Step
 from celery_capacity.routing.model.token import Token
@@ -77,12 +78,18 @@ _SELECT: Final = """
    AND shape <> ALL(CAST(:without AS text[])) AND {}
    AND (CAST(:tasks AS text[]) IS NULL OR name = ANY(CAST(:tasks AS text[]))
      OR name LIKE ANY(CAST(:everywhere AS text[])))
+   AND (CAST(:left AS bigint) IS NULL OR {} <= CAST(:left AS bigint))
  ORDER BY -priority, seq LIMIT :most)
 """
+#: Milliseconds by which a job has ended, 0 for unknown, as `run_time_of` reads them from its shape.
+_BOUND: Final = (
+    r"coalesce(substring(shape FROM ',\^([0-9]+),~[0-9]+$'), substring(shape FROM ',~([0-9]+)$'), '0')::bigint"
+)
 _WAITS: Final = "state IN ('accepted', 'waiting')"
 _IS_DUE: Final = "state = 'scheduled' AND due_at <= now()"
 _CANDIDATES: Final = text(
-    f"SELECT * FROM ({_SELECT.format(_WAITS, NOT_PAUSED)} UNION ALL {_SELECT.format(_IS_DUE, NOT_PAUSED)}) AS c"
+    f"SELECT * FROM ({_SELECT.format(_WAITS, NOT_PAUSED, _BOUND)}"
+    f" UNION ALL {_SELECT.format(_IS_DUE, NOT_PAUSED, _BOUND)}) AS c"
     " ORDER BY -priority, seq LIMIT :most"
 )
 
@@ -93,10 +100,12 @@ def candidates(
     after: tuple[int, int] = START,
     without: Sequence[str] = (),
     tasks: Collection[str] | None = None,
+    left: int | None = None,
 ) -> list[Candidate]:
     """Return jobs that may start now, in the order of the backlog after a cursor, without these shapes.
 
-    `tasks`: names of the tasks that the worker has registered, None where it takes any.
+    `tasks`: names of the tasks that the worker has registered, None where it takes any. `left`: milliseconds until the
+    worker ends, None where no end is known.
     """
     values = {
         "most": most,
@@ -104,6 +113,7 @@ def candidates(
         "seq": after[1],
         "without": list(without),
         "tasks": None if tasks is None else sorted(tasks),
+        "left": left,
         "everywhere": [f"{beginning}%" for beginning in KNOWN_EVERYWHERE],
     }
     return [Candidate(*row) for row in connection.execute(_CANDIDATES, values)]
@@ -122,8 +132,10 @@ def choose(book: Book, page: Sequence[Candidate], most_losses: int) -> list[Cand
             if fits(asked[row.job], book) is None:
                 return [row]
     by_id = {row.job: row for row in page}
-    waiting = [Waiting(row.job, asked[row.job], order(row.priority, row.seq)) for row in page]
-    elsewhere = {asked[row.job].shape for row in alone}
+    waiting = [
+        Waiting(row.job, asked[row.job], order(row.priority, row.seq), run_time=run_time_of(row.shape)) for row in page
+    ]
+    elsewhere = {entry.shape for entry in waiting if entry.request.get(ALONE)}
     return [by_id[entry.job] for entry in fill_or_keep(book, waiting, MAX_ADMITTED, elsewhere).admitted]
 
 
@@ -134,7 +146,7 @@ def look(connection: Connection, book: Book, most_losses: int, passed: Collectio
     """
     after, without = START, set[str]()
     while True:
-        page = candidates(connection, PAGE, after, sorted(without), book.tasks)
+        page = candidates(connection, PAGE, after, sorted(without), book.tasks, book.left)
         chosen = choose(book, [row for row in page if row.job not in passed], most_losses)
         if chosen or len(page) < PAGE:
             return chosen

@@ -132,8 +132,7 @@ UPDATE jobs SET
               WHEN goes_on THEN {Step.BACK.value} ELSE e.step END,
   losses = CASE WHEN committed THEN jobs.losses ELSE greatest(jobs.losses, e.losses) END,
   worker = nullif(e.worker, ''), incarnation = nullif(e.incarnation, ''),
-  admitted_at = to_timestamp(nullif(e.admitted, 0) / 1000.0),
-  started_at = to_timestamp(nullif(e.started, 0) / 1000.0),
+  admitted_at = to_timestamp(nullif(e.admitted, 0) / 1000.0), started_at = to_timestamp(nullif(e.started, 0) / 1000.0),
   finished_at = CASE WHEN committed THEN jobs.finished_at
                      WHEN stopped OR (NOT goes_on AND e.state IN ({_FINAL})) THEN to_timestamp(e.at / 1000.0) END,
   error = CASE WHEN stopped THEN '{REVOKED}' WHEN NOT committed THEN nullif(e.error, '') END,
@@ -147,6 +146,7 @@ UPDATE jobs SET
   shape = CASE WHEN goes_on THEN jobs.successor_shape ELSE jobs.shape END,
   queue = CASE WHEN goes_on THEN {_QUEUE_OF} ELSE jobs.queue END,
   request = CASE WHEN goes_on THEN jobs.successor_request ELSE jobs.request END,
+  expected_ms = CASE WHEN goes_on THEN coalesce(jobs.successor_expected_ms, 0) ELSE jobs.expected_ms END,
   name = CASE WHEN goes_on THEN coalesce(jobs.successor_name, jobs.name) ELSE jobs.name END,
   rerun = CASE WHEN goes_on THEN coalesce(jobs.successor_rerun, jobs.rerun) ELSE jobs.rerun END,
   retries = CASE WHEN goes_on THEN jobs.successor_retries ELSE jobs.retries END,

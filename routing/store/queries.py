@@ -23,6 +23,7 @@ SHOWN: Final = (
     "worker",
     "priority",
     "request",
+    "expected_ms",
     "submitted_at",
     "due_at",
     "admitted_at",
@@ -133,9 +134,14 @@ _PROGRESS: Final[ColumnElement[Any]] = literal_column(
 
 
 def columns(table: TableClause, names: Sequence[str] = (*SHOWN, *_DETAILS)) -> list[ColumnElement[Any]]:
-    """Return columns of the jobs or of the archive by their names. The progress is that of the newest attempt."""
-    progress = (_PROGRESS if table is schema.jobs else null()).label("progress")
-    return [progress if name == "progress" else table.c[name] for name in names]
+    """Return columns of the jobs or of the archive by their names, and of the progress what is true of the attempt.
+
+    Columns that the archive does not keep are null.
+    """
+    special: dict[str, ColumnElement[Any]] = {"progress": _PROGRESS.label("progress")}
+    if table is not schema.jobs:
+        special = {name: null().label(name) for name in ("progress", "expected_ms")}
+    return [special[name] if name in special else table.c[name] for name in names]
 
 
 def _links(table: TableClause) -> list[ColumnElement[Any]]:

@@ -50,11 +50,12 @@ def _row(columns: Sequence[Any]) -> WorkerRow:
 _SEEN: Final = text(f"""
 WITH seen AS (
 INSERT INTO workers (incarnation, name, cpus, memory, capacity, status, hostname, pid, machine_id, boot_id, start_ticks,
-                     version, started_at, seen_at, ledger_lost_at)
+                     version, started_at, seen_at, ledger_lost_at, ends_at)
 VALUES (:incarnation, :name, :cpus, :memory, CAST(:capacity AS jsonb), :status, :hostname, :pid, :machine_id, :boot_id,
-        :start_ticks, :version, CAST(:started_at AS timestamptz), now(), CASE WHEN :lost THEN now() END)
+        :start_ticks, :version, CAST(:started_at AS timestamptz), now(), CASE WHEN :lost THEN now() END,
+        now() + make_interval(secs => CAST(:left AS float)))
 ON CONFLICT (incarnation) DO UPDATE SET seen_at = now(), status = excluded.status, cpus = excluded.cpus,
-  memory = excluded.memory, capacity = excluded.capacity, left_at = NULL,
+  memory = excluded.memory, capacity = excluded.capacity, left_at = NULL, ends_at = excluded.ends_at,
   ledger_lost_at = CASE WHEN :lost THEN coalesce(workers.ledger_lost_at, now()) END)
 SELECT a.*, {_COLUMNS} FROM ({SELECT_AUTHORITY}) AS a (epoch, authority, changed, age)
 LEFT JOIN workers ON status = 'lost' AND machine_id = :machine_id AND boot_id = :boot_id AND incarnation <> :incarnation
@@ -62,9 +63,16 @@ LEFT JOIN workers ON status = 'lost' AND machine_id = :machine_id AND boot_id = 
 
 
 def see_worker(
-    connection: Connection, worker: WorkerRow, status: WorkerStatus, *, ledger_lost: bool = False
+    connection: Connection,
+    worker: WorkerRow,
+    status: WorkerStatus,
+    *,
+    ledger_lost: bool = False,
+    left_ms: int | None = None,
 ) -> tuple[Authority, list[WorkerRow]]:
     """Note that a worker lives, its capacity, and whether it has lost the ledger.
+
+    `left_ms`: milliseconds until it ends, None where no end is known.
 
     Return the authority, and the given-up workers of its pid space: they may have left processes there. Raises
     `NotMigrated` where the authority has no row.
@@ -86,6 +94,7 @@ def see_worker(
             "version": worker.version,
             "started_at": worker.started_at,
             "lost": ledger_lost,
+            "left": None if left_ms is None else left_ms / 1000,
         },
     ).all()
     if not rows:

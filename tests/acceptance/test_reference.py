@@ -120,12 +120,15 @@ def used(redis_url: str) -> Iterator[Cluster]:
             "knowing", "life", "queue.knowing", Request.of({"cpus": 1}).shape, {"pid": "1"}, tasks=["tasks.render"]
         )
         cluster.register("labelled", Capacity.of({"cpus": 1, "slots": 1, **labels(["video"])}).shape)
-        ledger.register("idle", "life", "queue.idle", Request.of({"cpus": 1}).shape, {"pid": "2"}, admit=False)
+        ledger.register(
+            "idle", "life", "queue.idle", Request.of({"cpus": 1}).shape, {"pid": "2"}, left_ms=1, admit=False
+        )
         ledger.adopt("small", "small-life", [Adopted("adopted", Token(1, 1), ONE, 1, 5, 6, "", 0)])
         paused = Request.of({"cpus": 5000}).within("paused").shape
         ledger.set_controls(1, {("cordon", "idle"): "draining", ("pause", "queue:paused"): "1"}, last=True)
         assert ledger.submit("paused", paused, order(0, 98), MESSAGE).state == "waiting"
         ledger.client.hset(keys.DECLARATIONS, "task", "{}")
+        ledger.client.hset(keys.DECLARED_TIMES, "task", "{}")
         ledger.elect("w-life", 0, 60.0)
         ledger.elect("v-life", 0, 60.0, ["suspicion"])
         ledger.probe()

@@ -15,6 +15,7 @@ from typing import Any, Final
 import pytest
 
 from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.model.expected import UNKNOWN, RunTime
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.pauses import Scope
@@ -57,6 +58,22 @@ def test_worker_takes_jobs_of_the_queues_that_it_serves(authority: Authority) ->
     assert authority.starts("b") == [mail]
     authority.worker("c", cpus=4000, queues=["celery", "mail"])
     assert authority.starts("c") == [plain]
+
+
+def test_job_is_started_by_a_worker_that_lives_long_enough(authority: Authority) -> None:
+    minute, hour = 60_000, 3_600_000
+    long, short, unknown, limited = (
+        authority.submit(cpus=1000, run_time=run_time)
+        for run_time in (RunTime(hour, hour), RunTime(minute, minute), UNKNOWN, RunTime(minute, hour))
+    )
+    authority.worker("a", cpus=4000, left_ms=hour // 2)
+    assert authority.starts("a") == [short, unknown]
+    assert authority.waits(long) and authority.waits(limited)
+    assert authority.end(short) == "released"
+    assert authority.starts("a") == []
+    authority.worker("b", cpus=4000, left_ms=2 * hour)
+    assert authority.starts("b") == [long, limited]
+    assert authority.end(long) == "released"
 
 
 def test_job_at_its_last_chance_runs_alone_on_its_worker(authority: Authority) -> None:

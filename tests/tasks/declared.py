@@ -37,6 +37,27 @@ def counted() -> None:
     """Declare counted resources."""
 
 
+@shared_task(expected="10m")
+def ten_minutes() -> None:
+    """Declare the expected run time."""
+
+
+@shared_task(expected="30m", time_limit=3600)
+def half_an_hour() -> None:
+    """Declare the expected run time, and Celery's hard limit."""
+
+
+@shared_task(time_limit=3600)
+def an_hour_at_most() -> None:
+    """Declare Celery's hard limit alone."""
+
+
+@shared_task
+def echo(value: Any) -> Any:
+    """Return the argument."""
+    return value
+
+
 @shared_task(cpus=3, bind=True)
 def three_again(self: Any) -> None:
     """Retry once."""

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from celery_capacity.routing.model import format_versions
+from celery_capacity.routing import format_versions
 
 format_versions.MESSAGE += 1  # type: ignore[misc]

@@ -132,7 +132,7 @@ class FeasibilityCheck:
         if self._warn_from.get(shape, 0.0) > now:
             return
         self._warn_from[shape] = now + WARN_EVERY
-        _, task = split_shape(shape)
+        task = split_shape(shape).task
         request = Request.from_shape(asked_shape(shape))
         logger.warning(
             "%s (%s) %s. It waits until a worker that is large enough registers.",

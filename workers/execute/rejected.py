@@ -10,7 +10,7 @@ from celery import Celery
 from celery.app.task import Context
 from celery.exceptions import InvalidTaskError
 
-from celery_capacity.routing.model import format_versions
+from celery_capacity.routing import format_versions
 from celery_capacity.routing.model.envelope import Unreadable
 from celery_capacity.routing.model.identifiers import check_job_id
 from celery_capacity.routing.model.message import HEADER, Tag, parse_tag

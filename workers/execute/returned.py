@@ -15,8 +15,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final
 
+from celery_capacity.routing import format_versions
 from celery_capacity.routing.errors import InvalidRequest, show
-from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model.message import HEADER, parse_tag
 from celery_capacity.routing.model.reasons import Refusal, Tally
 from celery_capacity.routing.model.request import KNOWN_EVERYWHERE

@@ -32,6 +32,7 @@ from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.broker.cut_connection import is_silence
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.failover import AuthoritySwitch
+from celery_capacity.workers.membership.lifetime import drain_at_end
 from celery_capacity.workers.membership.registration import Membership
 from celery_capacity.workers.process.service import LookingService
 
@@ -93,6 +94,9 @@ class HeartbeatThread(LookingService):
         self._cold_at, self._is_cold = math.inf, False
         #: Called once at that time.
         self.on_cold: Callable[[], None] = end_cold
+        #: End of the worker's life (monotonic), and the function that is called once then.
+        self._ends_at = membership.lifetime.ends_at
+        self.on_end: Callable[[], None] = drain_at_end
         #: Called after each look at the stores, whatever became of it, with `reached_at` and `draining`.
         self.on_look: Callable[[float, bool], None] = lambda *_: None
         #: Called when the ledger does not know this worker, though it is open in its epoch.
@@ -147,7 +151,7 @@ class HeartbeatThread(LookingService):
             # An idle worker asks nothing between two heartbeats: the election looks, and wakes this thread.
             quiet = self._confirmation.resting and not (pause or self._closed)
             now = time.monotonic()
-            left = max(pause, min(self._renew_at - now, self._cold_at - now, self._postgres_due_in()))
+            left = max(pause, min(self._renew_at, self._cold_at, self._ends_at) - now, self._postgres_due_in())
             self._wake.wait(left if quiet else min(settings.due_interval, left))
             self._tell_postgres()
             now, pause = time.monotonic(), settings.due_interval
@@ -181,11 +185,14 @@ class HeartbeatThread(LookingService):
         return self._postgres_at if self._confirmation.authority == Store.POSTGRES else self._ledger_at
 
     def _looked(self) -> None:
-        """Tell the system that runs this worker how it is, and begin the cold end when it is time."""
+        """Tell the system that runs this worker how it is, and begin the end of its life, or the cold end, in time."""
         try:
             if time.monotonic() >= self._cold_at:
                 self._cold_at, self._is_cold = math.inf, True
                 self.on_cold()
+            if time.monotonic() >= self._ends_at:
+                self._ends_at = math.inf
+                self.on_end()
             self.on_look(self.reached_at, self._drain)
         except Exception:
             logger.exception("the health of this worker was not reported; the next heartbeat tries again")

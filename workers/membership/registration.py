@@ -28,12 +28,13 @@ from celery_capacity.routing.store import fencing, worker_rows
 from celery_capacity.routing.store.worker_rows import WorkerRow
 from celery_capacity.workers.membership import orphans
 from celery_capacity.workers.membership.context import WorkerContext
+from celery_capacity.workers.membership.lifetime import Lifetime
 from celery_capacity.workers.membership.name_claim import NameClaim
 from celery_capacity.workers.process.claim_writer import running
 from celery_capacity.workers.process.holdings import Holdings
 from celery_capacity.workers.process.identity import is_known_dead
 from celery_capacity.workers.results.outcome_writer import Recorder
-from celery_capacity.workers.submit.router import Declarations
+from celery_capacity.workers.submit.router import TIMES, Declarations
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ class Membership:
         self.identity = context.identity
         self.name_claim = NameClaim(context.engine, context.ledger, context.identity)
         self.draining = False
+        self.lifetime = Lifetime.of(context.settings.lifetime)
+        context.holdings.left = self.lifetime.left_ms
         #: Published capacity.
         self._capacity: Capacity | None = None
         #: Capacity of the machine: more than is published while attempts run here that lost their lease.
@@ -133,6 +136,7 @@ class Membership:
             self._view(full=True),
             status,
             tasks=self.declared,
+            left_ms=self.lifetime.left_ms(),
             admit=self._may_admit,
         )
         self._published = declared
@@ -197,9 +201,19 @@ class Membership:
     def _declare(self) -> None:
         if not self.declared:
             return
-        people = self.declared
+        people = {name: {k: v for k, v in fields.items() if k != TIMES} for name, fields in self.declared.items()}
+        times: dict[Any, Any] = {
+            name: json.dumps(fields[TIMES]) for name, fields in self.declared.items() if TIMES in fields
+        }
+        timeless = people.keys() - times
         try:
-            self._ledger.client.hset(keys.DECLARATIONS, mapping={name: json.dumps(people[name]) for name in people})
+            pipe = self._ledger.client.pipeline(transaction=False)
+            pipe.hset(keys.DECLARATIONS, mapping={name: json.dumps(people[name]) for name in people})
+            if times:
+                pipe.hset(keys.DECLARED_TIMES, mapping=times)
+            if timeless:
+                pipe.hdel(keys.DECLARED_TIMES, *timeless)
+            pipe.execute()
         except OutOfMemoryError as error:
             # Meanwhile senders that do not know a task ask for the default. Its jobs run all the same.
             logger.warning("the declarations of this worker's tasks are not published: %s", error)
@@ -346,7 +360,9 @@ class Membership:
         )
         asked = self._seen_at = time.monotonic()
         with self._engine.connect() as connection:
-            answer, lost = worker_rows.see_worker(connection, row, status, ledger_lost=self._told_lost)
+            answer, lost = worker_rows.see_worker(
+                connection, row, status, ledger_lost=self._told_lost, left_ms=self.lifetime.left_ms()
+            )
         self._confirmation.hear(asked, answer)
         # The jobs of these workers may have been taken back from another machine, which cannot end their processes.
         for worker in lost:

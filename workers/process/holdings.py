@@ -6,7 +6,7 @@ A worker never starts a job that would exceed its capacity, whatever the ledger 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -60,6 +60,8 @@ class Holdings:
     capacity: Mapping[str, int]
     #: Names of the tasks that the worker has registered; None before it has.
     tasks: frozenset[str] | None = None
+    #: Returns the milliseconds until the worker ends, None where no end is known.
+    left: Callable[[], int | None] = lambda: None
     #: By job and token, since an attempt that lost its lease may still run beside a newer attempt of the job.
     _held: dict[tuple[str, Token], Holding] = field(default_factory=dict)
     #: Attempts whose lease the ledger reported as lost.
@@ -72,7 +74,7 @@ class Holdings:
 
     def book(self) -> Book:
         """Return a book of the capacity and the running attempts."""
-        book = Book("", self.capacity, {}, tasks=self.tasks)
+        book = Book("", self.capacity, {}, tasks=self.tasks, left=self.left())
         for holding in self.running():
             book = book.holding(holding.request)
         return book

@@ -29,6 +29,7 @@ from celery_capacity.routing.insert.inserter import Inserter
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.model.reasons import Tally
 from celery_capacity.workers.dispatch.breaker import Breaker
+from celery_capacity.workers.dispatch.learned_times import LearnedTimes
 from celery_capacity.workers.dispatch.submission_queue import SubmissionQueue
 from celery_capacity.workers.process.fork_safety import let_go
 from celery_capacity.workers.process.job_watcher import JobWatcher
@@ -225,6 +226,11 @@ class Stores:
     def sending(self) -> SubmissionQueue:
         """Return the jobs of this process that are on their way to the ledger. Other questions go behind them."""
         return self._get("sending", lambda: SubmissionQueue(self.breaker))
+
+    @property
+    def learned(self) -> LearnedTimes:
+        """Return the learned run times of tasks, which are read anew every other sweep."""
+        return self._get("learned", lambda: LearnedTimes(lambda: self.engine, 2 * self.settings.sweep_interval))
 
     @property
     def watcher(self) -> JobWatcher:

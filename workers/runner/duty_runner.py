@@ -41,6 +41,7 @@ from celery_capacity.workers.duties import (
     reconcile,
     refill,
     replaced,
+    run_times,
     sweep,
     unique_keys,
 )
@@ -109,6 +110,7 @@ DUTIES: Final = (
     Duty("reconcile", lambda s: s.reconcile_interval, reconcile.run_once, beat_messages.RECONCILE),
     Duty("retention", archive.pause, archive.run_once, without=archive.run_once),
     Duty("replaced", sweep.pause, replaced.run_once, without=replaced.run_once),
+    Duty("run_times", lambda s: s.sweep_interval, run_times.run_once, without=run_times.run_once),
     Duty("keys", lambda s: s.sweep_interval, unique_keys.run_once, without=unique_keys.run_once),
     Duty(
         "former_workers",

@@ -10,7 +10,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -23,6 +23,8 @@ from celery_capacity.routing.ledger.replies import (
     Released,
     ReleaseVerdict,
 )
+from celery_capacity.routing.model.expected import split_times
+from celery_capacity.routing.model.message import HEADER
 from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.request import Request, filed_shape
 from celery_capacity.routing.model.states import Outcome, State, Step
@@ -232,7 +234,7 @@ class Answers(LookingService):
                 claim.started_ms or 0,
                 claim.losses,
                 claim.rerun,
-                filed=filed_shape(request.shape, str(arrival.message.headers.get("task") or "")),
+                filed=_filed(request, arrival.message.headers),
             )
             self._holdings.add(holding)
             arrival.message.revoked = claim.revoked
@@ -258,3 +260,10 @@ class Answers(LookingService):
             outbox="" if stopped or (back and end.outcome in (Outcome.HANDED_BACK, Outcome.LOST)) else end.outbox,
             told=not stopped and end.told,
         )
+
+
+def _filed(request: Request, headers: Mapping[str, Any]) -> str:
+    """Return the shape under which the ledger files a job, from what it holds and the headers of its message."""
+    carried = headers.get(HEADER)
+    times = split_times(str(carried.get("shape")))[1] if isinstance(carried, Mapping) else ""
+    return filed_shape(request.shape + times, str(headers.get("task") or ""))

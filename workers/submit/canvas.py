@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from celery.canvas import chunks, group
 
-from celery_capacity.routing.model.request import REQUEST_OPTIONS
+from celery_capacity.routing.model.request import CALL_OPTIONS
 
 #: The header of a step in a replacement (`Task.replace`): the id of the replaced job. A retry keeps it.
 REPLACES: Final = "capacity_replaces"
@@ -75,7 +75,7 @@ def mark_of(args: Any) -> dict[str, str]:
 #: Celery's task that waits for the header of a chord where the result backend does not, and publishes the body.
 UNLOCKING: Final = "celery.chord_unlock"
 #: Options of a chunks signature that are handed on to each of its parts.
-_GIVEN: Final = (*REQUEST_OPTIONS, "rerun", "priority", "headers")
+_GIVEN: Final = (*CALL_OPTIONS, "rerun", "priority", "headers")
 #: Tasks of Celery's own that put the work of others together. They compute next to nothing, and take only a slot.
 #: `celery.chord_unlock` checks whether a header is done, and retries itself until it is. It holds nothing meanwhile.
 COORDINATING: Final = frozenset(

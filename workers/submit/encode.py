@@ -17,12 +17,22 @@ from kombu import serialization
 from kombu.exceptions import EncodeError, SerializerNotInstalled
 from kombu.utils import json as kombu_json
 
+from celery_capacity.routing import format_versions
 from celery_capacity.routing.config.redaction import hidden
 from celery_capacity.routing.config.task_rules import RERUN
 from celery_capacity.routing.errors import InvalidRequest, MessageTooDeep, Unsupported, mask_url, show
-from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model import message as messages
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, LABEL
+from celery_capacity.routing.model.expected import (
+    EXPECTED_MS,
+    LIMITS,
+    LONGEST_MS,
+    NO_LIMITS,
+    Limits,
+    RunTime,
+    timed,
+    within_limits,
+)
 from celery_capacity.routing.model.identifiers import check_job_id, check_queue_name
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.message import ETA, HEADER
@@ -39,6 +49,7 @@ from celery_capacity.workers.submit.validation import (
     check_times,
     check_zoned,
     stamps_of,
+    to_limits,
 )
 
 #: Header in which Celery carries on the value that a task saw as `self.request.attempt`.
@@ -134,6 +145,8 @@ class Encoder:
         request = self._request(wire, message.queue)
         constraints = self._rates.constraints(wire, HEADER, self._may_ask)
         check_time_limits(wire.get("timelimit"))
+        run_time = run_time_of(wire, self.learned_of(wire.get("task"), request.shape, self._may_ask))
+        shape = wire[HEADER]["shape"] = timed(request.shape, run_time)
         due_at, expires_at = (check_zoned(wire.get(what), what, self._zone) for what in ("eta", "expires"))
         # The broker's message is a doorbell: the row alone keeps the time, and the header tells it to the task.
         wire[HEADER].pop(ETA, None)
@@ -146,7 +159,7 @@ class Encoder:
         return NewJob(
             id=check_job_id(wire.get("id")),
             name=check_name(wire.get("task")),
-            shape=request.shape,
+            shape=shape,
             message=messages.encode(
                 message.body,
                 content_type=content_type,
@@ -169,6 +182,7 @@ class Encoder:
             expires_at=expires_at,
             constraints=constraints,
             stamps=stamps_of(wire) if wire.get("stamped_headers") else None,
+            expected_ms=run_time.expected,
         )
 
     def _request(self, wire: dict[str, Any], queue: str) -> Request:
@@ -187,12 +201,25 @@ class Encoder:
             wire[HEADER] = {**carried, "shape": request.shape}
         return request
 
+    def learned_of(self, task: object, request: str, may_ask: Callable[[], bool] | None = None) -> int:
+        """Return the learned run time of a task with this request in milliseconds, 0 where it is unknown.
+
+        `may_ask`: where it returns True, the times are read anew when it is time.
+        """
+        if not self._stores.settings.learn_run_times:
+            return 0
+        if may_ask is not None:
+            self._stores.learned.refresh(may_ask)
+        return self._stores.learned.of(task, request)
+
     def job_like(self, first: NewJob, job: str, message: bytes, *, may_ask: bool = True) -> NewJob:
         """Return the job `job` with a message of its own, and with all else as the ordinary job `first` has it.
 
         The rate of the task is looked up anew. `may_ask`: False where that must not wait for Postgres.
         """
         asks = self._may_ask if may_ask else lambda: False
+        if self._stores.settings.learn_run_times:
+            self._stores.learned.refresh(asks)
         return NewJob(
             job,
             first.name,
@@ -204,7 +231,32 @@ class Encoder:
             rerun=first.rerun,
             root_id=job,
             constraints=self._rates.constraints({"task": first.name, HEADER: {}}, HEADER, asks),
+            expected_ms=first.expected_ms,
         )
+
+
+def run_time_of(wire: Mapping[str, Any], learned: int = 0) -> RunTime:
+    """Return the run time of a message's job: the declared or the learned one, under the time limits.
+
+    Raises `InvalidRequest`.
+    """
+    carried = wire[HEADER]
+    expected, declared = carried.get(EXPECTED_MS, 0), carried.get(LIMITS)
+    if type(expected) is not int or not 0 <= expected <= LONGEST_MS:
+        raise InvalidRequest(
+            f"{EXPECTED_MS} {show(expected)} in the headers is not valid",
+            value=expected,
+            advice="Give `expected` to apply_async, and leave the platform's header as it is.",
+        )
+    carried_limits, (hard, soft) = to_limits(wire.get("timelimit")), _declared_limits(declared)
+    return within_limits(expected or learned, Limits(carried_limits.hard or hard, carried_limits.soft or soft))
+
+
+def _declared_limits(value: Any) -> Limits:
+    """Return the time limits that the router wrote into the header. Those of any other form are none."""
+    if not isinstance(value, list) or [type(limit) for limit in value] != [int, int]:
+        return NO_LIMITS
+    return Limits(*(limit if 0 <= limit <= LONGEST_MS else 0 for limit in value))
 
 
 def _wire_properties(properties: Mapping[str, Any], queue: str, priority: int, *, expires: bool) -> dict[str, Any]:

@@ -28,11 +28,12 @@ from celery.local import maybe_evaluate
 
 from celery_capacity.routing.config.task_rules import RERUN
 from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.model.expected import split_times
 from celery_capacity.routing.model.identifiers import check_job_id
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.message import HEADER, PLATFORM_PREFIX, Template, decode
 from celery_capacity.routing.model.nesting import CANVAS_PREFIX, check_body
-from celery_capacity.routing.model.request import REQUEST_OPTIONS
+from celery_capacity.routing.model.request import CALL_OPTIONS
 from celery_capacity.workers.broker.lazy_producer import SpareProducer
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.stores import Stores
@@ -46,15 +47,15 @@ from celery_capacity.workers.submit.router import Router
 
 #: Attributes of a task that Celery's own code and ours read for its message.
 _OF_TASK: Final = attrgetter(
-    *("__class__", "name", "_exec_options", "ignore_result", "time_limit", "soft_time_limit"),
-    *("_dump_pydantic_arguments", "cpus", "memory", "gpus", "resources", "rerun", "unique", "unique_for", "rate_limit"),
+    *("__class__", "name", "_exec_options", "ignore_result", "time_limit", "soft_time_limit", "rate_limit"),
+    *("_dump_pydantic_arguments", "cpus", "memory", "gpus", "resources", "expected", "rerun", "unique", "unique_for"),
 )
 #: Attributes of the app's AMQP that its messages depend on. The serialiser and the like belong to the sender, which
 #: Celery makes once.
 _OF_AMQP: Final = ("create_task_message", "send_task_message", "router", "queues", "default_queue")
 #: Options with which a call may be ordinary, and the types of their values.
 _OPTIONS: Final = frozenset(
-    {"ignore_result", "priority", "queue", "serializer", "time_limit", "soft_time_limit", RERUN, *REQUEST_OPTIONS}
+    {"ignore_result", "priority", "queue", "serializer", "time_limit", "soft_time_limit", RERUN, *CALL_OPTIONS}
 )
 _SIMPLE: Final = frozenset({str, int, bool})
 #: Kombu's serialiser that templates write with.
@@ -88,7 +89,8 @@ logger = logging.getLogger(__name__)
 class _Kind:
     """Kind of calls, and the state in which they are alike.
 
-    `first`: the job of one of these calls, without its message, which has the arguments.
+    `first`: the job of one of these calls, without its message, which has the arguments. `learned`: the run time that
+    was learned of its task.
     """
 
     state: tuple[Any, ...]
@@ -98,6 +100,7 @@ class _Kind:
     routed: Mapping[str, Any]
     queue: Any
     queue_name: str
+    learned: int
 
 
 class _Call(NamedTuple):
@@ -242,7 +245,7 @@ class MessageCache:
             celery_routes.Router.route,
             self._app.send_task,
             type(self._app).send_task,
-            self._app.conf["task_default_queue"],
+            *[self._app.conf[name] for name in ("task_default_queue", "task_time_limit", "task_soft_time_limit")],
             stores.get("settings"),
             stores.get("requests"),
         )
@@ -278,7 +281,8 @@ class MessageCache:
         template = self._template_of(task, job, args, kwargs)
         if template is not None:
             first = replace(job, message=b"", constraints=None)
-            self._kinds[call.key] = _Kind(call.state, first, template, options["ignore_result"], routed, queue, name)
+            learned, ignored = _learned(amqp, first), options["ignore_result"]
+            self._kinds[call.key] = _Kind(call.state, first, template, ignored, routed, queue, name, learned)
 
     def _template_of(self, task: Any, job: NewJob, args: Any, kwargs: Any) -> Template | None:
         """Return a template of the message of a job, None where it would not do for other calls."""
@@ -323,9 +327,15 @@ def _routed(amqp: Any, name: str) -> Mapping[str, Any]:
     return next((options for route in amqp.router.routes[1:] if (options := route(name)) is not None), {})
 
 
+def _learned(amqp: Any, job: NewJob) -> int:
+    """Return the learned run time of a job's task."""
+    return int(amqp.job_sender.encoder.learned_of(job.name, split_times(job.shape)[0]))
+
+
 def _goes_there(kind: _Kind, amqp: Any) -> bool:
-    """Return True if calls still go where those of the kind went."""
-    return _queue(amqp, kind.queue_name) is kind.queue and _routed(amqp, kind.first.name) == kind.routed
+    """Return True if calls still go where those of the kind went, and are expected to run as long."""
+    is_as_long = kind.learned == _learned(amqp, kind.first)
+    return is_as_long and _queue(amqp, kind.queue_name) is kind.queue and _routed(amqp, kind.first.name) == kind.routed
 
 
 def _are_plain(options: Mapping[str, Any]) -> bool:
@@ -336,7 +346,7 @@ def _is_plain_task(task: Any) -> bool:
     return (
         not task.name.startswith(_SPECIAL)
         and not declares(task)
-        and {type(task.cpus), type(task.memory), type(task.gpus)} <= _AMOUNTS
+        and {type(task.cpus), type(task.memory), type(task.gpus), type(task.expected)} <= _AMOUNTS
         and task.resources is None
         and task._dump_pydantic_arguments is None
         and type(task)._get_exec_options is Task._get_exec_options

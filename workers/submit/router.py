@@ -15,20 +15,33 @@ from typing import Any, Final
 from celery_capacity.routing.config.task_rules import NO_RULES, RERUN, RequestRules
 from celery_capacity.routing.errors import InvalidRequest, PlatformError, show
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.snapshot import text
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE
+from celery_capacity.routing.model.expected import EXPECTED, EXPECTED_MS, LIMITS, NO_LIMITS, Limits, parse_duration
 from celery_capacity.routing.model.message import HEADER, PLATFORM_PREFIX
-from celery_capacity.routing.model.request import REQUEST_OPTIONS, Request
+from celery_capacity.routing.model.request import CALL_OPTIONS, REQUEST_OPTIONS, Request
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit import constraints
 from celery_capacity.workers.submit.canvas import COORDINATING, UNLOCKING, called_by, mark_of
+from celery_capacity.workers.submit.validation import limits_of
 
 #: Task name -> its declaration, as workers publish it (`declaration`).
 Declarations = Mapping[str, Mapping[str, Any]]
 #: Seconds for which a sender trusts the declarations that it read.
 DECLARATIONS_FOR: Final = 10.0
 #: Wrong names of a request's options that people write -> the right ones.
-MISSPELT: Final = {"cpu": "cpus", "mem": "memory", "ram": "memory", "gpu": "gpus", "resource": "resources"}
+MISSPELT: Final = {
+    "cpu": "cpus",
+    "mem": "memory",
+    "ram": "memory",
+    "gpu": "gpus",
+    "resource": "resources",
+    "expect": EXPECTED,
+}
+#: Key of a declaration in this process: its `EXPECTED_MS` and `LIMITS`. They have a key of Redis of their own, because
+#: an older release reads each declaration as a request.
+TIMES: Final = "times"
 
 
 class Router:
@@ -48,6 +61,8 @@ class Router:
         self._published: dict[str, Request] = {}
         #: Published tasks that run only until their first loss.
         self._never_again: set[str] = set()
+        #: Expected run times (ms) and time limits of published tasks that have some.
+        self._published_times: dict[str, tuple[int, Limits]] = {}
         self._published_until = 0.0
 
     def __call__(self, name: str, args: Any, kwargs: Any, options: dict[str, Any], task: Any = None, **_: Any) -> None:
@@ -56,7 +71,7 @@ class Router:
         for option in MISSPELT.keys() & options.keys():
             advice = f"Write {MISSPELT[option]}=."
             raise InvalidRequest(f"apply_async({option}=...) of {name} is not an option", value=option, advice=advice)
-        call = {option: options.pop(option) for option in REQUEST_OPTIONS if option in options}
+        call = {option: options.pop(option) for option in CALL_OPTIONS if option in options}
         headers = dict(options.get("headers") or {})
         # Celery routes a map by the name of the task that it calls. The map's own name is in `task`.
         task_name = task.name if task is not None else name
@@ -68,6 +83,10 @@ class Router:
             name, inner = called
             task, call = None, {**{option: inner[option] for option in REQUEST_OPTIONS if option in inner}, **call}
         headers[HEADER] = self.header(name, headers.get(HEADER), task, call, options.pop("rerun", None))
+        if called is not None:
+            # It calls the task many times, so it runs longer than that task.
+            for key in (LIMITS,) if EXPECTED in call else (LIMITS, EXPECTED_MS):
+                headers[HEADER].pop(key, None)
         registered = task if task is not None else self._tasks().get(name)
         if not constraints.OPTIONS.isdisjoint(options) or constraints.declares(registered):
             headers[HEADER] |= constraints.header_of(name, args, kwargs, options, registered)
@@ -94,8 +113,11 @@ class Router:
 
         `carried`: the header that the message has already. `call`: the request that the caller asks for.
         """
+        call = call or {}
         base, declared = self._base(name, carried, task)
-        header = {"shape": base.merged(call or {}).shape, "declared": declared or bool(call)}
+        asks = not call.keys().isdisjoint(REQUEST_OPTIONS)
+        header = {"shape": base.merged(call).shape, "declared": declared or asks}
+        header |= self._times(name, carried, task, call.get(EXPECTED))
         return header if self._reruns(name, rerun, carried, task) else {**header, RERUN: False}
 
     def _base(self, name: str, carried: Any, task: Any) -> tuple[Request, bool]:
@@ -134,21 +156,47 @@ class Router:
             return reruns(registered)
         return name not in self._never_again
 
+    def _times(self, name: str, carried: Any, task: Any, called: Any) -> dict[str, Any]:
+        """Return the keys of the header about run times: the expected one, and time limits that only the task knows.
+
+        The first of these that has an answer decides: the call, the header of a retry, the file of `PLATFORM_REQUESTS`,
+        the task, the published declaration.
+        """
+        if called is not None:
+            expected = parse_duration(called)
+        elif isinstance(carried, Mapping):
+            return {key: carried[key] for key in (EXPECTED_MS, LIMITS) if key in carried}
+        else:
+            expected = 0
+        registered = task if task is not None else self._tasks().get(name)
+        if registered is not None:
+            declared, limits = expected_by(registered), limits_of(registered)
+        else:
+            self.published()
+            declared, limits = self._published_times.get(name, (0, NO_LIMITS))
+        rule = self._stores.requests.of(name)
+        expected = expected or (rule is not None and rule.expected_ms) or declared
+        return _times_of(expected, limits)
+
     def published(self) -> dict[str, Request]:
         """Return the requests that workers published, read at most every `DECLARATIONS_FOR` seconds from the ledger."""
         now = time.monotonic()
         if now >= self._published_until:
             self._published_until = now + DECLARATIONS_FOR
             try:
-                reply: Any = self._stores.sending.ask(lambda ledger: ledger.client.hgetall(keys.DECLARATIONS))
+                reply: Any = self._stores.sending.ask(_read_declarations)
             except PlatformError:
                 # The submit itself reports the error.
                 return self._published
             if reply is None:
                 # No answer: the declarations that were read before stay in use.
                 return self._published
-            declared = {text(key): json.loads(value) for key, value in reply.items()}
+            declared, times = ({text(key): json.loads(value) for key, value in part.items()} for part in reply)
             self._never_again = {name for name, fields in declared.items() if fields.pop(RERUN, True) is False}
+            self._published_times = {
+                name: (int(fields.get(EXPECTED_MS) or 0), Limits(*fields.get(LIMITS) or NO_LIMITS))
+                for name, fields in times.items()
+            }
             self._published = {name: Request.from_people(fields) for name, fields in declared.items()}
         return self._published
 
@@ -168,13 +216,40 @@ def reruns(task: Any) -> bool:
 def declaration(task: Any, default_cpus: int, rules: RequestRules = NO_RULES) -> dict[str, Any]:
     """Return the declaration of a task that workers publish.
 
-    It has the task's request as people write it, and `rerun` where the task does not run again. `rules`: the file of
-    `PLATFORM_REQUESTS`, which overrides the task.
+    It has the task's request as people write it, `rerun` where the task does not run again, and `TIMES`. `rules`: the
+    file of `PLATFORM_REQUESTS`, which overrides the task.
     """
     people: dict[str, Any] = rules.over(task.name, declared_by(task, default_cpus)).to_people()
-    rule = rules.of(task.name)
+    rule, limits = rules.of(task.name), limits_of(task)
     again = reruns(task) if rule is None or rule.rerun is None else rule.rerun
+    if times := _times_of((rule is not None and rule.expected_ms) or expected_by(task), limits):
+        people[TIMES] = times
     return people if again else {**people, RERUN: False}
+
+
+def expected_by(task: Any) -> int:
+    """Return the milliseconds that a task declares, as by `@app.task(expected="10m")`; 0 where it does not."""
+    declared = getattr(task, EXPECTED, None)
+    if declared is None:
+        return 0
+    try:
+        return parse_duration(declared)
+    except InvalidRequest as error:
+        raise InvalidRequest(
+            f"the declaration of task {task.name} is wrong: {error.message}", value=error.value, advice=error.advice
+        ) from error
+
+
+def _times_of(expected: int, limits: Limits) -> dict[str, Any]:
+    times: dict[str, Any] = {EXPECTED_MS: expected} if expected else {}
+    return {**times, LIMITS: list(limits)} if any(limits) else times
+
+
+def _read_declarations(ledger: Ledger) -> list[Any]:
+    pipe = ledger.client.pipeline(transaction=False)
+    pipe.hgetall(keys.DECLARATIONS)
+    pipe.hgetall(keys.DECLARED_TIMES)
+    return list(pipe.execute())
 
 
 def declared_by(task: Any, default_cpus: int) -> Request:

@@ -26,7 +26,7 @@ from kombu.utils.uuid import uuid
 from celery_capacity.routing.errors import InvalidRequest, show
 from celery_capacity.routing.insert.bulk import CHUNK
 from celery_capacity.routing.model.job import NewJob
-from celery_capacity.routing.model.request import REQUEST_OPTIONS
+from celery_capacity.routing.model.request import CALL_OPTIONS
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.submit import task as platform_task
 from celery_capacity.workers.submit.chunk_writer import ChunkWriter
@@ -44,7 +44,7 @@ MAX_IN_CHUNK: Final = 100_000
 #: Options of a call that mean the same for each of its jobs.
 _SAME_FOR_ALL: Final = frozenset(
     {
-        *REQUEST_OPTIONS,
+        *CALL_OPTIONS,
         "rerun",
         "priority",
         "countdown",

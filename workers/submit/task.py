@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 from celery import Task
@@ -25,6 +26,8 @@ class PlatformTask:
     memory: int | str | None = None
     gpus: int | None = None
     resources: dict[str, int] | None = None
+    #: Time that the job is expected to run: seconds, text such as "10m", or a timedelta.
+    expected: float | str | timedelta | None = None
     #: False: the platform starts the job only once. An attempt that is lost with its worker or process ends the job.
     rerun: bool = True
     #: True: no two jobs with equal arguments at once. A text: no two jobs with this key at once.

@@ -17,6 +17,7 @@ from celery import Celery
 from kombu import Queue
 
 from celery_capacity.routing.errors import InvalidRequest, PlatformError, show
+from celery_capacity.routing.model.expected import LONGEST_MS, Limits
 from celery_capacity.routing.model.identifiers import check_job_id, check_queue_name
 from celery_capacity.routing.policy.placement import TOP_PRIORITY
 from celery_capacity.routing.recovery.revocation import stamps_json
@@ -200,6 +201,23 @@ def check_time_limits(value: Any) -> None:
     for limit, what in zip(value, ("time_limit", "soft_time_limit"), strict=False):
         if limit is not None and check_seconds(limit, what) < 0:
             raise _wrong(what, limit, "It must not be negative.")
+
+
+def limits_of(task: Any) -> Limits:
+    """Return the time limits of a task's own; of the configuration where it has none."""
+    app = getattr(task, "app", None)
+    limits = []
+    for name in ("time_limit", "soft_time_limit"):
+        value = getattr(task, name, None)
+        limits.append(value if value is not None or app is None else app.conf.get(f"task_{name}"))
+    check_time_limits(limits)
+    return to_limits(limits)
+
+
+def to_limits(value: Any) -> Limits:
+    """Return the limits of a header `timelimit`, which `check_time_limits` took, in milliseconds."""
+    hard, soft = (*(value or ()), None, None)[:2]
+    return Limits(*(min(round((limit or 0) * 1000), LONGEST_MS) for limit in (hard, soft)))
 
 
 def check_priority(value: Any) -> int:

@@ -1,6 +1,6 @@
 -- The book of a worker, and the checks of its free amounts.
 
--- A worker's whole book, or nil where it is missing or of another epoch (COLD for that worker, never 0).
+-- A worker's whole book, with `left` ms until its end; nil where it is missing or of another epoch (COLD, never 0).
 local function read_book(worker, epoch)
   local flat = redis.call('HGETALL', KEY.book .. worker)
   local book = {worker = worker, capacity = {alone = 1}, allocated = {}, unwritten = {}}
@@ -18,7 +18,7 @@ local function read_book(worker, epoch)
   if book.epoch ~= epoch or not book.lease then
     return nil
   end
-  book.lease = tonumber(book.lease)
+  book.lease, book.left = tonumber(book.lease), book.ends and book.ends - clock()
   return book
 end
 
@@ -31,9 +31,9 @@ local function label_of(shape)
   return string.find(shape, 'queue:', 1, true) and string.match(shape, '(queue:[^=,]+)=')
 end
 
--- The task of a shape, which stands behind its amounts; nil where any worker may take the job.
+-- The task of a shape, which stands between its amounts and its run time; nil where any worker may take the job.
 local function task_of(shape)
-  return string.match(shape, ',([^=,]+)$')
+  return string.match(shape, ',([^=,^~]+)$') or string.match(shape, ',([^=,^~]+),[%^~]')
 end
 
 -- Store the names of a catalogue's tasks, once for all workers with the same ones. An empty name, which no task has,

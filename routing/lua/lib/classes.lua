@@ -1,6 +1,6 @@
 -- Classes of free amounts, by which the indexes of resources are sorted.
 
--- The class of an amount, as `amount_class` of routing/policy/placement.py. Below 16 each amount is a class of its own.
+-- The class of an amount, as routing/policy/amount_classes.py has it. Below 16 each amount is a class of its own.
 -- Above, four classes make twice the amount.
 local function class_of(amount)
   if amount < 16 then

@@ -38,7 +38,7 @@ local function is_kept_elsewhere(shape, amounts, asking, now)
     return false
   end
   if book.status == 'ready' and not book.cordoned and book.lease > now and serves(book, shape)
-    and fits_empty(book, amounts) and knows(book.tasks, shape) then
+    and fits_empty(book, amounts) and takes(book, shape) then
     return true
   end
   redis.call('HDEL', KEY.book .. other, 'kept')

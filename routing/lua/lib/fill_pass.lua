@@ -5,7 +5,7 @@
 local function kept_shape(book)
   local shape, head = book.kept, redis.call('ZSCORE', KEY.shapes, book.kept)
   local mine, row = redis.call('HGET', KEY.kept, shape) == book.worker, nil
-  if mine and head and serves(book, shape) and fits_empty(book, amounts_of(shape)) and knows(book.tasks, shape)
+  if mine and head and serves(book, shape) and fits_empty(book, amounts_of(shape)) and takes(book, shape)
     and not is_paused(book.pauses, shape) then
     if (book.allocated.slots or 0) > 0 then
       return true

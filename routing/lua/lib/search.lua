@@ -1,8 +1,9 @@
 -- The search for a worker.
 
 -- The fields of a book that admission reads for these amounts, always in the same order. `places` is not among them,
--- because it may be as long as the names of a hundred queues. It is read only from the book that is chosen.
-local function asked_fields(amounts)
+-- because it may be as long as the names of a hundred queues. It is read only from the book that is chosen. The end of
+-- the worker's life is the last field, and is read for a job with a bound alone.
+local function asked_fields(amounts, bound)
   local fields = {'epoch', 'lease', 'incarnation', 'queue', 'c.queue:', 'tasks', 'c.cpus', 'a.cpus', 'c.slots',
     'a.slots', 'c.memory', 'a.memory'}
   local names, labelled = {'cpus', 'slots', 'memory'}, false
@@ -14,14 +15,21 @@ local function asked_fields(amounts)
       fields[#fields + 1] = 'a.' .. name
     end
   end
+  if bound then
+    fields[#fields + 1] = 'ends'
+  end
   return fields, names, labelled
 end
 
 -- The part of a candidate's book that these amounts concern, or nil where it lacks room for one of them, does not know
--- the task of the shape, or its lease ran out.
-local function with_room(worker, epoch, now, shape, amounts, fields, names, labelled)
+-- the task of the shape, ends before a job of the shape does, or its lease ran out.
+local function with_room(worker, epoch, now, shape, amounts, fields, names, labelled, bound)
   local values = redis.call('HMGET', KEY.book .. worker, unpack(fields))
   if values[1] ~= epoch or not values[2] or tonumber(values[2]) <= now or (values[5] and not labelled) then
+    return nil
+  end
+  local ends = bound and values[#fields]
+  if ends and now + bound > tonumber(ends) then
     return nil
   end
   local book = {worker = worker, incarnation = values[3], queue = values[4], only = values[5], capacity = {alone = 1},
@@ -44,7 +52,8 @@ end
 -- it also returns the cursor behind which they stand. A worker outside the whole index admits nothing, though a damaged
 -- index of a resource may still list it.
 local function search(shape, amounts, epoch, now, most, cursor_cpus, cursor_worker)
-  local fields, names, labelled = asked_fields(amounts)
+  local bound = bound_of(shape)
+  local fields, names, labelled = asked_fields(amounts, bound)
   local cpus, worker = amounts.cpus or 0, nil
   if cursor_worker ~= '' then
     cpus, worker = tonumber(cursor_cpus), cursor_worker
@@ -57,7 +66,7 @@ local function search(shape, amounts, epoch, now, most, cursor_cpus, cursor_work
     end
     looked = looked + 1
     if walk.whole or redis.call('ZSCORE', KEY.free, worker) then
-      local book = with_room(worker, epoch, now, shape, amounts, fields, names, labelled)
+      local book = with_room(worker, epoch, now, shape, amounts, fields, names, labelled, bound)
       if book then
         return book, looked
       end

@@ -33,7 +33,7 @@ local function look_at(tries, book, shape, order)
   tries.looked = tries.looked + 1
   local amounts = not tries.seen[shape] and serves(book, shape) and amounts_of(shape)
   tries.seen[shape] = true
-  if amounts and (fits(book, amounts) or amounts.alone and fits_empty(book, amounts)) and knows(book.tasks, shape)
+  if amounts and (fits(book, amounts) or amounts.alone and fits_empty(book, amounts)) and takes(book, shape)
     and not holds_back(book.pauses, shape) then
     keep_shape(tries, {shape = shape, order = order, amounts = amounts})
   end

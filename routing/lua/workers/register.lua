@@ -5,8 +5,8 @@
 --   tasks, cordons
 -- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), tasks (catalogue of the tasks that
 --   it has registered; '': it takes any), names (of these tasks, with blanks between), status (ready, or closed until
---   the worker has named the jobs it holds and renews), counted (the sum of its jobs' amounts, as a shape; '': count
---   here), then for each field of the view: name, value
+--   the worker has named the jobs it holds and renews), left (ms until the worker ends; '': no end is known), counted
+--   (the sum of its jobs' amounts, as a shape; '': count here), then for each field of the view: name, value
 -- Replies: {ok} | {taken, incarnation, lease_left (ms, negative when it ran out), held}
 --   | {many} where too much is held to be counted here | {cold} | {epoch, current}
 -- Cost: LIMIT.held jobs where the book went missing, two commands for each index of free CPUs
@@ -47,6 +47,9 @@ for name, amount in pairs(amounts_of(capacity)) do
   fields[#fields + 1] = 'c.' .. name
   fields[#fields + 1] = int(amount)
   redis.call('HSETNX', key, 'a.' .. name, '0')
+end
+if left ~= '' then
+  fields[#fields + 1], fields[#fields + 2] = 'ends', int(now + tonumber(left))
 end
 redis.call('HSET', key, 'unfilled', '1', unpack(fields))
 redis.call('HDEL', key, 'lapsed')

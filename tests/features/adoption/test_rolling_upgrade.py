@@ -16,8 +16,8 @@ from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 
 from celery_capacity import InvalidRequest, migrations
+from celery_capacity.routing import format_versions
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.model import message as messages
 from celery_capacity.workers.process import identity
 from celery_capacity.workers.process.stores import platform_of

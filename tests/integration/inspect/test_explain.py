@@ -13,6 +13,7 @@ from celery_capacity.routing.inspect.explain import explain
 from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.inspect.overview import from_ledger
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.expected import RunTime
 from celery_capacity.routing.model.reasons import EXPLAINED, Reason
 from celery_capacity.routing.policy.missing import Unblocking
 from tests.fixtures.stores.staged import Stage
@@ -48,6 +49,18 @@ def test_gpus_that_no_worker_publishes_have_a_setting_of_their_own(stage: Stage)
     explanation = _why(stage, stage.submit(cpus=1000, gpus=2))
     words = "No worker publishes gpus, and it needs 2 gpus. A worker publishes them through PLATFORM_GPUS."
     assert words in _words(explanation)
+
+
+def test_job_that_outlives_each_worker_says_how_long_they_live(stage: Stage) -> None:
+    hour = 3_600_000
+    stage.worker("a", cpus=4000, left_ms=hour // 2)
+    stage.worker("b", cpus=4000, left_ms=hour // 4)
+    explanation = _why(stage, stage.submit(cpus=1000, run_time=RunTime(hour, hour)))
+    assert (explanation.why, explanation.worker) == (Reason.NO_TIME, "a")
+    assert "No worker that it fits lives long enough: it may run for 1 h 4 min, and a, which" in _words(explanation)
+    stage.worker("c", cpus=500)
+    stage.worker("d", cpus=1000, left_ms=2 * hour)
+    assert _why(stage, "job-1").worker == "d"
 
 
 def test_a_job_too_large_for_every_worker_names_the_closest(stage: Stage) -> None:

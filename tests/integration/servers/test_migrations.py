@@ -28,6 +28,8 @@ TABLES = {
     "declarations",
     "operator_actions",
     "pauses",
+    "run_times",
+    "run_times_read",
     "quarantine",
     "runner",
     "chords",

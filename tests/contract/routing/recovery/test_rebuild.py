@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
+from celery_capacity.routing import format_versions
 from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database import authority
@@ -21,7 +22,6 @@ from celery_capacity.routing.database.authority import hold_epoch, read_authorit
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import LedgerClosed
-from celery_capacity.routing.model import format_versions
 from celery_capacity.routing.recovery import rebuild, revocation
 from celery_capacity.routing.store import claims
 from tests.fixtures.stores.books import job_field

@@ -35,6 +35,7 @@ def line(number: int = 0, **columns: Any) -> JobLine:
         "finished_at": NOW - timedelta(seconds=9),
         "error": None,
         "progress": None,
+        "expected_ms": 0,
         "retry_of": None,
         "retried_as": [],
     }

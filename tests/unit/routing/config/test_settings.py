@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
         "max_backlog": 0,
         "max_ledger_backlog": 0,
         "most_losses": 3,
+        "lifetime": None,
+        "learn_run_times": True,
         "requests": None,
         "imports": (),
         "home": embedded.default_home({"HOME": "/home/ada"}),
@@ -89,6 +92,8 @@ def test_every_setting_is_read_from_its_variable() -> None:
         "PLATFORM_MAX_BACKLOG": "1000",
         "PLATFORM_MAX_LEDGER_BACKLOG": "10000",
         "PLATFORM_MOST_LOSSES": "2",
+        "PLATFORM_LIFETIME": "8h",
+        "PLATFORM_LEARN_RUN_TIMES": "off",
         "PLATFORM_REQUESTS": "/srv/requests.toml",
         "PLATFORM_IMPORTS": "tasks, jobs.nightly",
         "PLATFORM_HOME": "/srv/home",
@@ -131,6 +136,8 @@ def test_every_setting_is_read_from_its_variable() -> None:
         max_backlog=1000,
         max_ledger_backlog=10_000,
         most_losses=2,
+        lifetime=28_800.0,
+        learn_run_times=False,
         requests=Path("/srv/requests.toml"),
         imports=("tasks", "jobs.nightly"),
         home=Path("/srv/home"),
@@ -155,6 +162,24 @@ def test_every_setting_is_read_from_its_variable() -> None:
         health_dir=Path("/run/health"),
         lock_dir=Path("/var/lib/locks"),
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "lifetime"),
+    [
+        ("7200", 7200.0),
+        ("2h", 7200.0),
+        ("2026-12-24T18:00:00+01:00", datetime(2026, 12, 24, 17, tzinfo=UTC)),
+        ("2026-12-24T18:00", datetime(2026, 12, 24, 18).astimezone()),
+    ],
+)
+def test_lifetime_is_a_duration_or_a_time(value: str, lifetime: float | datetime) -> None:
+    assert Settings.from_environ({**URLS, "PLATFORM_LIFETIME": value}).lifetime == lifetime
+
+
+def test_lifetime_of_another_form_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"PLATFORM_LIFETIME='until lunch' is not valid\. .* such as 7200 or 2h"):
+        Settings.from_environ({**URLS, "PLATFORM_LIFETIME": "until lunch"})
 
 
 def test_an_empty_variable_counts_as_not_set() -> None:
@@ -314,7 +339,7 @@ def test_every_field_but_the_warnings_is_described() -> None:
 
 
 def test_the_documented_defaults_are_the_defaults_and_can_be_written() -> None:
-    computed = {"detected", "none", "REDIS_URL", "DATABASE_URL", "the user's state folder/celery-capacity"}
+    computed = {"detected", "none", "for ever", "REDIS_URL", "DATABASE_URL", "the user's state folder/celery-capacity"}
     default = Settings.from_environ({})
     for name, meaning in described():
         if meaning.shown and meaning.shown not in computed:

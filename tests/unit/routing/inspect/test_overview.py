@@ -66,6 +66,7 @@ def test_a_worker_shows_its_own_numbers_and_the_age_of_its_heartbeat() -> None:
             "started_at": "then",
             "version": "0.1",
             "cordon": None,
+            "left_seconds": None,
         }
     ]
 

@@ -9,6 +9,7 @@ from typing import Final
 
 import pytest
 
+from celery_capacity.routing.model.expected import RunTime, expected_class, timed
 from celery_capacity.routing.model.job import Constraints, NewJob, Rate
 from celery_capacity.routing.model.outbox import Outbox, parse
 
@@ -29,3 +30,9 @@ def test_outbox_text_gives_the_same_jobs(constraints: Constraints | None) -> Non
     expected = replace(job, constraints=replace(constraints, tolerant=True)) if constraints else job
     assert parse(text).publishes == [expected]
     assert json.loads(text)["publishes"][0].keys() == FIELDS
+
+
+def test_job_of_an_outbox_keeps_the_class_of_its_run_time() -> None:
+    shape = timed("cpus=1000,slots=1", RunTime(600_000, 600_000))
+    job = NewJob("a", "task", shape, b"message", expected_ms=600_000)
+    assert parse(Outbox([job]).to_text()).publishes == [replace(job, expected_ms=expected_class(600_000))]

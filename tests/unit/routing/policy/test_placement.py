@@ -18,7 +18,6 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy import placement
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import (
-    CLASS_SPAN,
     SUBMISSIONS,
     TOP_PRIORITY,
     Admission,
@@ -26,7 +25,6 @@ from celery_capacity.routing.policy.placement import (
     Refusal,
     Shortage,
     Waiting,
-    amount_class,
     choose,
     fits,
     found_by,
@@ -161,17 +159,6 @@ def test_rarest_resource_is_the_one_that_fewest_workers_may_have_free() -> None:
     assert choose(need(1, memory=1), books, 1) == Admission("a")
 
 
-@given(st.integers(0, 2**60), st.integers(0, 2**60))
-def test_a_larger_amount_is_in_no_earlier_class(one: int, other: int) -> None:
-    assert (amount_class(one) <= amount_class(other)) or one > other
-    assert amount_class(one) * CLASS_SPAN + CLASS_SPAN < 2**53
-
-
-def test_amounts_double_in_four_classes_from_16_on() -> None:
-    assert [amount_class(amount) for amount in range(-1, 17)] == [0, *range(17)]
-    assert {amount_class(2 * amount) - amount_class(amount) for amount in range(16, 2000)} == {4}
-
-
 def test_workers_with_too_few_cpus_are_not_among_the_candidates() -> None:
     books = [*(book(f"small-{i}", 1) for i in range(50)), book("wide", 8)]
     assert choose(need(2), books, 1) == Admission("wide")
@@ -295,6 +282,17 @@ def test_a_job_behind_others_of_its_shape_waits_for_them() -> None:
     assert survey(need(1), [book("a", 8)]) == Admission("a")
     assert survey(need(1), [book("a", 8)], ahead=3) == Refusal(Reason.BEHIND_SHAPE, asked=3, worker="a")
     assert survey(need(9), [book("a", 8)], ahead=3) == Refusal(Reason.TOO_LARGE, "cpus", 9, 8, "a")
+
+
+def test_survey_says_that_no_worker_lives_long_enough_for_a_job() -> None:
+    hour = 3_600_000
+    short = [replace(book("a", 8), left=hour // 2), replace(book("b", 8), left=hour // 4), book("c", 1)]
+    assert survey(need(4), short, bound=hour) == Refusal(Reason.NO_TIME, "time", hour, hour // 2, "a")
+    assert survey(need(4), short, bound=hour // 4) == Admission("a")
+    assert survey(need(4), short) == Admission("a"), "a job of an unknown time is taken"
+    assert survey(need(4), [*short, book("d", 9)], bound=hour) == Admission("d")
+    assert survey(need(4), [*short, book("d", 9, 9)], bound=hour).reason is Reason.NO_ROOM  # type: ignore[union-attr]
+    assert choose(need(4), short, 9, bound=hour).reason is Reason.NO_ROOM  # type: ignore[union-attr]
 
 
 @given(REQUESTS, BOOKS)
@@ -438,7 +436,8 @@ def test_the_policy_imports_values_and_the_standard_library_only() -> None:
         itertools.chain(*([a.name for a in node.names] for node in ast.walk(tree) if isinstance(node, ast.Import)))
     )
     ours = {name for name in imported if name and name.split(".")[0] == "celery_capacity"}
-    assert ours <= {f"celery_capacity.routing.model.{name}" for name in ("amounts", "request", "capacity", "reasons")}
+    values = [f"model.{name}" for name in ("amounts", "request", "capacity", "expected", "reasons")]
+    assert ours <= {f"celery_capacity.routing.{name}" for name in (*values, "policy.amount_classes")}
     assert not imported & {"time", "random", "logging", "datetime", "os", "redis", "sqlalchemy"}
 
 

@@ -15,6 +15,7 @@ from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.failover import Reachability
 from celery_capacity.workers.membership.heartbeat import HeartbeatThread, postgres_within
+from celery_capacity.workers.membership.lifetime import Lifetime
 
 
 class Gone:
@@ -41,6 +42,7 @@ class Member:
     """A membership that notes the order of its heartbeats, and whose Postgres fails with `error`."""
 
     draining = False
+    lifetime = Lifetime()
 
     def __init__(self, error: Exception | None = None) -> None:
         self.order: list[str] = []

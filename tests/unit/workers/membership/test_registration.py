@@ -50,7 +50,7 @@ def rejoin(holdings: Holdings, refused: list[tuple[str, Token]]) -> tuple[list[A
 
 def context_of(engine: Any, ledger: Any, confirmation: Any) -> WorkerContext:
     return WorkerContext(
-        Mock(), engine, ledger, Mock(), confirmation, Mock(), Mock(is_behind=lambda: False, call=Mock())
+        Mock(lifetime=None), engine, ledger, Mock(), confirmation, Mock(), Mock(is_behind=lambda: False, call=Mock())
     )
 
 

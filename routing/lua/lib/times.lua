@@ -1,0 +1,16 @@
+-- The run time at the end of a shape, as routing/model/expected.py writes it: ,~<expected> or ,^<bound>,~<expected>.
+
+-- The text of a shape's run time without its first comma, nil where the shape has none.
+local function times_of(shape)
+  return string.match(shape, ',([%^~][%d,%^~]*)$')
+end
+
+-- The milliseconds by which a job of a shape has ended, nil where they are unknown.
+local function bound_of(shape)
+  return tonumber(string.match(shape, ',%^(%d+),~%d+$') or string.match(shape, ',~(%d+)$') or nil)
+end
+
+-- True if a worker has registered the task of a shape, and does not end before a job of that shape has ended.
+local function takes(book, shape)
+  return knows(book.tasks, shape) and (not book.left or (bound_of(shape) or 0) <= book.left)
+end

@@ -1,0 +1,170 @@
+"""Learned run times: a quantile of how long the jobs of a task ran, by the request that they had.
+
+Each pass reads the jobs that ended since the last one, by the index of their ends. So no submission and no end of a job
+pays for it. The times of a task and a request are a histogram over the classes of times, whose weights decay: half of
+the weight comes from the newest `HALF_WEIGHT` jobs. A task that became slower is known as slower soon, and one odd run
+changes little. The quantile assumes no distribution.
+
+The time that submitters use changes only when the quantile moved by more than a class. Else jobs of a time between two
+classes would wait now in one queue, now in the other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, Final
+
+from sqlalchemy import Connection, text
+
+from celery_capacity.routing.model.expected import CLASSES, class_number, split_times
+from celery_capacity.routing.model.request import KNOWN_EVERYWHERE
+
+#: Share of the jobs of a task that run no longer than its learned time. A shorter time moves reservations, and a longer
+#: one wastes gaps.
+QUANTILE: Final = 0.8
+#: Lower quantile, whose distance from the other is the spread.
+LOW_QUANTILE: Final = 0.2
+#: Jobs after which the weight of a run is half of what it was.
+HALF_WEIGHT: Final = 50
+#: Jobs from which a time counts as known. Among fewer, the quantile is that of the longest run.
+FEWEST: Final = 5
+#: Ended jobs that one pass reads: some 20 ms of Postgres. The next pass goes on behind them.
+MAX_READ: Final = 10_000
+#: Seconds by which a pass stays behind the clock, since outcomes are written in batches, not quite in order.
+LAG: Final = 1.0
+#: Pairs of task and request that are kept: requests that each call computes may be many.
+MAX_KEPT: Final = 10_000
+#: Pairs that a submitter reads, those of the newest jobs.
+MAX_USED: Final = 2000
+
+_DECAY: Final = 0.5 ** (1 / HALF_WEIGHT)
+#: Task and request of a job: its name, and its shape without its run time.
+Kind = tuple[str, str]
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Run times of a task and a request. `weights`: by the number of a class. `expected_ms`: 0 where it is unknown."""
+
+    count: int = 0
+    expected_ms: int = 0
+    weights: dict[int, float] = field(default_factory=dict)
+
+    def add(self, runs: Mapping[int, int]) -> None:
+        """Add runs, counted by the number of their class, and change the expected time where the quantile moved."""
+        number = sum(runs.values())
+        kept = _DECAY**number
+        # A large batch has no more weight than its runs would have one after another.
+        self.weights = {
+            rank: self.weights.get(rank, 0.0) * kept + (1 - kept) * runs.get(rank, 0) / number
+            for rank in sorted(self.weights.keys() | runs.keys())
+        }
+        self.count += number
+        estimate = self.quantile(QUANTILE)
+        if self.count >= FEWEST and abs(class_number(estimate) - class_number(self.expected_ms)) > 1:
+            self.expected_ms = estimate
+
+    def quantile(self, share: float) -> int:
+        """Return the class in milliseconds within which so large a share of the runs ended."""
+        sums = list(accumulate(self.weights.values()))
+        summed = zip(self.weights, sums, strict=True)
+        return next(CLASSES[rank] for rank, weight in summed if weight >= share * sums[-1])
+
+    @property
+    def spread_ms(self) -> int:
+        """Return the milliseconds between the lower quantile and the upper one."""
+        return self.quantile(QUANTILE) - self.quantile(LOW_QUANTILE)
+
+    def to_row(self, kind: Kind) -> dict[str, Any]:
+        weights = {str(rank): round(weight, 6) for rank, weight in self.weights.items() if weight > 1e-6}
+        task, request = kind
+        return {
+            "task": task,
+            "request": request,
+            "expected_ms": self.expected_ms,
+            "spread_ms": self.spread_ms,
+            "count": self.count,
+            "weights": weights,
+        }
+
+
+# The row is locked: of two passes at once, the second goes on where the first ended.
+_BEGIN: Final = text(
+    "SELECT read_until, clock_timestamp() - make_interval(secs => :lag) AS horizon FROM run_times_read FOR UPDATE"
+)
+_ENDED: Final = text("""
+WITH ended AS MATERIALIZED (
+  SELECT name, shape, finished_at, state, extract(epoch FROM finished_at - started_at) * 1000 AS ms
+  FROM jobs WHERE finished_at > :since AND finished_at <= :horizon ORDER BY finished_at LIMIT :most
+)
+SELECT name, shape, width_bucket(greatest(ceil(ms), 1)::bigint - 1, CAST(:classes AS bigint[])), count(*),
+  (SELECT CASE WHEN count(*) < :most THEN :horizon ELSE max(finished_at) END FROM ended)
+FROM ended WHERE state = 'succeeded' AND ms IS NOT NULL AND NOT name LIKE ANY(CAST(:everywhere AS text[]))
+GROUP BY 1, 2, 3
+UNION ALL SELECT '', '', 0, 0, (SELECT CASE WHEN count(*) < :most THEN :horizon ELSE max(finished_at) END FROM ended)
+""")
+_STORED: Final = text("""
+SELECT task, request, count, expected_ms, weights FROM run_times
+JOIN unnest(CAST(:tasks AS text[]), CAST(:requests AS text[])) AS x (task, request) USING (task, request)
+""")
+_WRITE: Final = text("""
+INSERT INTO run_times AS r (task, request, expected_ms, spread_ms, count, weights, updated_at)
+SELECT task, request, expected_ms, spread_ms, count, weights, clock_timestamp()
+FROM jsonb_to_recordset(CAST(:rows AS jsonb))
+  AS x (task text, request text, expected_ms bigint, spread_ms bigint, count bigint, weights jsonb)
+ON CONFLICT (task, request) DO UPDATE SET expected_ms = excluded.expected_ms, spread_ms = excluded.spread_ms,
+  count = excluded.count, weights = excluded.weights, updated_at = excluded.updated_at
+""")
+_FORGET: Final = text("""
+DELETE FROM run_times WHERE (task, request) IN (
+  SELECT task, request FROM run_times ORDER BY updated_at DESC OFFSET :most)
+""")
+_READ_UNTIL: Final = text("UPDATE run_times_read SET read_until = :until")
+
+
+def learn(connection: Connection) -> int:
+    """Learn from the jobs that succeeded since the last pass; return how many. The caller's connection commits."""
+    since, horizon = connection.execute(_BEGIN, {"lag": LAG}).one()
+    values = {"since": since, "horizon": horizon, "most": MAX_READ, "classes": list(CLASSES)}
+    everywhere = [f"{beginning}%" for beginning in KNOWN_EVERYWHERE]
+    runs: dict[Kind, dict[int, int]] = defaultdict(dict)
+    until = horizon
+    for name, shape, rank, number, read_until in connection.execute(_ENDED, {**values, "everywhere": everywhere}):
+        until = read_until
+        if number:
+            by_class = runs[name, split_times(shape)[0]]
+            rank = min(rank, len(CLASSES) - 1)
+            by_class[rank] = by_class.get(rank, 0) + number
+    if runs:
+        stored = _stored(connection, list(runs))
+        rows = []
+        for kind, by_class in runs.items():
+            histogram = stored.get(kind) or Histogram()
+            histogram.add(by_class)
+            rows.append(histogram.to_row(kind))
+        connection.execute(_WRITE, {"rows": json.dumps(rows)})
+        connection.execute(_FORGET, {"most": MAX_KEPT})
+    connection.execute(_READ_UNTIL, {"until": until})
+    return sum(number for by_class in runs.values() for number in by_class.values())
+
+
+def _stored(connection: Connection, kinds: list[Kind]) -> dict[Kind, Histogram]:
+    values = {"tasks": [task for task, _ in kinds], "requests": [request for _, request in kinds]}
+    return {
+        (task, request): Histogram(count, expected_ms, {int(rank): weight for rank, weight in weights.items()})
+        for task, request, count, expected_ms, weights in connection.execute(_STORED, values)
+    }
+
+
+_LEARNED: Final = text(
+    "SELECT task, request, expected_ms FROM run_times WHERE expected_ms > 0 ORDER BY updated_at DESC LIMIT :most"
+)
+
+
+def learned(connection: Connection) -> dict[Kind, int]:
+    """Return the learned times in milliseconds, by task and request; those of the newest jobs, where they are many."""
+    return {(row[0], row[1]): row[2] for row in connection.execute(_LEARNED, {"most": MAX_USED})}

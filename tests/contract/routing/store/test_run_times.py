@@ -1,0 +1,151 @@
+"""Learned run times: a quantile by task and request, from the jobs that succeeded since the last pass."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import pytest
+from sqlalchemy import Engine, text
+
+from celery_capacity.routing.model.expected import CLASSES, RunTime, class_number, expected_class, timed
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.store import run_times
+from celery_capacity.routing.store.run_times import FEWEST, HALF_WEIGHT, Histogram
+
+ONE: Final = Request.of({"cpus": 1000}).shape
+SECOND, MINUTE = 1000, 60_000
+
+
+def histogram(*times: int) -> Histogram:
+    learned = Histogram()
+    for ms in times:
+        learned.add({class_number(ms): 1})
+    return learned
+
+
+def ended(engine: Engine, *times: int, task: str = "task", shape: str = ONE, state: str = "succeeded") -> None:
+    """Insert jobs that ended some seconds ago, and that ran for so many milliseconds."""
+    rows = [
+        {"id": f"{task}-{state}-{shape}-{number}-{ms}", "name": task, "shape": shape, "state": state, "ms": ms}
+        for number, ms in enumerate(times)
+    ]
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO jobs (id, name, state, shape, request, queue, message, started_at, finished_at) VALUES"
+                " (:id, :name, :state, :shape, '{}', 'celery', '', now() - interval '10 s' - :ms * interval '1 ms',"
+                " now() - interval '10 s')"
+            ),
+            rows,
+        )
+
+
+def learn(engine: Engine) -> int:
+    with engine.begin() as connection:
+        return run_times.learn(connection)
+
+
+def learned(engine: Engine) -> dict[Any, int]:
+    with engine.connect() as connection:
+        return dict(run_times.learned(connection))
+
+
+def row(engine: Engine, task: str = "task") -> Any:
+    with engine.connect() as connection:
+        return connection.execute(text("SELECT * FROM run_times WHERE task = :task"), {"task": task}).one()
+
+
+def forget_pass(engine: Engine) -> None:
+    """Have the next pass read all jobs again, as if they had ended since."""
+    with engine.begin() as connection:
+        connection.execute(text("DELETE FROM jobs"))
+        connection.execute(text("UPDATE run_times_read SET read_until = now() - interval '1 minute'"))
+
+
+def test_quantile_is_that_of_four_in_five_runs() -> None:
+    runs = histogram(*[SECOND] * 40, *[MINUTE] * 10)
+    assert runs.quantile(0.5) == expected_class(SECOND)
+    assert runs.quantile(0.99) == expected_class(MINUTE)
+    assert runs.spread_ms == runs.quantile(0.8) - runs.quantile(0.2)
+
+
+def test_few_runs_are_not_believed() -> None:
+    assert histogram(*[SECOND] * (FEWEST - 1)).expected_ms == 0
+    assert histogram(*[SECOND] * FEWEST).expected_ms == expected_class(SECOND)
+
+
+def test_one_odd_run_changes_nothing_and_a_slower_task_is_heard_of() -> None:
+    runs = histogram(*[SECOND] * 30)
+    runs.add({class_number(60 * MINUTE): 1})
+    assert runs.expected_ms == expected_class(SECOND)
+    for _ in range(HALF_WEIGHT):
+        runs.add({class_number(MINUTE): 1})
+    assert runs.expected_ms == expected_class(MINUTE)
+
+
+def test_time_between_two_classes_does_not_go_to_and_fro() -> None:
+    first, second = CLASSES[20], CLASSES[21]
+    runs = histogram(*[first] * 20)
+    for _ in range(4):
+        for ms in (second, first):
+            runs.add({class_number(ms): HALF_WEIGHT})
+            assert runs.expected_ms == first
+    runs.add({22: 4 * HALF_WEIGHT})
+    assert runs.expected_ms == CLASSES[22]
+
+
+def test_large_batch_weighs_no_more_than_its_runs_one_by_one() -> None:
+    together, alone = Histogram(), histogram(*[SECOND] * 200)
+    together.add({class_number(SECOND): 200})
+    assert sum(together.weights.values()) == pytest.approx(sum(alone.weights.values()))
+
+
+def test_pass_learns_from_jobs_that_succeeded_since_the_last_one(engine: Engine) -> None:
+    slow = timed(ONE, RunTime(60 * MINUTE, 60 * MINUTE))
+    ended(engine, *[SECOND] * 3)
+    ended(engine, *[SECOND] * 3, shape=slow)
+    ended(engine, *[MINUTE] * 9, state="failed")
+    ended(engine, *[MINUTE] * 9, task="celery.map")
+    assert learn(engine) == 6
+    assert learn(engine) == 0, "they were read"
+    # The class that a job was filed under makes no kind of its own.
+    assert learned(engine) == {("task", ONE): expected_class(SECOND)}
+    stored = row(engine)
+    assert (stored.count, stored.spread_ms, stored.request) == (6, 0, ONE)
+
+
+def test_pass_goes_on_with_the_histogram_of_the_passes_before(engine: Engine) -> None:
+    other = Request.of({"cpus": 2000}).shape
+    ended(engine, *[SECOND] * 4)
+    ended(engine, *[MINUTE] * 5, shape=other)
+    learn(engine)
+    assert learned(engine) == {("task", other): expected_class(MINUTE)}
+    forget_pass(engine)
+    ended(engine, SECOND)
+    assert learn(engine) == 1
+    assert learned(engine) == {("task", ONE): expected_class(SECOND), ("task", other): expected_class(MINUTE)}
+
+
+def test_pass_reads_a_bounded_number_of_jobs_and_the_next_goes_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_times, "MAX_READ", 2)
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO jobs (id, name, state, shape, request, queue, message, started_at, finished_at) SELECT"
+                " n::text, 'task', 'succeeded', :shape, '{}', 'celery', '', now() - interval '20 s',"
+                " now() - interval '20 s' + n * interval '1 s' FROM generate_series(1, 5) AS n"
+            ),
+            {"shape": ONE},
+        )
+    assert [learn(engine) for _ in range(4)] == [2, 2, 1, 0]
+
+
+def test_pairs_that_are_kept_are_bounded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_times, "MAX_KEPT", 2)
+    for task in ("a", "b", "c"):
+        ended(engine, *[SECOND] * FEWEST, task=task)
+        learn(engine)
+        forget_pass(engine)
+    assert {task for task, _ in learned(engine)} == {"b", "c"}
