@@ -116,7 +116,7 @@ bench-load: $(INSTALLED)
 bench-peers: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.peers $(ARGS)
 
-# ARGS='--seconds 300' for a short one.
+# ARGS='--minutes 5' for a short one.
 soak: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.steady.soak $(ARGS)
 
