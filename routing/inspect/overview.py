@@ -42,6 +42,7 @@ WORKER_TTL: Final = 60.0
 COLD: Final = "the ledger is cold"
 #: Fields of a worker's view that only its heartbeat knows.
 _SEEN: Final = ("heartbeat_at", "hostname", "pid", "started_at", "version")
+_UNSEEN: Final = (None,) * len(_SEEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,22 +160,23 @@ class Overview:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `cluster --json` prints and `/api/v1/dashboard` answers with."""
-        totals = {name: self.total(name) for name in {name for worker in self.workers for name in worker.capacity}}
-        used = {name: self.allocated(name) for name in {name for worker in self.workers for name in worker.allocated}}
+        totals = amounts.add_up(worker.capacity for worker in self.workers)
+        used = amounts.add_up(worker.allocated for worker in self.workers)
+        free = {name: max(0, totals[name] - used.get(name, 0)) for name in totals}
         shown, last = self.shown
         return {
             "resources": {
-                "total_cpus": amounts.cpus_number(self.total(CPUS)),
-                "allocated_cpus": amounts.cpus_number(self.allocated(CPUS)),
-                "available_cpus": amounts.cpus_number(self.available(CPUS)),
+                "total_cpus": amounts.cpus_number(totals.get(CPUS, 0)),
+                "allocated_cpus": amounts.cpus_number(used.get(CPUS, 0)),
+                "available_cpus": amounts.cpus_number(free.get(CPUS, 0)),
                 "utilization_percent": self.utilization_percent,
                 "active_workers": len(self.workers),
-                "total_memory": self.total(MEMORY),
-                "allocated_memory": self.allocated(MEMORY),
-                "available_memory": self.available(MEMORY),
-                "total_slots": self.total(SLOTS),
-                "allocated_slots": self.allocated(SLOTS),
-                "available_slots": self.available(SLOTS),
+                "total_memory": totals.get(MEMORY, 0),
+                "allocated_memory": used.get(MEMORY, 0),
+                "available_memory": free.get(MEMORY, 0),
+                "total_slots": totals.get(SLOTS, 0),
+                "allocated_slots": used.get(SLOTS, 0),
+                "available_slots": free.get(SLOTS, 0),
                 "named": _named(totals, used),
                 "waiting_jobs": self.waiting,
             },
@@ -259,18 +261,20 @@ def from_ledger(client: redispy.Redis, page: Page = WHOLE) -> Overview:
         seen = {worker: next(replies) for worker in on_page}
         lines, silent, lapsed = [], list[Book](), 0
         for worker in head.leases:
-            book = snapshot.parse_book(worker, snapshot.pairs(next(replies)))
+            book = snapshot.parse_book(worker, next(replies))
             if book is not None and head.is_live(book):
-                lines.append(_ledger_line(head.now, book, seen.get(worker, (None,) * len(_SEEN))))
+                lines.append(_ledger_line(head.now, book, seen.get(worker, _UNSEEN)))
             elif book is not None:
                 lapsed += book.allocated.get(CPUS, 0)
                 silent += [book.to_policy(head.now)] if head.is_registered(book) else []
         backlog = read_backlog(client, head, replies, {line.catalogue for line in lines})
+        # Empty workers are judged, so one of each capacity is enough.
+        kinds = {(tuple(line.capacity.items()), line.status): line for line in lines}
         return Overview(
             source=Store.LEDGER,
             at=datetime.fromtimestamp(head.now / 1000, UTC),
             workers=tuple(sorted(lines, key=lambda line: line.name)),
-            backlog=blocked_first(backlog, (*(line.to_policy() for line in lines), *silent)),
+            backlog=blocked_first(backlog, (*(line.to_policy() for line in kinds.values()), *silent)),
             lapsed_cpus=lapsed,
             counters=head.counters,
             memory_short=head.tight,
@@ -282,7 +286,9 @@ def from_ledger(client: redispy.Redis, page: Page = WHOLE) -> Overview:
 
 def _ledger_line(now: int, book: snapshot.WorkerBook, view: Sequence[Any]) -> WorkerLine:
     """Return the line of a live worker at `now` (ms). `view`: the values of `_SEEN`."""
-    beat, hostname, pid, started_at, version = (None if value is None else snapshot.text(value) for value in view)
+    if view is not _UNSEEN:
+        view = [None if value is None else snapshot.text(value) for value in view]
+    beat, hostname, pid, started_at, version = view
     return WorkerLine(
         name=book.worker,
         status=book.cordoned or book.status,

@@ -52,11 +52,6 @@ def read_many(client: redis.Redis, commands: Iterable[Sequence[str]]) -> list[An
         pool.release(connection)
 
 
-def pairs(reply: Any) -> dict[Any, Any]:
-    """Return the fields of a hash from the reply to HGETALL, which is a flat list in the older protocol."""
-    return reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
-
-
 def _pack(command: Sequence[str]) -> bytes:
     words = [word.encode() for word in command]
     return b"*%d\r\n" % len(words) + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
@@ -193,23 +188,21 @@ def read_books(client: redis.Redis, workers: Iterable[str]) -> dict[str, WorkerB
     """Read the books of these workers, by name, in one round trip; a worker without a book is left out."""
     names = list(workers)
     replies = read_many(client, (("HGETALL", keys.book(worker)) for worker in names))
-    books = (parse_book(worker, pairs(reply)) for worker, reply in zip(names, replies, strict=True))
+    books = (parse_book(worker, reply) for worker, reply in zip(names, replies, strict=True))
     return {book.worker: book for book in books if book is not None}
 
 
-def parse_book(worker: str, fields: Mapping[Any, Any]) -> WorkerBook | None:
-    """Read a book from its hash; return None where it is missing or torn (COLD for that worker, never 0)."""
-    capacity: dict[str, int] = {}
-    allocated: dict[str, int] = {}
-    rest: dict[str, Any] = {}
-    for key, value in fields.items():
-        kind, name = _book_field(key)
-        if kind == "c.":
-            capacity[name] = int(value)
-        elif kind == "a.":
-            allocated[name] = int(value)
-        else:
-            rest[name] = value
+def parse_book(worker: str, reply: Any) -> WorkerBook | None:
+    """Read a book from the reply to HGETALL: a mapping, or a flat list in the older protocol.
+
+    Return None where the book is missing or torn (COLD for that worker, never 0).
+    """
+    if isinstance(reply, Mapping):
+        fields, values = tuple(reply), list(reply.values())
+    else:
+        fields, values = tuple(reply[::2]), reply[1::2]
+    layout = _book_layout(fields)
+    rest = {name: values[at] for name, at in layout.rest}
     if "epoch" not in rest or "lease" not in rest:
         return None
     return WorkerBook(
@@ -219,8 +212,8 @@ def parse_book(worker: str, fields: Mapping[Any, Any]) -> WorkerBook | None:
         status=text(rest.get("status", WorkerStatus.CLOSED.value)),
         queue=text(rest.get("queue", "")),
         lease=int(rest["lease"]),
-        capacity=capacity,
-        allocated=allocated,
+        capacity={name: int(values[at]) for name, at in layout.capacity},
+        allocated={name: int(values[at]) for name, at in layout.allocated},
         shrunk=text(rest.get("shrunk", "")) == "1",
         kept=text(rest.get("kept", "")),
         catalogue=text(rest.get("tasks", "")),
@@ -239,11 +232,30 @@ def read_catalogues(
     return {catalogue: frozenset(task for task in tasks if (catalogue, task) in members) for catalogue in catalogues}
 
 
+@dataclass(frozen=True, slots=True)
+class _BookLayout:
+    """Places of the values in a book: of the capacity, of the allocations, and of the other fields that are read."""
+
+    capacity: tuple[tuple[str, int], ...]
+    allocated: tuple[tuple[str, int], ...]
+    rest: tuple[tuple[str, int], ...]
+
+
+#: Fields of a book that are read, beside amounts.
+_BOOK_FIELDS: Final = frozenset(
+    {"epoch", "incarnation", "status", "cordoned", "queue", "lease", "shrunk", "kept", "tasks", "ends"}
+)
+
+
 @lru_cache(maxsize=1024)
-def _book_field(field: bytes | str) -> tuple[str, str]:
-    """Return the kind of a book's field and its name: a resource without the kind, or the whole of another field."""
-    name = text(field)
-    return (name[:2], name[2:]) if name.startswith(("c.", "a.")) else ("", name)
+def _book_layout(fields: tuple[bytes | str, ...]) -> _BookLayout:
+    """Return the layout of a book with these fields. Books of a cluster have few, so a book is read by places alone."""
+    names = [(text(field), at) for at, field in enumerate(fields)]
+    return _BookLayout(
+        capacity=tuple((name[2:], at) for name, at in names if name.startswith("c.")),
+        allocated=tuple((name[2:], at) for name, at in names if name.startswith("a.")),
+        rest=tuple((name, at) for name, at in names if name in _BOOK_FIELDS),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -361,3 +361,12 @@ def refuse_standard(name: str, what: str) -> str:
             advice=f"Leave it out: {instead}.",
         )
     return name
+
+
+def add_up(vectors: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Return the sums of amounts, by name."""
+    sums: dict[str, int] = {}
+    for vector in vectors:
+        for name, amount in vector.items():
+            sums[name] = sums.get(name, 0) + amount
+    return sums

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import configparser
 import fnmatch
+import importlib.metadata
 import json
 import os
 import re
@@ -246,6 +247,9 @@ def test_the_image_pins_a_version_within_the_range_of_each_requirement() -> None
         if line and not line.startswith("#"):
             requirement = Requirement(line)
             assert requirement.specifier.contains(versions[requirement.name.lower()]), line
+            for wanted in map(Requirement, importlib.metadata.requires(requirement.name) or []):
+                if any(wanted.marker and wanted.marker.evaluate({"extra": extra}) for extra in requirement.extras):
+                    assert wanted.specifier.contains(versions[wanted.name.lower()]), f"{line}: {wanted}"
 
 
 # -- secrets

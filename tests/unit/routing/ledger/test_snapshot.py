@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import redis
 
-from celery_capacity.routing.ledger.snapshot import pairs, read_many, without_collection
+from celery_capacity.routing.ledger.snapshot import parse_book, read_many, without_collection
 
 
 class Connection:
@@ -66,8 +66,27 @@ def test_unread_replies_do_not_stay_on_the_connection(error: BaseException) -> N
     assert connection.fate == ["disconnected", "released"]
 
 
-def test_a_hash_is_read_in_either_protocol() -> None:
-    assert pairs({b"a": b"1"}) == pairs([b"a", b"1"]) == {b"a": b"1"}
+#: A book, with a field that only scripts read.
+BOOK = {
+    b"a.cpus": b"1000", b"epoch": b"3", b"incarnation": b"life", b"status": b"ready", b"queue": b"queue.w",
+    b"lease": b"77", b"c.cpus": b"4000", b"c.queue:gpu": b"1", b"places": b"memory",
+}  # fmt: skip
+
+
+def test_book_is_read_in_either_protocol_and_order() -> None:
+    flat = [part for field in BOOK.items() for part in field]
+    turned = dict(reversed(BOOK.items()))
+    book = parse_book("w", BOOK)
+    assert book is not None
+    assert book == parse_book("w", flat) == parse_book("w", turned)
+    assert (book.epoch, book.lease, book.queue, book.kept) == (3, 77, "queue.w", "")
+    assert (book.capacity, book.allocated) == ({"cpus": 4000, "queue:gpu": 1}, {"cpus": 1000})
+
+
+@pytest.mark.parametrize("torn", [b"epoch", b"lease"])
+def test_torn_book_is_no_book(torn: bytes) -> None:
+    assert parse_book("w", {field: value for field, value in BOOK.items() if field != torn}) is None
+    assert parse_book("w", []) is None
 
 
 @pytest.mark.parametrize("enabled", [True, False])
