@@ -19,6 +19,7 @@ pytest_plugins = [
     "tests.fixtures.stores.books",
     "tests.fixtures.stores.cluster",
     "tests.fixtures.stores.staged",
+    "tests.fixtures.stores.headed",
     "tests.fixtures.stores.authorities",
     "tests.fixtures.processes.platforms",
     "tests.fixtures.servers.proxy",

@@ -15,6 +15,8 @@ from celery_capacity.routing.policy.placement import held_by, is_last_chance
 
 #: Beginning of the value of a job that the ledger holds no more.
 ENDED: Final = b"ended"
+#: Shapes for which workers are looked for in one round trip: Redis takes at most 1 ms for each.
+PLACED_AT_ONCE: Final = 5
 
 
 class Admission(Repairs):
@@ -130,17 +132,29 @@ class Admission(Repairs):
         `rows`: as in `bring`. `next_order`: that of the first job which still stays there, None for none. Returns None
         where the rows were read too long ago.
         """
+        return self.refill_heads([(shape, next_order, rows)])[0]
+
+    def refill_heads(self, heads: Sequence[tuple[str, int | None, Sequence[tuple[Any, ...]]]]) -> list[int | None]:
+        """Bring in jobs of several shapes in one round trip, each as in `refill`. Returns the answer of each."""
+        replies = self._calls([self._prepared_refill(*head) for head in heads])
+        answers: list[int | None] = []
+        for reply in (self._reply("refill", values) for values in replies):
+            late = reply.head == SubmitVerdict.LATE
+            if late:
+                self.hear(reply.number("now"))
+            answers.append(None if late else reply.number("wanted"))
+        self.place_shapes(shape for (shape, *_), answer in zip(heads, answers, strict=True) if answer is not None)
+        return answers
+
+    def _prepared_refill(
+        self, shape: str, next_order: int | None, rows: Sequence[tuple[Any, ...]]
+    ) -> tuple[str, list[Any]]:
         jobs = [self._submit_values(*row) for row in rows]
         deadline = min((job.pop("deadline") for job in jobs), default=self.now_ms() + self.submit_limit_ms)
         for job in jobs:
             del job["shape"]
         border = "" if next_order is None else next_order
-        reply = self._call("refill", jobs, deadline=deadline, shape=shape, next_order=border)
-        if reply.head == SubmitVerdict.LATE:
-            self.hear(reply.number("now"))
-            return None
-        self.place_shape(shape)
-        return reply.number("wanted")
+        return self._prepared("refill", jobs, deadline=deadline, shape=shape, next_order=border)
 
     def borders(self) -> dict[str, int]:
         """Return the shapes of which jobs stay in Postgres, with an order before which none does."""
@@ -200,21 +214,40 @@ class Admission(Repairs):
 
     def place_shape(self, shape: str, cursor_score: str = "", cursor_worker: str = "") -> list[Placed]:
         """Admit the waiting jobs of a shape to any workers that have room, until no job or no room is left."""
+        (reply,) = self._ask_places([shape], cursor_score, cursor_worker)
+        return self._place_on(shape, reply)
+
+    def _place_on(self, shape: str, reply: Reply) -> list[Placed]:
+        """Go on with a shape after the first reply about it."""
         placed: list[Placed] = []
         while True:
-            reply = self._call("place_shape", shape=shape, cursor_score=cursor_score, cursor_worker=cursor_worker)
             self.fill_freed(reply["freed"])
             if reply.head == "none":
                 return placed
+            cursor = ("", "")
             if reply.head == "admitted":
                 placed.append(Placed(reply["job"], reply["worker"], reply.number("attempt")))
             else:
-                cursor_score, cursor_worker = reply["cursor_score"], reply["cursor_worker"]
+                cursor = (reply["cursor_score"], reply["cursor_worker"])
+            (reply,) = self._ask_places([shape], *cursor)
 
     def place_shapes(self, shapes: Iterable[str]) -> None:
-        """Admit the waiting jobs of several shapes, after jobs of these shapes came back into the backlog."""
-        for shape in dict.fromkeys(shapes):
-            self.place_shape(shape)
+        """Admit the waiting jobs of several shapes, after jobs of these shapes came back into the backlog.
+
+        The first question about each goes with those about the others, since most shapes find no room.
+        """
+        names = list(dict.fromkeys(shapes))
+        for start in range(0, len(names), PLACED_AT_ONCE):
+            some = names[start : start + PLACED_AT_ONCE]
+            for shape, reply in zip(some, self._ask_places(some), strict=True):
+                self._place_on(shape, reply)
+
+    def _ask_places(self, shapes: Sequence[str], cursor_score: str = "", cursor_worker: str = "") -> list[Reply]:
+        calls = [
+            self._prepared("place_shape", shape=shape, cursor_score=cursor_score, cursor_worker=cursor_worker)
+            for shape in shapes
+        ]
+        return [self._reply("place_shape", values) for values in self._calls(calls)]
 
     def fill(self, worker: str, cursor: str = "-inf", pages: int | None = None) -> int:
         """Admit the waiting jobs that fit on a worker, and return how many were admitted.

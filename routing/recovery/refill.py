@@ -7,15 +7,18 @@ The runner of the duties fetches jobs in order, in these steps:
 1. It tells the ledger that it begins. From then on the ledger notes the least order of the jobs that it leaves.
 2. It marks the rows of jobs that were left before (`jobs.behind`). The row is durable before the ledger hears of its
    job, so all of them are there.
-3. It takes the first rows of a shape, which are `accepted` from then on, and reads the order of the next one.
-4. One script brings the jobs in, and moves the border to the next one, or to a job that was left since step 1.
+3. It takes the first rows of many shapes, which are `accepted` from then on, and reads the order of the next of each.
+4. One script for each shape brings the jobs in, and moves the border to the next one, or to a job that was left since
+   step 1. The scripts of several shapes go in one round trip.
 
 A process that dies after step 3 leaves accepted rows behind the border. The next pass marks them again.
 """
 
 from __future__ import annotations
 
-from typing import Final
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
 
 from sqlalchemy import Engine
 
@@ -24,16 +27,22 @@ from celery_capacity.routing.model.request import filed_shape
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import resubmit
 from celery_capacity.routing.store import backlog
+from celery_capacity.routing.store.backlog import Pending
 
 #: Rows looked at, and marked, in one statement. Their order is that of the backlog, so each statement sorts all rows
 #: that are not marked: many rows at once cost least.
 MARK_CHUNK: Final = 5000
 #: Most rows that are marked before jobs are fetched: a second or so of Postgres.
 MARK_MOST: Final = 5000
-#: Most jobs of one shape that are fetched before those of the next shape.
+#: Most jobs that one statement fetches, of all shapes that it asks for.
 FETCH: Final = 1000
-#: Passes of one call. Heads that run low meanwhile are asked for again.
-MAX_PASSES: Final = 10
+#: Most shapes in one round trip: each costs Redis some 0.2 ms beside its jobs.
+HEADS: Final = 8
+#: Seconds after which a call ends. The duty is due again by then, and others have had their turn.
+SECONDS: Final = 2.0
+
+#: A shape, its border from now on, and jobs that are brought in, as `Ledger.refill_heads` takes them.
+Head = tuple[str, int | None, list[tuple[Any, ...]]]
 
 
 def refill(engine: Engine, ledger: Ledger) -> dict[str, int]:
@@ -41,16 +50,18 @@ def refill(engine: Engine, ledger: Ledger) -> dict[str, int]:
 
     Counts: rows `marked` because their jobs stay in Postgres, `fetched` jobs.
     """
-    marked = fetched = 0
-    for _ in range(MAX_PASSES):
+    counts = {"marked": 0, "fetched": 0}
+    end = time.monotonic() + SECONDS
+    while True:
         wanted = ledger.begin_refill()
-        number, unmarked_from = mark_left(engine, ledger, MARK_MOST)
-        marked += number
-        for shape, (jobs, before) in wanted.items():
-            fetched += _fetch(engine, ledger, shape, jobs, before, unmarked_from)
-        if not wanted and unmarked_from is None:
-            break
-    return {"marked": marked, "fetched": fetched}
+        marked, unmarked_from = mark_left(engine, ledger, MARK_MOST)
+        fetched = _fetch(engine, ledger, wanted, unmarked_from)
+        counts["marked"] += marked
+        counts["fetched"] += fetched
+        is_done = not wanted and unmarked_from is None
+        # Rows that others keep locked are fetched later.
+        if is_done or not (marked or fetched) or time.monotonic() >= end:
+            return counts
 
 
 def mark_left(engine: Engine, ledger: Ledger, most: int | None = None) -> tuple[int, int | None]:
@@ -78,29 +89,72 @@ def _is_beyond(ledger: Ledger, borders: dict[str, int], row: backlog.Place) -> b
 
 
 def _fetch(
-    engine: Engine, ledger: Ledger, shape: str, wanted: int, before: int | None, unmarked_from: int | None
+    engine: Engine, ledger: Ledger, wanted: Mapping[str, tuple[int, int | None]], unmarked_from: int | None
 ) -> int:
-    """Fetch jobs of a shape, as many as it wants before an order, and at most `FETCH`; return how many.
+    """Fetch jobs of shapes, each as many as it wants before an order, and at most `FETCH`; return how many.
 
-    `unmarked_from`: an order from which on rows of any shape are not marked yet, so that the border stays before it.
+    `unmarked_from`: an order from which on rows of any shape are not marked yet, so that the borders stay before it.
     """
-    fetched, left = 0, min(wanted, FETCH)
-    while left > 0:
+    fetched = 0
+    for asked in _statements(wanted, unmarked_from):
         with engine.connect() as connection:
-            if unmarked_from is not None and (backlog.next_order(connection, shape) or unmarked_from) >= unmarked_from:
-                break
-            most = min(left, resubmit.CHUNK)
-            rows = backlog.fetch(connection, shape, most, before)
-            next_order = backlog.next_order(connection, shape)
-        ledger.count_staying({shape: -len(rows)} if rows else {})
-        border = min((least for least in (next_order, unmarked_from) if least is not None), default=None)
-        if ledger.refill(shape, border, [row.submission() for row in rows]) is None:
-            break
-        fetched += len(rows)
-        left -= len(rows)
-        if next_order is None or len(rows) < most:
-            break
+            rows = backlog.fetch(connection, asked)
+            next_orders = backlog.next_orders(connection, list(asked))
+        ledger.count_staying({shape: -len(taken) for shape, taken in rows.items()})
+        for heads in _round_trips(_heads(asked, rows, next_orders, unmarked_from)):
+            answers = ledger.refill_heads(heads)
+            taken = [len(jobs) for (_, _, jobs), answer in zip(heads, answers, strict=True) if answer is not None]
+            fetched += sum(taken)
     return fetched
+
+
+def _statements(
+    wanted: Mapping[str, tuple[int, int | None]], unmarked_from: int | None
+) -> Iterator[dict[str, tuple[int, int | None]]]:
+    """Yield the shapes that one statement asks for, with the number of jobs and the order before which they are."""
+    asked: dict[str, tuple[int, int | None]] = {}
+    jobs = 0
+    for shape, (number, before) in wanted.items():
+        most = min(number, FETCH)
+        if asked and jobs + most > FETCH:
+            yield asked
+            asked, jobs = {}, 0
+        asked[shape] = most, _least(before, unmarked_from)
+        jobs += most
+    if asked:
+        yield asked
+
+
+def _heads(
+    asked: Iterable[str], rows: Mapping[str, list[Pending]], next_orders: Mapping[str, int], unmarked_from: int | None
+) -> Iterator[Head]:
+    """Yield the calls that bring in these rows: for each at most `resubmit.CHUNK` of a shape, up to the next one."""
+    for shape in asked:
+        taken = rows.get(shape, [])
+        for start in range(0, len(taken) or 1, resubmit.CHUNK):
+            chunk = taken[start : start + resubmit.CHUNK]
+            following = taken[start + resubmit.CHUNK : start + resubmit.CHUNK + 1]
+            next_taken = order(following[0].priority, following[0].seq) if following else None
+            border = _least(next_taken, next_orders.get(shape), unmarked_from)
+            yield shape, border, [row.submission() for row in chunk]
+
+
+def _round_trips(heads: Iterable[Head]) -> Iterator[list[Head]]:
+    """Yield the calls that go together: few shapes, and at most `resubmit.CHUNK` jobs."""
+    together: list[Head] = []
+    jobs = 0
+    for head in heads:
+        if together and (len(together) == HEADS or jobs + len(head[2]) > resubmit.CHUNK):
+            yield together
+            together, jobs = [], 0
+        together.append(head)
+        jobs += len(head[2])
+    if together:
+        yield together
+
+
+def _least(*orders: int | None) -> int | None:
+    return min((number for number in orders if number is not None), default=None)
 
 
 def restore_borders(engine: Engine, ledger: Ledger) -> int:

@@ -83,11 +83,11 @@ _THESE: Final = text(
 
 def _pending(connection: Connection, statement: Any, values: dict[str, Any]) -> list[Pending]:
     now = time.time() * 1000
-    rows = connection.execute(statement, values)
-    return [
-        Pending(row[0], row[1], row[2], row[3], row[4], bytes(row[5]), row[6], row[7], row[8], now, row[9])
-        for row in rows
-    ]
+    return [_row(row, now) for row in connection.execute(statement, values)]
+
+
+def _row(row: Sequence[Any], now: float) -> Pending:
+    return Pending(row[0], row[1], row[2], row[3], row[4], bytes(row[5]), row[6], row[7], row[8], now, row[9])
 
 
 def due(connection: Connection, most: int, after: int = 0) -> list[Pending]:
@@ -155,18 +155,27 @@ SELECT * FROM (
 ) AS x ORDER BY -priority, seq LIMIT :most
 """)
 _STAYS: Final = "behind IS NOT NULL AND state = 'waiting' AND revoked_at IS NULL"
+#: Asked for each shape apart by its own index, so that no statement sorts the backlog.
 _FETCH: Final = text(f"""
 WITH x AS (
-  SELECT id FROM jobs WHERE behind = :shape AND {_STAYS} AND (-priority, seq) < (:priority, :seq)
-  ORDER BY -priority, seq LIMIT :most FOR NO KEY UPDATE SKIP LOCKED
+  SELECT asked.shape AS filed, head.id
+  FROM unnest(CAST(:shapes AS text[]), CAST(:most AS int[]), CAST(:levels AS int[]), CAST(:seqs AS bigint[]))
+    AS asked (shape, most, level, until)
+  CROSS JOIN LATERAL (
+    SELECT id FROM jobs WHERE behind = asked.shape AND {_STAYS} AND (-priority, seq) < (asked.level, asked.until)
+    ORDER BY -priority, seq LIMIT asked.most FOR NO KEY UPDATE SKIP LOCKED
+  ) AS head
 )
 UPDATE jobs SET state = 'accepted', behind = NULL FROM x WHERE jobs.id = x.id
 RETURNING jobs.id, name, shape, priority, seq, message, attempt, losses,
-  (extract(epoch FROM submitted_at) * 1000)::bigint, rerun
+  (extract(epoch FROM submitted_at) * 1000)::bigint, rerun, x.filed
 """)
-_NEXT: Final = text(
-    f"SELECT priority, seq FROM jobs WHERE behind = :shape AND {_STAYS} ORDER BY -priority, seq LIMIT 1"
-)
+_NEXT: Final = text(f"""
+SELECT asked.shape, head.priority, head.seq FROM unnest(CAST(:shapes AS text[])) AS asked (shape)
+CROSS JOIN LATERAL (
+  SELECT priority, seq FROM jobs WHERE behind = asked.shape AND {_STAYS} ORDER BY -priority, seq LIMIT 1
+) AS head
+""")
 _STAYING: Final = text(f"""
 SELECT behind, count(*), min(({TOP_PRIORITY} - priority) * {SUBMISSIONS} + seq) FROM jobs WHERE {_STAYS} GROUP BY behind
 """)
@@ -208,21 +217,31 @@ def unmarked(connection: Connection, most: int, after: tuple[int, int] = (-10, 0
     return [Place(*row) for row in connection.execute(_UNMARKED, values)]
 
 
-def fetch(connection: Connection, shape: str, most: int, before: int | None = None) -> list[Pending]:
-    """Take the first jobs of a shape that stay in Postgres, to bring them to the ledger: they are `accepted` again.
+def fetch(connection: Connection, wanted: Mapping[str, tuple[int, int | None]]) -> dict[str, list[Pending]]:
+    """Take the first jobs of shapes that stay in Postgres, to bring them to the ledger: they are `accepted` again.
 
-    `before`: an order. Only jobs with a lesser one are taken.
+    `wanted`: for each shape how many, and an order before which they are, None for any. Returns them in their order.
     """
-    level, seq = (TOP_PRIORITY + 1, 0) if before is None else divmod(before, SUBMISSIONS)
-    values = {"shape": shape, "most": most, "priority": level - TOP_PRIORITY, "seq": seq}
-    rows = _pending(connection, _FETCH, values)
-    return sorted(rows, key=lambda row: (-row.priority, row.seq))
+    limits = [(TOP_PRIORITY + 1, 0) if before is None else divmod(before, SUBMISSIONS) for _, before in wanted.values()]
+    values = {
+        "shapes": list(wanted),
+        "most": [most for most, _ in wanted.values()],
+        "levels": [level - TOP_PRIORITY for level, _ in limits],
+        "seqs": [seq for _, seq in limits],
+    }
+    now = time.time() * 1000
+    fetched: dict[str, list[Pending]] = {}
+    for row in connection.execute(_FETCH, values) if wanted else ():
+        fetched.setdefault(row[10], []).append(_row(row, now))
+    for rows in fetched.values():
+        rows.sort(key=lambda row: (-row.priority, row.seq))
+    return fetched
 
 
-def next_order(connection: Connection, shape: str) -> int | None:
-    """Return the order of the first job of a shape that stays in Postgres, None where none does."""
-    row = connection.execute(_NEXT, {"shape": shape}).one_or_none()
-    return None if row is None else order(row[0], row[1])
+def next_orders(connection: Connection, shapes: Sequence[str]) -> dict[str, int]:
+    """Return the order of the first job of each of these shapes that stays in Postgres, where one does."""
+    rows = connection.execute(_NEXT, {"shapes": list(shapes)}) if shapes else ()
+    return {row[0]: order(row[1], row[2]) for row in rows}
 
 
 def staying(connection: Connection) -> list[tuple[str, int, int]]:

@@ -4,87 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from sqlalchemy import Engine
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.inspect import verify
-from celery_capacity.routing.ledger import keys, scripts
+from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import CancelVerdict, LedgerClosed, SubmitVerdict
-from celery_capacity.routing.model.request import Request, filed_shape
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.policy.placement import order
-from celery_capacity.routing.recovery import rebuild, reconcile, refill, resubmit
+from celery_capacity.routing.recovery import rebuild, reconcile, refill
 from celery_capacity.routing.store import backlog, job_transitions
 from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.client import priorities
-from tests.fixtures.stores.staged import Stage
-
-#: Waiting jobs that each shape may have in the ledger of these tests.
-LEAST: Final = 2
-SHAPE: Final = filed_shape(Request.of({"cpus": 1000}).shape, "task")
-
-
-class Head(Stage):
-    """A stage whose jobs are submitted as their rows say, and fetched when the test says so."""
-
-    def add(self, priority: int = 0, cpus: int = 1000) -> str:
-        """Submit a job, and apply its transition."""
-        job = self.insert({"cpus": cpus}, priority)
-        self.bring(job)
-        self.apply()
-        return job
-
-    def bring(self, job: str) -> int:
-        with self.engine.connect() as connection:
-            rows = backlog.these(connection, [job])
-        return resubmit.submit_rows(self.ledger, rows)
-
-    def refill(self) -> dict[str, int]:
-        counts = refill.refill(self.engine, self.ledger)
-        self.apply()
-        return counts
-
-    def filed(self, shape: str = SHAPE) -> list[str]:
-        jobs: list[Any] = self.redis.zrange(keys.wait(shape), 0, -1)
-        return [job.decode() for job in jobs]
-
-    def staying(self) -> dict[str, int]:
-        with self.engine.connect() as connection:
-            return {shape: number for shape, number, _ in backlog.staying(connection)}
-
-    def held(self) -> list[str]:
-        jobs: list[Any] = self.redis.hkeys(keys.held("w"))
-        return sorted(job.decode() for job in jobs)
-
-    def drain(self, *, fetch: bool = True) -> list[str]:
-        """End the jobs of the worker, one by one, until none is left; return them in the order of their starts."""
-        started: list[str] = []
-        while held := self.held():
-            started += [job for job in held if job not in started]
-            self.start(held[0])
-            self.end(held[0])
-            if fetch:
-                self.refill()
-        return started
+from tests.fixtures.stores.headed import LEAST, SHAPE, Head
 
 
 @pytest.fixture
-def least(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(scripts, "LEAST_WAITING", LEAST)
-    scripts.load.cache_clear()
-    yield
-    scripts.load.cache_clear()
-
-
-@pytest.fixture
-def stage(least: None, engine: Engine, settings: Settings) -> Iterator[Head]:
+def stage(short_head: None, engine: Engine, settings: Settings) -> Iterator[Head]:
     stage = Head(engine, replace(settings, max_ledger_backlog=1))
     yield stage
     stage.close()
@@ -141,7 +81,7 @@ def test_jobs_of_higher_priorities_bring_no_others_with_them(stage: Head) -> Non
     assert stage.drain() == [*reversed(high), *low]
 
 
-def test_heads_share_the_limit_while_all_wait_for_others(least: None, engine: Engine, settings: Settings) -> None:
+def test_heads_share_the_limit_while_all_wait_for_others(short_head: None, engine: Engine, settings: Settings) -> None:
     stage = Head(engine, replace(settings, max_ledger_backlog=4 * LEAST))
     for cpus in (1000, 2000) * 2 * LEAST:
         stage.add(cpus=cpus)
@@ -225,7 +165,7 @@ def test_process_that_dies_while_it_fetches_loses_no_job(stage: Head, monkeypatc
         raise LedgerClosed(None)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage.ledger, "refill", dies)
+        patch.setattr(stage.ledger, "refill_heads", dies)
         with pytest.raises(LedgerClosed):
             stage.refill()
     assert stage.row(jobs[LEAST]).state == State.ACCEPTED
@@ -236,7 +176,7 @@ def test_process_that_dies_while_it_fetches_loses_no_job(stage: Head, monkeypatc
 def test_jobs_are_fetched_before_all_rows_are_marked(stage: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refill, "MARK_CHUNK", 2)
     monkeypatch.setattr(refill, "MARK_MOST", 2)
-    monkeypatch.setattr(refill, "MAX_PASSES", 1)
+    monkeypatch.setattr(refill, "SECONDS", 0)
     jobs = [stage.add() for _ in range(LEAST + 9)]
     stage.worker("w", cpus=1000)
     stage.apply()
@@ -318,52 +258,6 @@ def test_submit_tells_that_a_job_stays_in_postgres(stage: Head) -> None:
         row = backlog.these(connection, [job])[0]
     assert stage.ledger.submit_one(row.submission()).state is SubmitVerdict.LEFT
     assert stage.ledger.bring([row.submission()]).left == (0,)
-
-
-#: A step: a job of a priority and of a size comes, or a job ends.
-STEPS: Final = st.lists(
-    st.one_of(
-        st.tuples(st.sampled_from([0, 0, 0, 5, 9]), st.sampled_from([1000, 1000, 2000])),
-        st.just("end"),
-    ),
-    min_size=4,
-    max_size=30,
-)
-
-
-def starts(engine: Engine, settings: Settings, most: int, steps: list[Any]) -> list[str]:
-    """Take steps with a limit of the ledger's backlog, and return the jobs in the order of their starts."""
-    stage = Head(engine, replace(settings, max_ledger_backlog=most))
-    stage.sql("TRUNCATE jobs, attempts")
-    stage.redis.flushdb()
-    stage.ledger.open_epoch(stage.ledger.epoch)
-    stage.ledger.finish_epoch(stage.ledger.epoch)
-    stage.worker("w", cpus=2000)
-    started: list[str] = []
-    for step in [*steps, *["end"] * len(steps)]:
-        if step != "end":
-            stage.add(*step)
-        elif held := sorted(stage.held(), key=started.index):
-            stage.start(held[0])
-            stage.end(held[0])
-        stage.refill()
-        started += [job for job in stage.held() if job not in started]
-    assert verify.check(engine, stage.redis, at_rest=True, patience=0).lines() == []
-    stage.close()
-    return started
-
-
-@pytest.mark.long(45)
-@hypothesis_settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-@given(STEPS)
-def test_jobs_start_in_the_order_of_an_unlimited_ledger(
-    least: None, engine: Engine, settings: Settings, steps: list[Any]
-) -> None:
-    limited = starts(engine, settings, 1, steps)
-    assert limited == starts(engine, settings, 0, steps)
-    assert len(limited) == sum(step != "end" for step in steps)
 
 
 def test_raised_job_that_stays_in_postgres_starts_before_those_in_redis(stage: Head) -> None:
