@@ -11,7 +11,7 @@ from benchmarks.rounds import percentile
 from benchmarks.size import admitting
 from benchmarks.size.child import Child
 from benchmarks.size.scale import Scale
-from benchmarks.size.stock import Stock, engine_of, environment, fill
+from benchmarks.size.stock import WHOLE, Stock, engine_of, environment, fill
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.recovery import rebuild, reconcile, transition_log
@@ -26,10 +26,10 @@ def compared(bench: Bench, scale: Scale) -> dict[str, float]:
             fill(connection, stock)
             # Workers that were not seen for so long are not waited for.
             connection.execute(text("UPDATE workers SET seen_at = now() - interval '1 day'"))
-        ledger = Ledger(Settings.from_environ(environment(pair)))
+        ledger = Ledger(Settings.from_environ(environment(pair) | WHOLE))
         rebuild.open_if_cold(engine, ledger)
         transition_log.apply_all(engine, ledger)
-        child = Child(admitting.serve, environment(pair))
+        child = Child(admitting.serve, environment(pair) | WHOLE)
         try:
             child.answer()
             child.ask("taken")

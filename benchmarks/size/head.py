@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Engine, text
 
 from benchmarks.bench import Bench
 from benchmarks.books import message
@@ -20,11 +20,13 @@ from celery_capacity.routing.recovery import rebuild, refill, transition_log
 #: Requests among which the jobs are, and waiting jobs that Redis may hold.
 SHAPES: Final = 500
 LIMIT: Final = 10_000
+#: Jobs that are fetched.
+FETCHED: Final = 10_000
 #: Rows inserted in one statement.
 CHUNK: Final = 50_000
 TASK: Final = "task"
 #: A worker that takes every job which is in Redis, so that all heads run low.
-LARGE: Final = Request.of({"cpus": 10**12, "memory": 2**50, "slots": 5 * LIMIT}).shape
+LARGE: Final = Request.of({"cpus": 10**12, "memory": 2**50, "slots": 10 * LIMIT}).shape
 
 _WAITING: Final = text("""
 INSERT INTO jobs (id, name, state, request, shape, queue, message, behind)
@@ -55,16 +57,31 @@ def headed(bench: Bench, scale: Scale) -> dict[str, float]:
             megabytes = (_memory(ledger) - before) / 1e6
             ledger.register("large", "life", "queue.large", LARGE, {"hostname": "host"})
             transition_log.apply_all(engine, ledger)
-            begin = time.monotonic()
-            fetched = refill.refill(engine, ledger)["fetched"]
+            client: Any = ledger.client
+            client.config_set("slowlog-log-slower-than", 1000)
+            client.slowlog_reset()
+            rate = _fetched(engine, ledger, min(FETCHED, waiting - LIMIT))
+            slow = [entry["duration"] for entry in client.slowlog_get(128) if b"EVALSHA" in entry["command"].upper()]
             return {
                 "head_mb": megabytes,
                 "head_rebuild_s": seconds + settings.due_interval,
-                "head_fetched_s": fetched / (time.monotonic() - begin),
+                "head_fetched_s": rate,
+                "head_slowest_ms": max(slow, default=1000) / 1000,
             }
         finally:
             ledger.client.close()
             engine.dispose()
+
+
+def _fetched(engine: Engine, ledger: Ledger, jobs: int) -> float:
+    """Fetch so many jobs, all of which start at once, and return how many a second."""
+    fetched, begin = 0, time.monotonic()
+    while fetched < jobs:
+        some = refill.refill(engine, ledger)["fetched"]
+        if not some:
+            raise RuntimeError(f"only {fetched} of {jobs} jobs were fetched")
+        fetched += some
+    return fetched / (time.monotonic() - begin)
 
 
 def _fill(connection: Connection, waiting: int) -> None:

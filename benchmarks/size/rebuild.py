@@ -9,7 +9,7 @@ from typing import Final
 from benchmarks.bench import Bench
 from benchmarks.size.crowd import Crowd
 from benchmarks.size.scale import Scale
-from benchmarks.size.stock import CPUS, Stock, engine_of, environment, fill
+from benchmarks.size.stock import CPUS, WHOLE, Stock, engine_of, environment, fill
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
@@ -28,9 +28,9 @@ def rebuilt(bench: Bench, scale: Scale) -> dict[str, float]:
         engine = engine_of(pair.database_url)
         with engine.connect() as connection:
             fill(connection, stock)
-        settings = Settings.from_environ(environment(pair))
+        settings = Settings.from_environ(environment(pair) | WHOLE)
         ledger = Ledger(settings)
-        crowd = Crowd(environment(pair), stock.workers, PROCESSES, cpus=CPUS)
+        crowd = Crowd(environment(pair) | WHOLE, stock.workers, PROCESSES, cpus=CPUS)
         try:
             before = int(ledger.client.info("memory")["used_memory"])
             first: list[float] = []

@@ -110,6 +110,10 @@ def settle(connection: Connection) -> None:
     connection.execute(text("VACUUM (ANALYZE) attempts"))
 
 
+#: Setting of a ledger that holds all waiting jobs, as before Postgres kept those behind the head.
+WHOLE: Final = {"PLATFORM_MAX_LEDGER_BACKLOG": "0"}
+
+
 def environment(pair: Pair) -> dict[str, str]:
     """Return the environment of every measured process: the servers, and the usual times."""
     return {"REDIS_URL": pair.redis_url, "DATABASE_URL": pair.database_url}

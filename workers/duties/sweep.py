@@ -7,6 +7,8 @@ nothing.
 
 from __future__ import annotations
 
+import time
+
 from celery import Celery
 
 from celery_capacity.routing.config.settings import Settings
@@ -17,6 +19,9 @@ from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.results.cancellation import carry_out
 
 MAX_ROWS = 1000
+#: Seconds for which one sweep brings in jobs. Rows beyond the head of the backlog may be very many, and are marked in
+#: time by the duty `refill`.
+SECONDS = 5.0
 
 
 def pause(settings: Settings) -> float:
@@ -54,13 +59,15 @@ def _stranded(app: Celery, stores: Stores) -> int:
             return 0
     # A started job may still be `accepted` in its row, and its key in the ledger lost. The stream tells the start.
     apply_transitions.run_once(app, stores, older_than_ms=0)
-    while True:
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
         with stores.engine.connect() as connection:
             rows = backlog.stranded(connection, pause(stores.settings), MAX_ROWS, after)
         if not rows:
             return submitted
         submitted += resubmit.submit_rows(stores.ledger, rows)
         after = rows[-1].seq
+    return submitted
 
 
 def _fetched(stores: Stores) -> int:
