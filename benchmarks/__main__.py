@@ -22,11 +22,13 @@ from benchmarks.report import (
     SIZING,
     Line,
     Result,
+    about_on,
     as_json,
     explained,
     headline,
     machine,
     markdown,
+    measured_on,
     print_table,
     read_profiles,
     read_results,
@@ -73,6 +75,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", type=figures, metavar="FIGURE,...", help="only these, long ones too")
     parser.add_argument("--long", action="store_true", help="also those that take minutes: a backlog of 20,000")
     parser.add_argument("--json", action="store_true", help="print the results as JSON, not as a table")
+    parser.add_argument("--pages", action="store_true", help="measure nothing: write the pages from the stored results")
     chosen = parser.parse_args(arguments)
     if chosen.only is None:
         chosen.only = [figure for figure in FIGURES if chosen.long or not figure.long]
@@ -119,25 +122,33 @@ def judged(results: Mapping[str, Result]) -> list[Line]:
     return lines
 
 
+def write_pages(bench: Bench, results: Mapping[str, Result], profiles: Mapping[str, list[str]], about: str) -> None:
+    """Write the tables of the docs. `about`: when and where they were measured."""
+    if not update_page(PAGE, markdown(judged(results), about, profiles)):
+        bench.say(f"{PAGE} has no table to update")
+    if set(SIZING) <= set(results) and not update_page(SIZING_PAGE, sizing(results), "sizing"):
+        bench.say(f"{SIZING_PAGE} has no table to update")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Measure, write and print. Return 0, or 1 when a figure could not be measured."""
     if arguments and arguments[0] == "proposals":
         return proposals.main(arguments[1:])
     chosen = options(arguments)
     bench = Bench(chosen.rounds)
+    if chosen.pages:
+        write_pages(bench, read_results(RESULTS), read_profiles(PROFILES), about_on(PAGE))
+        return 0
     run = measure(bench, chosen.only)
     # Figures that were not asked for keep their results. Failed figures do not.
     kept = {figure.name for figure in FIGURES} - {figure.name for figure in chosen.only}
     results = {**{name: of for name, of in read_results(RESULTS).items() if name in kept}, **run.results}
     profiles = {**{name: of for name, of in read_profiles(PROFILES).items() if name in kept}, **run.profiles}
     lines = judged(results)
+    versions = {name: importlib.metadata.version(name) for name in ("celery", "kombu", "redis")}
+    write_pages(bench, results, profiles, measured_on(machine(versions | bench.versions)))
     RESULTS.write_text(as_json([line.result for line in lines]))
     PROFILES.write_text(json.dumps(profiles, indent=2) + "\n")
-    versions = {name: importlib.metadata.version(name) for name in ("celery", "kombu", "redis")}
-    if not update_page(PAGE, markdown(lines, machine(versions | bench.versions), profiles)):
-        bench.say(f"{PAGE} has no table to update")
-    if set(SIZING) <= set(results) and not update_page(SIZING_PAGE, sizing(results), "sizing"):
-        bench.say(f"{SIZING_PAGE} has no table to update")
     shown = [line for line in lines if line.result.figure in run.results]
     if chosen.json:
         sys.stdout.write(as_json([line.result for line in shown]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.explanations import reason
 from benchmarks.rounds import Sides
 
 #: Markers on a page: the table between them is replaced; the rest of the page is written by hand.
@@ -128,26 +130,38 @@ def read_profiles(path: Path) -> dict[str, list[str]]:
     return profiles
 
 
-def markdown(lines: Sequence[Line], versions: Mapping[str, str], profiles: Mapping[str, list[str]]) -> str:
-    """Return the table of the docs, the measured machine, and the profile of each figure that missed its target."""
+def measured_on(versions: Mapping[str, str]) -> str:
+    """Return the line under the table: the day, the machine and the versions."""
     about = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"Measured on {datetime.now(UTC).date().isoformat()}: {about}."
+
+
+def markdown(lines: Sequence[Line], about: str, profiles: Mapping[str, list[str]]) -> str:
+    """Return the table of the docs, the measured machine, and why each missed figure missed its target."""
     rule = ["---:" if heading in NUMBERS else "---" for heading in HEADINGS]
     rows = [HEADINGS, rule, *(line.cells() for line in lines)]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    text = [table, f"Measured on {datetime.now(UTC).date().isoformat()}: {about}."]
+    text = [table, filled(about)]
     for explains, profile in explained([line for line in lines if line.reached is False], profiles):
-        text.append(f"{', '.join(map(headline, explains))}. Where the time goes:")
-        text.append("\n".join(["```text", *profile, "```"]))
+        why = reason([line.result.figure for line in explains], profile)
+        text.append(filled(f"{', '.join(map(headline, explains))}. {why}"))
+        if profile:
+            text.append("\n".join(["```text", *profile, "```"]))
     return "\n\n".join(text)
 
 
+def filled(paragraph: str) -> str:
+    """Return a paragraph in lines as long as those of the docs."""
+    return textwrap.fill(paragraph.strip(), 118, break_long_words=False, break_on_hyphens=False)
+
+
 def explained(lines: Sequence[Line], profiles: Mapping[str, list[str]]) -> list[tuple[list[Line], list[str]]]:
-    """Return each profile once, with all lines that it explains."""
+    """Return each profile once, with all lines that it explains. A line without a profile stands by itself."""
     explains: dict[tuple[str, ...], list[Line]] = {}
     for line in lines:
-        if profile := profiles.get(line.result.figure):
-            explains.setdefault(tuple(profile), []).append(line)
-    return [(about, list(profile)) for profile, about in explains.items()]
+        profile = profiles.get(line.result.figure) or []
+        explains.setdefault(tuple(profile or [line.result.figure]), []).append(line)
+    return [(about, profiles.get(about[0].result.figure) or []) for about in explains.values()]
 
 
 def headline(line: Line) -> str:
@@ -187,6 +201,12 @@ def machine(versions: Mapping[str, str]) -> dict[str, str]:
         "Python": sys.version.split()[0],
         **versions,
     }
+
+
+def about_on(path: Path, place: str = "benchmarks") -> str:
+    """Return the line of the page that says when and where its table was measured."""
+    _, _, rest = path.read_text().partition(BEGIN.format(place))
+    return next((" ".join(part.split()) for part in rest.split("\n\n") if part.startswith("Measured on")), "")
 
 
 def update_page(path: Path, text: str, place: str = "benchmarks") -> bool:

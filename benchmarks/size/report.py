@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.report import machine, number, significant
+from benchmarks.report import filled, machine, number, significant
 from benchmarks.size.figures import PARTS, Figure
 
 RESULTS: Final = Path(__file__).with_name("results.json")
@@ -49,15 +49,16 @@ class Report:
         """Return the table without its headings, in the order of the figures."""
         return [_line(figure, self.values[figure.name]) for figure in figures() if figure.name in self.values]
 
-    def missed(self) -> list[str]:
+    def missed(self) -> list[Figure]:
         """Return the figures that do not reach their targets."""
         measured = [figure for figure in figures() if figure.name in self.values]
-        return [figure.name for figure in measured if figure.reached(figure.worst(self.values[figure.name])) is False]
+        return [figure for figure in measured if figure.reached(figure.worst(self.values[figure.name])) is False]
 
     def markdown(self) -> str:
         rule = tuple("---:" if heading in ("worst", "each round") else "---" for heading in HEADINGS)
         table = "\n".join("| " + " | ".join(row) + " |" for row in (HEADINGS, rule, *self.lines()))
-        return f"{table}\n\n{self.about}"
+        missed = [filled(f"`{figure.name}` does not reach {figure.target()}. {figure.why}") for figure in self.missed()]
+        return "\n\n".join([table, filled(self.about), *missed])
 
 
 def figures() -> Iterable[Figure]:

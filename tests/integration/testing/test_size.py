@@ -80,14 +80,14 @@ def test_a_crowd_that_holds_jobs_says_so_to_an_emptied_ledger(
 
 
 def test_the_worst_round_is_judged() -> None:
-    values = {"reconcile_s": [2.0, 3.5], "workers_registered": [1000.0, 999.0], "archive_rows_s": [5.0]}
+    values = {"reconcile_s": [2.0, 3.5], "workers_registered": [1000.0, 999.0], "archive_statement_ms": [5.0]}
     report = Report("about", values)
-    assert report.missed() == ["reconcile_s", "workers_registered"]
+    assert [figure.name for figure in report.missed()] == ["reconcile_s", "workers_registered"]
     figures = {line[0]: line[2:6] for line in report.lines()}
     assert figures == {
         "`reconcile_s`": ("3.5", "2, 3.5", "≤ 3", "no"),
         "`workers_registered`": ("999", "1,000, 999", "≥ 1,000", "no"),
-        "`archive_rows_s`": ("5", "5", "–", "–"),
+        "`archive_statement_ms`": ("5", "5", "–", "–"),
     }
 
 
