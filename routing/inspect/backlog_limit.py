@@ -73,14 +73,16 @@ class BacklogLimit:
 def waiting_in_ledger(ledger: Ledger) -> int | None:
     """Count the waiting jobs, also those that stay in Postgres, in two round trips.
 
-    Return None for a ledger that is cold or being rebuilt.
+    Return None for a ledger that is cold or being rebuilt, or that left jobs in Postgres since the runner of the duties
+    last marked them: it does not know how many.
     """
     pipe = ledger.client.pipeline(transaction=False)
     pipe.hmget(keys.EPOCH, "epoch", "rebuilding")
     pipe.zrange(keys.SHAPES, 0, MAX_SHAPES - 1)
     pipe.hgetall(keys.STAYING)
-    (epoch, rebuilding), shapes, staying = ledger.execute(pipe)
-    if epoch is None or rebuilding is not None:
+    pipe.exists(keys.KEYS["left"])
+    (epoch, rebuilding), shapes, staying, left = ledger.execute(pipe)
+    if epoch is None or rebuilding is not None or left:
         return None
     for shape in {*shapes, *staying}:
         pipe.zcard(keys.wait(shape.decode() if isinstance(shape, bytes) else shape))

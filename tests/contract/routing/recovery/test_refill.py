@@ -11,7 +11,9 @@ from sqlalchemy import Engine
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.authority import read_authority
-from celery_capacity.routing.inspect import verify
+from celery_capacity.routing.errors import BacklogFull
+from celery_capacity.routing.inspect import backlog_limit, verify
+from celery_capacity.routing.inspect.backlog_limit import BacklogLimit
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import CancelVerdict, LedgerClosed, SubmitVerdict
 from celery_capacity.routing.model.states import State
@@ -248,6 +250,17 @@ def test_few_jobs_of_each_shape_wait_in_a_ledger_without_memory(stage: Head) -> 
     roomy.refill()
     assert roomy.filed() == jobs
     roomy.close()
+
+
+def test_jobs_that_nobody_has_marked_are_counted_by_postgres(stage: Head) -> None:
+    """While no runner lives, the ledger does not know how many jobs it left. The limit holds all the same."""
+    for _ in range(LEAST + 3):
+        stage.add()
+    assert backlog_limit.waiting_in_ledger(stage.ledger) is None
+    with pytest.raises(BacklogFull):
+        BacklogLimit(lambda: backlog_limit.waiting_in_ledger(stage.ledger), lambda: stage.engine).check(LEAST + 3)
+    stage.refill()
+    assert backlog_limit.waiting_in_ledger(stage.ledger) == LEAST + 3
 
 
 def test_submit_tells_that_a_job_stays_in_postgres(stage: Head) -> None:
