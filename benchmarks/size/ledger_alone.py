@@ -20,7 +20,7 @@ from benchmarks.rounds import percentile
 from benchmarks.size.scale import Scale
 from benchmarks.size.server_time import main_thread_seconds
 from celery_capacity.routing.inspect import overview
-from celery_capacity.routing.inspect.worker_page import WHOLE, Page
+from celery_capacity.routing.inspect.worker_lines import WHOLE, Page
 from celery_capacity.routing.recovery import workers_with_room
 
 WORKERS: Final = 10_000

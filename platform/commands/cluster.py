@@ -45,7 +45,7 @@ def command(context: click.Context, limit: int | None, after: str, watch: float 
     """
     from celery_capacity.platform.console import render
     from celery_capacity.routing.inspect import overview
-    from celery_capacity.routing.inspect.worker_page import Page
+    from celery_capacity.routing.inspect.worker_lines import Page
     from celery_capacity.routing.ledger.connection import quick_client
 
     stores = stores_of(context)

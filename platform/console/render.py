@@ -35,9 +35,10 @@ from celery_capacity.routing.model.states import Store
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from celery_capacity.routing.inspect.overview import Overview, WorkerLine
+    from celery_capacity.routing.inspect.overview import Overview
     from celery_capacity.routing.inspect.verify import Report
     from celery_capacity.routing.inspect.waiting import BacklogLine
+    from celery_capacity.routing.inspect.worker_lines import WorkerLine
     from celery_capacity.routing.recovery.drift import Reconciled
     from celery_capacity.routing.recovery.rebuild import Rebuilt
     from celery_capacity.routing.store.quarantine import Quarantined

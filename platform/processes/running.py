@@ -8,7 +8,7 @@ from typing import Any
 
 from celery_capacity.platform.embedded import servers
 from celery_capacity.routing.config.embedded import Pair
-from celery_capacity.routing.inspect import overview
+from celery_capacity.routing.inspect import worker_lines
 from celery_capacity.routing.model.amounts import (
     CPUS,
     MEMORY,
@@ -30,7 +30,7 @@ class Running:
     redis_url: str
     database_url: str
     embedded: Pair | None
-    workers: tuple[overview.WorkerLine, ...]
+    workers: tuple[worker_lines.WorkerLine, ...]
     beat: int | None
     dashboard: int | None
     dashboard_url: str

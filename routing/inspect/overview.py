@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -25,74 +25,30 @@ from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import NotMigrated, mask_url
 from celery_capacity.routing.inspect import held_back
 from celery_capacity.routing.inspect.waiting import BacklogLine, blocked_first, merged, queue_reads, read_backlog
-from celery_capacity.routing.inspect.worker_page import WHOLE, Page
+from celery_capacity.routing.inspect.worker_lines import (
+    SEEN,
+    UNSEEN,
+    WHOLE,
+    Page,
+    WorkerLine,
+    ledger_line,
+    named_amounts,
+    row_line,
+)
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.amounts import CPUS, MEMORY, SLOTS, is_named
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.model.states import State, Store, WorkerStatus
+from celery_capacity.routing.model.states import State, Store
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.store import quarantine
-from celery_capacity.routing.store.controls import Cordon, Orders
+from celery_capacity.routing.store.controls import Orders
 from celery_capacity.routing.store.quarantine import Quarantined
 
 #: Seconds without a heartbeat after which Postgres no longer counts a worker, where the caller does not say.
 WORKER_TTL: Final = 60.0
 #: Reason of an overview from Postgres where the ledger has no epoch.
 COLD: Final = "the ledger is cold"
-#: Fields of a worker's view that only its heartbeat knows.
-_SEEN: Final = ("heartbeat_at", "hostname", "pid", "started_at", "version")
-_UNSEEN: Final = (None,) * len(_SEEN)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerLine:
-    """A live worker. `heartbeat_age`: seconds, None where nobody noted a heartbeat."""
-
-    name: str
-    status: str
-    capacity: Mapping[str, int]
-    allocated: Mapping[str, int]
-    heartbeat_age: float | None
-    hostname: str | None
-    pid: int | None
-    incarnation: str
-    started_at: str | None
-    version: str | None
-    #: catalogue of its registered tasks; "" where it takes any, or where Postgres tells of it
-    catalogue: str = ""
-    #: the operator's order that holds it back; None for none
-    cordon: Cordon | None = None
-    #: seconds until it ends, None where no end is known
-    left: float | None = None
-
-    def to_policy(self) -> Book:
-        """Return the worker as the policy sees it; its tasks are judged elsewhere."""
-        admitting = self.status == WorkerStatus.READY
-        return Book(self.name, self.capacity, self.allocated, admitting=admitting)
-
-    def to_json(self) -> dict[str, Any]:
-        age = self.heartbeat_age
-        return {
-            "name": self.name,
-            "status": self.status,
-            "cpus": amounts.cpus_number(self.capacity.get(CPUS, 0)),
-            "allocated_cpus": amounts.cpus_number(self.allocated.get(CPUS, 0)),
-            "heartbeat_age_seconds": None if age is None else round(age, 3),
-            "memory": self.capacity.get(MEMORY, 0),
-            "allocated_memory": self.allocated.get(MEMORY, 0),
-            "slots": self.capacity.get(SLOTS, 0),
-            "allocated_slots": self.allocated.get(SLOTS, 0),
-            "named": _named(self.capacity, self.allocated),
-            "queues": amounts.queues_of(self.capacity),
-            "hostname": self.hostname,
-            "pid": self.pid,
-            "incarnation": self.incarnation,
-            "started_at": self.started_at,
-            "version": self.version,
-            "cordon": None if self.cordon is None else self.cordon.to_json(),
-            "left_seconds": None if self.left is None else round(self.left, 3),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +133,7 @@ class Overview:
                 "total_slots": totals.get(SLOTS, 0),
                 "allocated_slots": used.get(SLOTS, 0),
                 "available_slots": free.get(SLOTS, 0),
-                "named": _named(totals, used),
+                "named": named_amounts(totals, used),
                 "waiting_jobs": self.waiting,
             },
             "workers": [worker.to_json() for worker in shown],
@@ -192,12 +148,6 @@ class Overview:
             "quarantine": None if self.quarantine is None else self.quarantine.to_json(),
             "at": self.at.isoformat(timespec="milliseconds"),
         }
-
-
-def _named(capacity: Mapping[str, int], allocated: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Return the amounts of the resources that have no fields of their own."""
-    names = sorted(name for name in {**capacity, **allocated} if is_named(name))
-    return {name: {"total": capacity.get(name, 0), "allocated": allocated.get(name, 0)} for name in names}
 
 
 class Cold(Exception):
@@ -255,7 +205,7 @@ def from_ledger(client: redispy.Redis, page: Page = WHOLE) -> Overview:
             raise Cold(COLD)
         live = [worker for worker, lease in head.leases.items() if lease > head.now]
         on_page, _ = page.of(live)
-        views = (("HMGET", keys.view(worker), *_SEEN) for worker in on_page)
+        views = (("HMGET", keys.view(worker), *SEEN) for worker in on_page)
         books = (("HGETALL", keys.book(worker)) for worker in head.leases)
         replies = iter(snapshot.read_many(client, (*views, *books, *queue_reads(head.shapes))))
         seen = {worker: next(replies) for worker in on_page}
@@ -263,7 +213,7 @@ def from_ledger(client: redispy.Redis, page: Page = WHOLE) -> Overview:
         for worker in head.leases:
             book = snapshot.parse_book(worker, next(replies))
             if book is not None and head.is_live(book):
-                lines.append(_ledger_line(head.now, book, seen.get(worker, _UNSEEN)))
+                lines.append(ledger_line(head.now, book, seen.get(worker, UNSEEN)))
             elif book is not None:
                 lapsed += book.allocated.get(CPUS, 0)
                 silent += [book.to_policy(head.now)] if head.is_registered(book) else []
@@ -284,27 +234,6 @@ def from_ledger(client: redispy.Redis, page: Page = WHOLE) -> Overview:
         )
 
 
-def _ledger_line(now: int, book: snapshot.WorkerBook, view: Sequence[Any]) -> WorkerLine:
-    """Return the line of a live worker at `now` (ms). `view`: the values of `_SEEN`."""
-    if view is not _UNSEEN:
-        view = [None if value is None else snapshot.text(value) for value in view]
-    beat, hostname, pid, started_at, version = view
-    return WorkerLine(
-        name=book.worker,
-        status=book.cordoned or book.status,
-        capacity=book.capacity,
-        allocated=book.allocated,
-        heartbeat_age=max(0.0, now / 1000 - datetime.fromisoformat(beat).timestamp()) if beat else None,
-        hostname=hostname,
-        pid=int(pid) if pid else None,
-        incarnation=book.incarnation,
-        started_at=started_at,
-        version=version,
-        catalogue=book.catalogue,
-        left=None if book.ends is None else max(0, book.ends - now) / 1000,
-    )
-
-
 def from_postgres(connection: Connection, ttl: float = WORKER_TTL) -> Overview:
     """Read the overview from the tables alone. `ttl`: seconds after which a worker that was not seen is left out.
 
@@ -319,7 +248,7 @@ def from_postgres(connection: Connection, ttl: float = WORKER_TTL) -> Overview:
     # A name may have an older incarnation that has not ended yet. The newest one counts.
     newest = {row.name: row for row in reversed(incarnations)}
     rows = sorted(newest.values(), key=lambda row: str(row.name))
-    registered = [_row_line(row, now, allocated.get(row.incarnation, {})) for row in rows]
+    registered = [row_line(row, now, allocated.get(row.incarnation, {})) for row in rows]
     lines = [line for line in registered if (line.heartbeat_age or 0) < ttl]
     queues = connection.execute(
         select(jobs.shape, func.count().label("waiting"), func.min(jobs.submitted_at).label("oldest"))
@@ -333,23 +262,6 @@ def from_postgres(connection: Connection, ttl: float = WORKER_TTL) -> Overview:
     )
     judged = blocked_first(backlog, [line.to_policy() for line in registered])
     return Overview(source=Store.POSTGRES, at=now.astimezone(UTC), workers=tuple(lines), backlog=judged)
-
-
-def _row_line(row: Any, now: datetime, allocated: Mapping[str, int]) -> WorkerLine:
-    """Return the line of a worker from its row."""
-    return WorkerLine(
-        name=row.name,
-        status=row.status,
-        capacity=amounts.from_people(row.capacity),
-        allocated=allocated,
-        heartbeat_age=max(0.0, (now - row.seen_at).total_seconds()),
-        hostname=row.hostname,
-        pid=row.pid,
-        incarnation=row.incarnation,
-        started_at=row.started_at.astimezone(UTC).isoformat(timespec="milliseconds"),
-        version=row.version,
-        left=None if row.ends_at is None else max(0.0, (row.ends_at - now).total_seconds()),
-    )
 
 
 def _allocated(connection: Connection) -> dict[str, dict[str, int]]:

@@ -4,12 +4,15 @@ An attempt commits its end together with its own rows, in one statement guarded 
 whatever runs beside it. The row is then final and `COMMITTED`, while the ledger says running until the body has
 returned; the worker's own report brings the row to `ENDED`. Before the jobs of a worker are taken back, its attempts
 are given up in Postgres. From then on none of them can commit, even if the worker wakes up, and a job that had
-committed does not run again. Each function is one statement on the caller's connection.
+committed does not run again. The progress that an attempt reports is fenced in the same way. Each function is one
+statement on the caller's connection.
 """
 
 from __future__ import annotations
 
-from typing import Final
+import json
+from collections.abc import Mapping
+from typing import Any, Final
 
 from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.exc import OperationalError
@@ -198,3 +201,26 @@ def final_state(connection: Connection, job: str) -> str | None:
     """Return the state in which a job has ended; None where it has not ended."""
     state = connection.execute(text("SELECT state FROM jobs WHERE id = :job"), {"job": job}).scalar_one_or_none()
     return str(state) if state in FINAL else None
+
+
+#: Condition on the row of a progress: no newer attempt is known, and this one was neither taken back nor given up.
+_WRITE_PROGRESS: Final = text(f"""
+UPDATE jobs SET progress = CAST(:progress AS jsonb)
+WHERE id = :job AND finished_at IS NULL
+  AND (epoch, attempt, CASE step WHEN {Step.GIVEN_UP.value} THEN {Step.BACK.value} ELSE step END)
+    < (:epoch, :attempt, {Step.BACK.value})
+  AND (progress IS NULL OR ((progress->>'epoch')::bigint, (progress->>'attempt')::int) <= (:epoch, :attempt))
+  AND NOT EXISTS (SELECT FROM workers w WHERE w.incarnation = :incarnation AND w.status = 'lost')
+""")
+
+
+def write_progress(connection: Connection, by: Publisher, progress: Mapping[str, Any]) -> bool:
+    """Write the progress that an attempt reports; return False where the attempt no longer holds its job."""
+    token = by.token.columns()
+    values = {
+        **token,
+        "job": by.job,
+        "incarnation": by.incarnation,
+        "progress": json.dumps({**token, **progress}),
+    }
+    return connection.execute(_WRITE_PROGRESS, values).rowcount == 1

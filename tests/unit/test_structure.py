@@ -29,8 +29,8 @@ FOLDERS = {
         "model", "policy", "config", "database", "ledger", "insert", "store", "recovery", "inspect",
     ),
     "workers": (
-        "dispatch", "process", "supervision", "broker", "submit", "results", "client", "membership", "duties", "runner",
-        "settle", "execute", "app",
+        "dispatch", "process", "supervision", "broker", "submit", "results", "client", "membership", "retention",
+        "duties", "runner", "settle", "execute", "app",
     ),
 }  # fmt: skip
 #: Imported by nobody but Celery: it hands over to the app that a command names.

@@ -19,7 +19,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 
 from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.errors import InvalidRequest, show, storable
-from celery_capacity.routing.store.progress import write_progress
+from celery_capacity.routing.store.fencing import write_progress
 from celery_capacity.workers.process.attempts import Attempt, current
 from celery_capacity.workers.process.stores import stores_of
 

@@ -30,12 +30,10 @@ from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.broker import beat_messages, transport
 from celery_capacity.workers.duties import (
     apply_transitions,
-    archive,
     controls,
     deliver_results,
     due,
     fallback,
-    former_workers,
     infeasible,
     lapse,
     reconcile,
@@ -43,12 +41,12 @@ from celery_capacity.workers.duties import (
     replaced,
     run_times,
     sweep,
-    unique_keys,
 )
 from celery_capacity.workers.membership.cold_ledger import open_ledger
 from celery_capacity.workers.process.service import OnDemandLookingService
 from celery_capacity.workers.process.spare_connections import close_spare
 from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.retention import archive, former_workers, unique_keys
 from celery_capacity.workers.runner.candidate import Candidate
 from celery_capacity.workers.runner.commit_listener import CommitListener
 

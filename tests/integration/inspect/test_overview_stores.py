@@ -10,7 +10,7 @@ from sqlalchemy import create_engine
 
 from celery_capacity.routing.errors import NotMigrated, StoreUnavailable
 from celery_capacity.routing.inspect import overview, verify
-from celery_capacity.routing.inspect.worker_page import Page
+from celery_capacity.routing.inspect.worker_lines import Page
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.connection import quick_client
 from tests.fixtures.stores.books import job_field

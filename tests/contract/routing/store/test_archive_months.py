@@ -18,8 +18,8 @@ from celery_capacity.routing.insert import retries
 from celery_capacity.routing.inspect import job_lookup
 from celery_capacity.routing.recovery import revocation
 from celery_capacity.routing.store import archive, queries
-from celery_capacity.workers.duties import archive as duty
 from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.retention import archive as duty
 from tests.fixtures.processes.platforms import ROOT
 from tests.fixtures.stores.staged import Stage
 

@@ -33,12 +33,12 @@ from celery_capacity.routing.model.states import Outcome, State, Step
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import claims, dependencies, fencing, job_transitions
 from celery_capacity.routing.store.job_transitions import Transition
-from celery_capacity.workers.duties import unique_keys
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holding, Holdings
 from celery_capacity.workers.process.identity import Identity
 from celery_capacity.workers.results.deliver_later import deliver_rows
+from celery_capacity.workers.retention import unique_keys
 from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds
 from celery_capacity.workers.submit.constraints import declare_rates, key_of, rate_of
 from tests.fixtures.stores.authorities import Authority

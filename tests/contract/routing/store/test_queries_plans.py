@@ -173,6 +173,8 @@ def test_move_looks_at_no_more_jobs_than_it_moves_without_statistics(connection:
 def test_hot_function_reads_no_large_table_whole(connection: Connection, function: str) -> None:
     connection.exec_driver_sql("BEGIN")
     connection.exec_driver_sql(_NEW)
+    # Rows that the connection read before count until Postgres collects its statistics, once a second.
+    before = connection.exec_driver_sql(_ROWS_READ).all()
     connection.exec_driver_sql(FUNCTIONS[function])
-    assert connection.exec_driver_sql(_ROWS_READ).all() == []
+    assert connection.exec_driver_sql(_ROWS_READ).all() == before
     connection.exec_driver_sql("ROLLBACK")

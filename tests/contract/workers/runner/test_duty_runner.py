@@ -18,7 +18,7 @@ from sqlalchemy import Engine, text
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.states import Store
-from celery_capacity.workers import duties
+from celery_capacity.workers import duties, retention
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.runner.duty_runner import DUTIES, SUSPICION, Duty, Runner
 from tests.fixtures.stores.staged import Stage
@@ -26,8 +26,9 @@ from tests.fixtures.stores.staged import Stage
 #: Files without a duty of their own: what runs in place of others while Postgres decides, and the time of observation.
 OF_OTHERS: Final = {"fallback", "window"}
 MODULES: Final = [
-    import_module(f"{duties.__name__}.{path.stem}")
-    for path in sorted(Path(str(duties.__file__)).parent.glob("*.py"))
+    import_module(f"{folder.__name__}.{path.stem}")
+    for folder in (duties, retention)
+    for path in sorted(Path(str(folder.__file__)).parent.glob("*.py"))
     if path.stem not in {"__init__", *OF_OTHERS}
 ]
 

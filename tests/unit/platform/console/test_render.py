@@ -11,10 +11,10 @@ from rich.cells import cell_len
 
 from celery_capacity.platform.console import render, terminal
 from celery_capacity.platform.console.terminal import SafeConsole
-from celery_capacity.routing.inspect.overview import Overview, WorkerLine
+from celery_capacity.routing.inspect.overview import Overview
 from celery_capacity.routing.inspect.verify import INVARIANTS, Report, Verdict
 from celery_capacity.routing.inspect.waiting import BacklogLine
-from celery_capacity.routing.inspect.worker_page import WHOLE, Page
+from celery_capacity.routing.inspect.worker_lines import WHOLE, Page, WorkerLine
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Store

@@ -11,7 +11,7 @@ from celery_capacity.platform.processes.launch import WorkerSpec, parse_workers
 from celery_capacity.platform.processes.running import Running
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.errors import InvalidRequest
-from celery_capacity.routing.inspect.overview import WorkerLine
+from celery_capacity.routing.inspect.worker_lines import WorkerLine
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
 import pytest
 
-from celery_capacity.routing.inspect.overview import Overview, WorkerLine, sum_up
+from celery_capacity.routing.inspect.overview import Overview, sum_up
 from celery_capacity.routing.inspect.waiting import BacklogLine
+from celery_capacity.routing.inspect.worker_lines import WorkerLine
+from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Store
@@ -119,15 +122,15 @@ def test_held_shapes_sum_up_by_holder() -> None:
 
 
 @pytest.mark.parametrize("workers", [2, 50])
-def test_each_resource_is_summed_up_once_for_many_workers(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    summed: list[str] = []
-    total = Overview.total
+def test_amounts_are_added_up_once_for_all_resources(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    added: list[int] = []
+    add_up = amounts.add_up
 
-    def count(seen: Overview, name: str) -> int:
-        summed.append(name)
-        return total(seen, name)
+    def count(vectors: Iterable[Mapping[str, int]]) -> dict[str, int]:
+        listed = list(vectors)
+        added.append(len(listed))
+        return add_up(listed)
 
-    monkeypatch.setattr(Overview, "total", count)
+    monkeypatch.setattr(amounts, "add_up", count)
     _overview(*(_worker(f"w{n}", {"cpus": 1000, "gpus": 2}, {}) for n in range(workers))).to_json()
-    assert summed.count("gpus") == 1
-    assert len(summed) <= 9
+    assert added == [workers, workers]

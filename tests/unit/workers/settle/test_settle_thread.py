@@ -192,7 +192,7 @@ def test_handed_over_job_is_held_before_the_next_call_of_the_ledger(
     monkeypatch.setattr(real, "_run_id", "life")
     monkeypatch.setattr(real, "_calls", lambda calls: [reply])
     held: list[list[str]] = []
-    for question in ("place_shape", "fill"):
+    for question in ("place_shapes", "fill"):
         monkeypatch.setattr(real, question, lambda *_: held.append(thread._holdings.jobs()))
     thread._ledger = real
     thread.end("first", Token(1, 1), Outcome.HANDED_BACK)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from celery_capacity.routing.inspect.worker_page import WHOLE, Page
+from celery_capacity.routing.inspect.worker_lines import WHOLE, Page
 
 
 @pytest.mark.parametrize(

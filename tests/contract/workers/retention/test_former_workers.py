@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import text
 
 from celery_capacity.routing.ledger import keys
-from celery_capacity.workers.duties import former_workers
 from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.retention import former_workers
 from tests.fixtures.stores.staged import Stage
 
 NO_APP: Any = None

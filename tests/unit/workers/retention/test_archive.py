@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from celery_capacity.routing.store import archive, chord_counts
-from celery_capacity.workers.duties import archive as duty
+from celery_capacity.workers.retention import archive as duty
 
 
 @pytest.mark.parametrize("interval", [10.0, 3600.0])

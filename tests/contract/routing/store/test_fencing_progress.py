@@ -9,7 +9,7 @@ from celery_capacity.routing.inspect.job_list import JobFilter
 from celery_capacity.routing.model.job import Publisher
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import queries
-from celery_capacity.routing.store.progress import write_progress
+from celery_capacity.routing.store.fencing import write_progress
 from tests.fixtures.stores.authorities import Authority
 
 HALF = {"current": 1, "total": 2, "message": None, "at": "2026-05-04T12:00:00.000+00:00"}
