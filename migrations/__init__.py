@@ -99,7 +99,7 @@ def _has_table(connection: Connection, name: str) -> bool:
 def check(database: str | Engine) -> str | None:
     """Raise NotMigrated unless the database has the tables that this version of the platform needs.
 
-    Returns the revision if it is a newer one of the same format (`routing.model.format_versions`), which has these
+    Returns the revision if it is a newer one of the same format (`routing.format_versions`), which has these
     tables and more. Otherwise returns None.
     """
     revision = current(database)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -15,9 +13,9 @@ from celery_capacity.platform.console import render
 from celery_capacity.platform.console.command import Command, json_option, settings_of_environment
 from celery_capacity.platform.console.terminal import Meters, facts, print_json, talk
 from celery_capacity.platform.demo import trace
-from celery_capacity.platform.demo.replay import WORKERS, Replayed, Report, replay
+from celery_capacity.platform.demo.files import parse_scale, read_trace, write_log
+from celery_capacity.platform.demo.replay import WORKERS, Report, replay
 from celery_capacity.platform.processes.launch import Interrupted, WorkerSpec, workers_option
-from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model.amounts import format_cpus
 from celery_capacity.workers.process.exit_codes import Exit
 
@@ -26,13 +24,6 @@ NEXT = """\
 Next, run a platform that stays:     {celery} -A platform up
 Look at it from a second terminal:   {celery} -A platform cluster
 Submit a job to it:                  {celery} -A platform call demo.sleep --args '[5]'"""
-
-
-def _scale(_context: click.Context, _parameter: click.Parameter, text: str | None) -> float | None:
-    try:
-        return None if text is None else trace.parse_scale(text)
-    except InvalidRequest as error:
-        raise click.BadParameter(str(error)) from error
 
 
 @click.command(
@@ -58,7 +49,7 @@ def _scale(_context: click.Context, _parameter: click.Parameter, text: str | Non
     default=trace.PACKAGED,
     help="CSV to replay, instead of the packaged trace.",
 )
-@click.option("--scale", metavar="N", callback=_scale, help="How many times faster than the trace.")
+@click.option("--scale", metavar="N", callback=parse_scale, help="How many times faster than the trace.")
 @workers_option
 @click.option(
     "--log",
@@ -93,9 +84,9 @@ def command(
         console.print(line)
 
     settings = settings_of_environment()
-    replayed = _read(path, scale, workers or WORKERS)
+    replayed = read_trace(path, scale, workers or WORKERS)
     if log is not None:
-        _write_log(log, [])  # report a missing folder now, and not after a minute
+        write_log(log, [])  # report a missing folder now, and not after a minute
     say(f"Replaying {len(replayed.jobs)} jobs of the trace {replayed.name} at {replayed.scale:,g}× speed.")
     try:
         with Meters(console) as meters:
@@ -104,7 +95,7 @@ def command(
         say("Interrupted; all that the demo had started has ended.")
         context.exit(interrupted.code)
     if log is not None:
-        _write_log(log, trace.log_rows(report.records, min(report.submitted.values())))
+        write_log(log, trace.log_rows(report.records, min(report.submitted.values())))
     if as_json:
         print_json(report.to_json())
     else:
@@ -114,22 +105,6 @@ def command(
     context.exit(Exit.OK if report.ok else Exit.FAILED)
 
 
-def _read(path: Path, scale: float | None, workers: tuple[WorkerSpec, ...]) -> Replayed:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        try:
-            jobs = tuple(trace.read(lines))
-        except UnicodeDecodeError as error:
-            raise InvalidRequest(
-                f"{path} is not UTF-8 text: {error.reason} at byte {error.start}",
-                value=str(path),
-                advice="A trace is CSV text.",
-            ) from error
-    if refused := trace.too_wide(jobs, {spec.name: spec.cpus for spec in workers}):
-        raise refused
-    total = sum(spec.cpus for spec in workers)
-    return Replayed(path.stem, jobs, scale or trace.default_scale(jobs, total), workers)
-
-
 def next_steps(programs: Path, path: str) -> str:
     """Return the closing hints. `programs` has the environment's `celery`, which need not be on the shell's PATH."""
     celery = programs / "celery"
@@ -137,16 +112,6 @@ def next_steps(programs: Path, path: str) -> str:
     if on_path is not None and Path(on_path).parent == programs:
         return NEXT.format(celery="celery")
     return NEXT.format(celery=celery.relative_to(Path.cwd()) if celery.is_relative_to(Path.cwd()) else celery)
-
-
-def _write_log(path: Path, rows: Iterable[tuple[int, str, str, str]]) -> None:
-    try:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("job", "start", "end", "worker"))
-            writer.writerows(rows)
-    except OSError as error:
-        raise InvalidRequest(f"--log {path} cannot be written: {error.strerror}", value=str(path)) from error
 
 
 def _show(report: Report) -> None:

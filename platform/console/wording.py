@@ -67,6 +67,11 @@ MEANINGS: Final = {
         "start a worker that [lives longer](../how-to/run-times.md#end-a-worker-at-a-known-time), or give the job a"
         " shorter `expected` or `time_limit`",
     ),
+    Reason.RESERVED: Meaning(
+        "Only … has room, and it is reserved for a job that comes before it",
+        "a [wider job](policy.md#when-does-a-wide-job-get-its-turn) waits for room there, and this one would delay it",
+        "nothing: the wider job comes first; a higher `priority` passes it, and so may a short `expected` time",
+    ),
     Reason.BEHIND_SHAPE: Meaning(
         "There is room, and jobs with the same request come before it",
         "those start first, at this moment",

@@ -1,8 +1,9 @@
 """A job trace: the submission time, run time and CPUs of each job. No process, store or clock here.
 
-A trace is CSV text with a header that names `submit`, `run` (seconds) and `cpus`. Other columns, blank lines and lines
-that begin with `#` are ignored. `read` refuses an unreadable row with its line number and value. The tasks of a replay
-write their measurements as `Record`s. `summarise` and `peaks` turn these into the numbers of the report.
+A trace is CSV text with a header that names `submit`, `run` (seconds) and `cpus`. A column `task`, or else `user`, says
+which jobs are alike. Other columns, blank lines and lines that begin with `#` are ignored. `read` refuses an unreadable
+row with its line number and value. The tasks of a replay write their measurements as `Record`s. `summarise` and `peaks`
+turn these into the numbers of the report.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from celery_capacity.routing.errors import InvalidRequest
@@ -20,6 +21,9 @@ from celery_capacity.routing.model.amounts import format_cpus, parse_cpus_text
 
 #: Columns that a trace must have, in any order and at any place.
 COLUMNS = ("submit", "run", "cpus")
+
+#: Columns of which the first one that is there groups jobs with like run times.
+GROUPS = ("task", "user")
 
 #: Seconds: the shortest sleep of a replayed job, so that a job of one second leaves a mark at any scale.
 LEAST_SLEEP = 0.05
@@ -38,13 +42,17 @@ _DECIMAL = re.compile(r"\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?")
 
 @dataclass(frozen=True)
 class Job:
-    """A row of a trace: `row` counts from 0, times are in seconds, `cpus` in millicores."""
+    """A row of a trace: `row` counts from 0, times are in seconds, `cpus` in millicores.
+
+    `task`: the group of jobs with like run times, "" where the trace names none.
+    """
 
     row: int
     submit: float
     run: float
     cpus: int
     line: int
+    task: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,8 @@ def _column_numbers(header: Sequence[str], line: int) -> dict[str, int]:
             value=",".join(header),
             advice="Other columns may stand between them.",
         )
-    return {name: header.index(name) for name in COLUMNS}
+    groups = [name for name in GROUPS if name in header][:1]
+    return {name: header.index(name) for name in (*COLUMNS, *groups)}
 
 
 def _job(row: int, cells: Sequence[str], columns: Mapping[str, int], line: int) -> Job:
@@ -174,7 +183,8 @@ def _job(row: int, cells: Sequence[str], columns: Mapping[str, int], line: int) 
         return number
 
     cpus = parse_cpus_text(cell("cpus"), f"line {line} of the trace: cpus")
-    return Job(row=row, submit=seconds("submit"), run=seconds("run"), cpus=cpus, line=line)
+    task = next((cells[columns[name]].strip() for name in GROUPS if columns.get(name, len(cells)) < len(cells)), "")
+    return Job(row=row, submit=seconds("submit"), run=seconds("run"), cpus=cpus, line=line, task=task)
 
 
 def too_wide(jobs: Iterable[Job], workers: Mapping[str, int]) -> InvalidRequest | None:

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import datetime
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from celery_capacity.routing.config import redis_urls, secret_files, setting_values
+from celery_capacity.routing.config import redis_urls, secret_files, setting_values, unknown_variables
 from celery_capacity.routing.config.embedded import default_home
 from celery_capacity.routing.config.meaning import Meaning
 from celery_capacity.routing.config.meaning import duration as _duration
@@ -23,7 +22,6 @@ from celery_capacity.routing.config.meaning import setting as _setting
 from celery_capacity.routing.errors import InvalidRequest, SettingsError, mask_url
 from celery_capacity.routing.model import amounts, identifiers
 
-PREFIX = "PLATFORM_"
 #: seconds, the longest time that makes sense in any setting: a year
 MAX_SECONDS = 31_536_000.0
 #: seconds, the shortest: Redis counts in milliseconds
@@ -128,6 +126,13 @@ class Settings:
         default=0,
         unit="jobs",
     )
+    backfill_depth: int = _setting(
+        "PLATFORM_BACKFILL_DEPTH",
+        "Blocked requests that get a worker reserved, so that wide jobs get their turn. 1 is EASY backfill; 0: none.",
+        amounts.parse_count_text,
+        default=0,
+        unit="requests",
+    )
     most_losses: int = _setting(
         "PLATFORM_MOST_LOSSES",
         "Attempts that a job may lose with their worker or process before it ends as lost.",
@@ -210,6 +215,11 @@ class Settings:
     )
     due_interval: float = _duration(
         "PLATFORM_DUE_INTERVAL", 1.0, "Between two looks for jobs that are due or expired, and for lost workers."
+    )
+    reserve_after: float = _duration(
+        "PLATFORM_RESERVE_AFTER",
+        60.0,
+        "With a PLATFORM_BACKFILL_DEPTH, a worker is kept for a blocked job that is so late.",
     )
     sweep_interval: float = _duration(
         "PLATFORM_SWEEP_INTERVAL",
@@ -375,16 +385,5 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
 
 
 def unknown_names(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Return a warning for each PLATFORM_ name that is no setting, with the nearest setting.
-
-    A slip must not go unseen.
-    """
-    setting_names = [meaning.env for _, meaning in described() if meaning.env.startswith(PREFIX)]
-    bare = [env.removeprefix(PREFIX) for env in setting_names]
-    warnings = []
-    for name in sorted(environ):
-        in_file = name.removesuffix(secret_files.SUFFIX) in secret_files.FROM_FILES
-        if name.startswith(PREFIX) and name not in setting_names and not in_file:
-            nearest = get_close_matches(name.removeprefix(PREFIX), bare, n=1, cutoff=0.0)
-            warnings.append(f"{name} is not a setting and is ignored; the nearest known one is {PREFIX}{nearest[0]}.")
-    return tuple(warnings)
+    """Return a warning for each PLATFORM_ name that is no setting, with the nearest setting."""
+    return unknown_variables.warnings_of(environ, [meaning.env for _, meaning in described()])

@@ -12,6 +12,7 @@ from celery_capacity.routing.ledger.signatures import Reply
 from celery_capacity.routing.model.envelope import digest_of
 from celery_capacity.routing.model.request import Request, with_request
 from celery_capacity.routing.policy.placement import held_by, is_last_chance
+from celery_capacity.routing.policy.reservation import Reservation
 
 #: Beginning of the value of a job that the ledger holds no more.
 ENDED: Final = b"ended"
@@ -107,6 +108,7 @@ class Admission(Repairs):
             shape, *cursor = reply.rest[start : start + 3]
             while self.place_shape(shape, *cursor):
                 cursor = []
+        self.fill_freed(reply["passing"])
         return Brought(reply.number("taken"), tuple(map(int, filter(None, reply["left"].split(",")))))
 
     def begin_refill(self) -> dict[str, tuple[int, int | None]]:
@@ -207,6 +209,7 @@ class Admission(Repairs):
             for placed in self.place_shape(shape, *cursor) if cursor[0] else ():
                 if placed.job == job:
                     return Submitted(SubmitVerdict.ADMITTED, placed.worker, placed.attempt)
+            self.fill_freed(reply["passing"])
             return Submitted(verdict)
         if verdict is SubmitVerdict.LEFT:
             return Submitted(verdict)
@@ -264,8 +267,34 @@ class Admission(Repairs):
             cursor = reply["cursor"]
         return admitted
 
+    def reserve(self, reservation: Reservation, allocated: Mapping[str, int], reserved: Iterable[str]) -> bool:
+        """Reserve a worker for the first job of a shape; return False where the books have changed.
+
+        `allocated`: the allocations of the worker by which the caller judged. `reserved`: all workers that are reserved
+        from now on.
+        """
+        reply = self._call(
+            "reserve",
+            worker=reservation.worker,
+            shape=reservation.shape,
+            order=reservation.order,
+            at=reservation.at,
+            since=reservation.since,
+            beside=_amounts_text(reservation.beside),
+            seen=_amounts_text(allocated),
+            reserved=" ".join(reserved),
+        )
+        return reply.head == "ok"
+
+    def unreserve(self, shape: str, reserved: Iterable[str]) -> str:
+        """End the reservation for a shape, '' for none, and return the worker that is to be filled, '' for none.
+
+        `reserved`: all workers that are reserved from now on.
+        """
+        return self._call("unreserve", shape=shape, reserved=" ".join(reserved))["freed"]
+
     def fill_freed(self, worker: str) -> None:
-        """Fill a worker that was kept until now for a job that runs alone; '' means none."""
+        """Fill a worker that was kept until now for another job, or that a new job passes to; '' means none."""
         if worker:
             self.fill(worker)
 
@@ -273,3 +302,7 @@ class Admission(Repairs):
 def flag(rerun: bool) -> str:
     """Return the argument that tells a script whether a job may run again."""
     return "" if rerun else NEVER_AGAIN
+
+
+def _amounts_text(amounts: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={amount}" for name, amount in sorted(amounts.items()) if amount > 0)

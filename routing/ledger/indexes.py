@@ -15,7 +15,7 @@ import redis
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.snapshot import WorkerBook, text
 from celery_capacity.routing.model.amounts import CPUS, MEMORY, ONLY_LABELLED
-from celery_capacity.routing.policy.placement import asked_score, waits_beside
+from celery_capacity.routing.policy.shape_indexes import asked_score, waits_beside
 
 #: The name of the index of all workers, beside the names of resources.
 WHOLE = ""

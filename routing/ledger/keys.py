@@ -14,7 +14,7 @@
 | `ledger:shapes` | sorted set | shape that waits, order of its first job |
 | `ledger:shapes:<resource>` | sorted set | as `ledger:shapes`; each shape stands in one of these |
 | `ledger:asks:<resource>` | sorted set | shape that waits, the CPUs or memory it asks for; -1 where it runs alone |
-| `ledger:kept` | hash | shape that must run alone, the worker that is kept for it |
+| `ledger:kept` | hash | shape that must run alone or is reserved a worker, the worker that is kept for it |
 | `ledger:border` | sorted set | shape of which jobs stay in Postgres, the least order of these, or less |
 | `ledger:left` | sorted set | such a shape, the least order of the jobs left since the runner last read |
 | `ledger:low` | set | such shapes, of which the runner is to fetch jobs; a channel of the same name says so |
@@ -40,10 +40,12 @@ In a book `status` is ready, draining or closed. `cordoned` is the entry of `led
 catalogue, a set of task names whose key has their digest: workers with the same code share one. A worker without a
 catalogue takes any task. `c.<resource>` is the capacity and `a.<resource>` the allocated amount of a resource.
 `unfilled` says that jobs which fit there may wait unseen. `kept` is the shape for which the worker takes nothing else
-(`routing.policy.placement`); the key `ledger:kept` only leads there. `places` are the resources in whose indexes of
-free CPUs the worker stands while jobs may be admitted to it. Such a resource is any but `cpus`, `slots` and `alone`;
-queues are among them, by their labels (`routing.model.amounts`). A score in such an index is the class of the free
-amount (`routing.policy.amount_classes.amount_class`) times 2^32, and the free millicores. Queues have no classes.
+(`routing.policy.placement`), or for whose first job it is reserved (`routing.policy.reservation`); then it has
+`kept_at`, `kept_since`, `kept_order` and `beside`. The key `ledger:kept` only leads there. `places` are the resources
+in whose indexes of free CPUs the worker stands while jobs may be admitted to it. Such a resource is any but `cpus`,
+`slots` and `alone`; queues are among them, by their labels (`routing.model.amounts`). A score in such an index is the
+class of the free amount (`routing.policy.amount_classes.amount_class`) times 2^32, and the free millicores. Queues have
+no classes.
 
 A job's value is its head, a line for each of `HEAD_LINES`, and its message behind that. The message of a waiting job is
 packed (`packed` in lua/lib/job.lua). A line is empty where the job lacks the field. The fields are `state` (waiting,

@@ -93,8 +93,9 @@ SHARED_TEXTS: Final = (
 FOLDERS: Final = ("jobs", "workers", "backlog", "repair", "epoch")
 #: The files of `lua/lib`, with the functions that the operations share. A function stands behind those that it uses.
 LIBRARY: Final = (
-    "values", "book", "times", "classes", "indexes", "candidates", "search", "job", "transitions", "border", "queues",
-    "controls", "admit", "requeue", "batches", "admit_or_file", "held", "exclusive", "shapes_to_try", "fill_pass",
+    "values", "book", "times", "opening", "classes", "indexes", "candidates", "search", "job", "transitions", "border",
+    "queues", "reservation", "controls", "admit", "requeue", "batches", "admit_or_file", "held", "exclusive",
+    "shapes_to_try", "fill_pass",
 )  # fmt: skip
 _LUA: Final = files("celery_capacity.routing").joinpath("lua")
 

@@ -20,6 +20,7 @@ from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.states import WorkerStatus
 from celery_capacity.routing.model.token import NO_ATTEMPT, Token
 from celery_capacity.routing.policy.placement import Book
+from celery_capacity.routing.policy.reservation import Reservation
 
 #: Statuses of a running worker.
 LIVE: Final = frozenset({WorkerStatus.READY, WorkerStatus.DRAINING})
@@ -96,6 +97,8 @@ class WorkerBook:
     catalogue: str = ""
     cordoned: str = ""
     ends: int | None = None
+    #: Reservation of a worker that is kept for a job which need not be alone, None for another worker.
+    reservation: Reservation | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -115,7 +118,8 @@ class WorkerBook:
         admitting = self.lease > now and self.is_ready
         tasks = catalogues.get(self.catalogue) if catalogues is not None else None
         left = None if self.ends is None else self.ends - now
-        return Book(self.worker, self.capacity, self.allocated, admitting, self.kept, tasks, left)
+        reserved_at = self.reservation.at if self.reservation else None
+        return Book(self.worker, self.capacity, self.allocated, admitting, self.kept, tasks, left, reserved_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +223,19 @@ def parse_book(worker: str, reply: Any) -> WorkerBook | None:
         catalogue=text(rest.get("tasks", "")),
         cordoned=text(rest.get("cordoned", "")),
         ends=int(rest["ends"]) if "ends" in rest else None,
+        reservation=_reservation(worker, rest) if "kept_at" in rest else None,
+    )
+
+
+def _reservation(worker: str, fields: Mapping[str, Any]) -> Reservation:
+    beside = dict(part.split("=") for part in text(fields.get("beside", "")).split(",") if part)
+    return Reservation(
+        worker,
+        text(fields["kept"]),
+        int(fields["kept_order"]),
+        int(fields["kept_at"]),
+        {name: int(amount) for name, amount in beside.items()},
+        int(fields["kept_since"]),
     )
 
 
@@ -243,7 +260,10 @@ class _BookLayout:
 
 #: Fields of a book that are read, beside amounts.
 _BOOK_FIELDS: Final = frozenset(
-    {"epoch", "incarnation", "status", "cordoned", "queue", "lease", "shrunk", "kept", "tasks", "ends"}
+    {
+        *("epoch", "incarnation", "status", "cordoned", "queue", "lease", "shrunk", "tasks", "ends"),
+        *("kept", "kept_at", "kept_since", "kept_order", "beside"),
+    }
 )
 
 

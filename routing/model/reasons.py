@@ -48,6 +48,8 @@ class Reason(Enum):
     ALONE = "alone"
     #: would fit, and no worker that it fits lives long enough for it
     NO_TIME = "no-time"
+    #: only a worker that is reserved for an earlier job has room
+    RESERVED = "reserved"
 
     # -- of the way to the policy
 

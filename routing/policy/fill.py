@@ -10,6 +10,7 @@ from typing import NamedTuple
 from celery_capacity.routing.model.amounts import ALONE
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.placement import Book, Waiting, fits
+from celery_capacity.routing.policy.reservation import Reservation, after_start, passes
 
 
 class Filling(NamedTuple):
@@ -19,7 +20,14 @@ class Filling(NamedTuple):
     kept: str
 
 
-def fill_or_keep(book: Book, backlog: Iterable[Waiting], most: int, elsewhere: Collection[str] = ()) -> Filling:
+def fill_or_keep(
+    book: Book,
+    backlog: Iterable[Waiting],
+    most: int,
+    elsewhere: Collection[str] = (),
+    reservation: Reservation | None = None,
+    now: int = 0,
+) -> Filling:
     """Fill a worker in one pass, or keep it for a shape; the shapes in `elsewhere` have a worker that is kept for them.
 
     The pass admits the first waiting job that fits, again and again, until none fits or `most` jobs are admitted. It
@@ -50,9 +58,7 @@ def fill_or_keep(book: Book, backlog: Iterable[Waiting], most: int, elsewhere: C
         possible = [
             (queue[0].order, shape)
             for shape, queue in looked_at.items()
-            if queue
-            and book.takes(queue[0])
-            and (fits(queue[0].request, book) is None or _keeps(shape, queue[0].request, book, elsewhere))
+            if queue and _may_start(queue[0], book, elsewhere, reservation, now)
         ]
         if not possible:
             break
@@ -61,8 +67,19 @@ def fill_or_keep(book: Book, backlog: Iterable[Waiting], most: int, elsewhere: C
             return Filling(admitted, shape)
         waiting = looked_at[shape].popleft()
         admitted.append(waiting)
-        book = book.holding(waiting.request)
+        book, reservation = book.holding(waiting.request), after_start(waiting, reservation, now)
     return Filling(admitted, "")
+
+
+def _may_start(
+    waiting: Waiting, book: Book, elsewhere: Collection[str], reservation: Reservation | None, now: int
+) -> bool:
+    """Return True if it is a job's turn on a worker: it starts there, or the worker is to be kept for it."""
+    if not book.takes(waiting) or not passes(waiting, reservation, now):
+        return False
+    if fits(waiting.request, book) is None:
+        return True
+    return reservation is None and _keeps(waiting.shape, waiting.request, book, elsewhere)
 
 
 def _keeps(shape: str, request: Request, book: Book, elsewhere: Collection[str]) -> bool:

@@ -17,8 +17,8 @@ The rules:
   does not serve the default queue takes only jobs with a label. Labels are no capacity: a worker that serves a queue no
   more is not over its capacity for the jobs that it still holds of that queue.
 - Best fit: of the workers with room, the one with the fewest free CPUs, ties by name.
-- Waiting jobs come in order of priority (9 first) and then of submission. A job that does not fit holds up no other. A
-  reservation that keeps a wide job from starving would belong in `fill`, before a later job is taken.
+- Waiting jobs come in order of priority (9 first) and then of submission. A job that does not fit holds up no other,
+  unless a worker is reserved for it (`reservation`).
 - The last attempt of a job (one more loss ends the job) runs alone on its worker, so that it can break only itself. It
   asks for `alone`, of which every worker has one. It fits where nothing is allocated, and beside it nothing fits. It
   must not wait for ever while others come: when its turn comes, a worker that it would fit, were it empty, is *kept*
@@ -85,7 +85,8 @@ class Refusal:
     They describe the worker that comes closest; "" and 0 where there is none. For `TOO_LARGE` `free` is its capacity.
     For `NO_TIME` `asked` is the bound of the job, and `free` the rest of the worker's life, in milliseconds. For
     `BEHIND_SHAPE` `asked` is the number of jobs before it. For `LOOK_FURTHER` (`free`, `worker`) is the cursor. For
-    `ALONE` `worker` is the worker that is kept for the job, "" where none is yet.
+    `ALONE` `worker` is the worker that is kept for the job, "" where none is yet. For `RESERVED` `worker` has room, and
+    `free` is the time (ms) at which an earlier job is to start there, 0 where the worker is kept until it does.
     """
 
     reason: Reason
@@ -101,7 +102,8 @@ class Book:
 
     Not `admitting`: the worker is cordoned, draining or closed. `kept`: the only shape that the worker takes, "" for no
     such limit. `tasks`: those that it has registered, None where it takes any. `left`: milliseconds until it ends, None
-    where no end is known.
+    where no end is known. `reserved_at`: where the worker is kept by a reservation, which others may pass, the time of
+    that (ms, 0 until the job starts), else None.
     """
 
     worker: str
@@ -111,6 +113,7 @@ class Book:
     kept: str = ""
     tasks: Collection[str] | None = None
     left: int | None = None
+    reserved_at: int | None = None
 
     def free(self, resource: str) -> int:
         """Return capacity less allocations; negative while the worker is over its capacity."""
@@ -257,7 +260,8 @@ def shortages(request: Request, book: Book) -> list[Shortage]:
     if not book.serves(request):
         return [Shortage(LABEL + request.queue, 1, 0)]
     alone = request.get(ALONE)
-    if book.allocated.get(ALONE, 0) or (book.kept and asked_kept(book) != request.shape) or (alone and not book.empty):
+    left_to_another = book.kept and book.reserved_at is None and asked_kept(book) != request.shape
+    if book.allocated.get(ALONE, 0) or left_to_another or (alone and not book.empty):
         return [Shortage(ALONE, alone, 0)]
     return [Shortage(name, amount, book.free(name)) for name, amount in request.amounts if amount > book.free(name)]
 
@@ -287,23 +291,6 @@ def _may_have(index_name: str, request: Request, book: Book) -> bool:
     if index_name not in book.index_names:
         return False
     return is_label(index_name) or amount_class(book.free(index_name)) >= amount_class(request.get(index_name))
-
-
-def waits_beside(shape: str) -> str:
-    """Return the index of waiting shapes in which a shape stands beside the index of all shapes.
-
-    For a labelled queue that is the index of the queue. In the default queue it is the index of the first requested
-    resource that not every worker has; without such a resource, the index of the default queue.
-    """
-    parts = split_shape(shape)[0].split(",")
-    names = [name for name in (part.partition("=")[0] for part in parts) if has_index(name)]
-    return next((name for name in names if is_label(name)), next(iter(names), LABEL + DEFAULT_QUEUE))
-
-
-def asked_score(shape: str, name: str) -> int:
-    """Return the score of a waiting shape in the index of what shapes ask of a resource: -1 for one that runs alone."""
-    request = Request.from_shape(split_shape(shape)[0])
-    return -1 if request.get(ALONE) else request.get(name)
 
 
 def choose(
@@ -382,6 +369,11 @@ def survey(
     if isinstance(decision, Refusal) and request.get(ALONE):
         kept = next((book.worker for book in large_enough if asked_kept(book) == request.shape), "")
         return Refusal(Reason.ALONE, worker=kept)
+    if isinstance(decision, Refusal) and decision.reason is Reason.NO_ROOM:
+        reserved = (book for book in large_enough if book.reserved_at is not None)
+        passed = (book for book in reserved if fits(request, book) is None)
+        if (book := min(passed, key=lambda book: book.worker, default=None)) is not None:
+            return Refusal(Reason.RESERVED, free=book.reserved_at or 0, worker=book.worker)
     return decision
 
 

@@ -19,7 +19,7 @@ from celery_capacity.routing.ledger.snapshot import JobCard
 from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.states import State
-from celery_capacity.routing.policy.placement import waits_beside
+from celery_capacity.routing.policy.shape_indexes import waits_beside
 from celery_capacity.routing.recovery.drift import Reconciled
 
 #: Jobs looked at in one step: some 2 ms of the server.

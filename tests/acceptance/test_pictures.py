@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from docs.site import backfill
 from docs.site.pictures import PICTURES, SCREENS, draw
 
 FILES: Final = sorted(PICTURES.glob("*.svg"))
@@ -34,3 +35,7 @@ def test_drawn_output_keeps_its_words_and_colours() -> None:
     assert "failed" in svg
     assert "a&#160;&lt;&#160;b" in svg
     assert "#ff7b72" in svg
+
+
+def test_picture_of_a_backfill_is_what_the_policy_does() -> None:
+    assert backfill.PICTURE.read_text(encoding="utf-8") == backfill.draw(), "run python -m docs.site.backfill"

@@ -37,10 +37,11 @@ from celery_capacity.routing.policy import placement
 from celery_capacity.routing.policy.feasibility import judge
 from celery_capacity.routing.policy.placement import Admission, Book, order
 from celery_capacity.routing.policy.placement import Refusal as Refused
+from celery_capacity.routing.policy.reservation import Reservation
 from celery_capacity.workers.runner.duty_runner import Pass
 from docs.site import reference
 from tests.fixtures.processes.platforms import ROOT
-from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, open_ledger
+from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, job_field, open_ledger
 from tests.fixtures.stores.cluster import ONE, Cluster
 
 DOCS: Final = ROOT / "docs"
@@ -127,6 +128,8 @@ def used(redis_url: str) -> Iterator[Cluster]:
         paused = Request.of({"cpus": 5000}).within("paused").shape
         ledger.set_controls(1, {("cordon", "idle"): "draining", ("pause", "queue:paused"): "1"}, last=True)
         assert ledger.submit("paused", paused, order(0, 98), MESSAGE).state == "waiting"
+        wide, first = Request.of({"cpus": 99_000}).shape, int(job_field(ledger.client, "wide", "order") or 0)
+        assert ledger.reserve(Reservation("smaller", wide, first, 0, {"slots": 1}, 1), {}, ["smaller"])
         ledger.client.hset(keys.DECLARATIONS, "task", "{}")
         ledger.client.hset(keys.DECLARED_TIMES, "task", "{}")
         ledger.elect("w-life", 0, 60.0)

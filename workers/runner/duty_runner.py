@@ -39,6 +39,7 @@ from celery_capacity.workers.duties import (
     reconcile,
     refill,
     replaced,
+    reserve,
     run_times,
     sweep,
 )
@@ -100,6 +101,7 @@ DUTIES: Final = (
     Duty("controls", lambda s: s.due_interval, controls.run_once),
     # Jobs that stay in Postgres are marked before others look for rows that the ledger does not know.
     Duty("refill", lambda s: s.due_interval, refill.run_once, REFILL),
+    Duty("reserve", lambda s: s.due_interval, reserve.run_once),
     Duty("due", lambda s: s.due_interval, due.run_once, without=fallback.expire),
     Duty("outbox", lambda s: s.due_interval, deliver_results.run_once, OUTBOX, deliver_results.run_once),
     Duty("lapse", lambda s: s.due_interval, lapse.run_once, without=fallback.lapse),

@@ -12,8 +12,7 @@ local book, now = read_book(worker, epoch), clock()
 if not book then
   return {'ok', '0', '', ''}
 end
-book.pauses = facts.paused
-local admitted, cursor, freed = fill_pass(book, now, after, function(id, job, message)
+local admitted, cursor, freed = fill_pass(book, now, after, facts, function(id, job, message)
   admit_job(id, job, message, book, now)
 end)
 return {'ok', int(admitted), cursor, freed}

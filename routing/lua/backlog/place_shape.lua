@@ -25,12 +25,12 @@ for _ = 1, LIMIT.most do
     allocate(book, amounts, 1)
     enter(book)
     count('admitted', 1)
-    return {'admitted', id, book.worker, job.attempt, leave_queue(shape, epoch)}
+    return {'admitted', id, book.worker, job.attempt, leave_queue(shape, epoch, facts)}
   end
   count('drift', 1)
   id = first_of(shape)
   if not id then
-    return {'none', leave_queue(shape, epoch)}
+    return {'none', leave_queue(shape, epoch, facts)}
   end
 end
-return {'more', cursor_score, cursor_worker, leave_queue(shape, epoch)}
+return {'more', cursor_score, cursor_worker, leave_queue(shape, epoch, facts)}

@@ -29,7 +29,7 @@ for i = EACH.first, #ARGV, EACH.step do
   redis.call('HSET', key, ARGV[i + EACH.name], ARGV[i + EACH.value])
 end
 mark_pauses()
-redis.call('HDEL', KEY.epoch, 'opening', 'waiting', 'stay', 'tight')
+redis.call('HDEL', KEY.epoch, 'opening', 'waiting', 'stay', 'tight', 'reserved')
 redis.call('HSET', KEY.epoch, 'epoch', opening, 'run_id', server_run, 'opened', int(now), 'rebuilding', '1',
   'format', LIMIT.format, 'controls', version)
 if database ~= '' then

@@ -37,4 +37,4 @@ job.epoch = epoch
 local entry = note(id, job, state, STEP.dropped, now, {error = error_text})
 bury(id, job, state, nil, true)
 count(state, 1)
-return {'ended', entry, leave_queue(job.shape, epoch)}
+return {'ended', entry, leave_queue(job.shape, epoch, facts)}

@@ -84,8 +84,7 @@ while i <= #ARGV do
 end
 if any and admit == '1' then
   local _
-  book.pauses = facts.paused
-  _, reply[2], reply[3] = fill_pass(book, now, '-inf', function(id, job, message)
+  _, reply[2], reply[3] = fill_pass(book, now, '-inf', facts, function(id, job, message)
     if nonce ~= '' and #message <= LIMIT.hand_over then
       hand_over(id, job, message, book, now, nonce, reply)
     else

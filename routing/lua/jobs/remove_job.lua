@@ -16,7 +16,7 @@ end
 local freed
 if job.state == 'waiting' then
   unqueue(job.shape, id)
-  freed = leave_queue(job.shape, epoch)
+  freed = leave_queue(job.shape, epoch, facts)
 else
   freed = job.worker
   redis.call('ZREM', KEY.unclaimed, id)

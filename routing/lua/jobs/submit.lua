@@ -3,9 +3,9 @@
 --   unclaimed, view, allocated, allocated_cpus, carried, tasks, border, left, low, paused, withheld
 -- ARGV: epoch, run_id, deadline (ms of the server), id, shape, order, message, attempt (admissions so far), losses,
 --   submitted (ms), rerun (0: its first lost attempt ends it), digest (of the message)
--- Replies: {admitted, worker, attempt} | {waiting, cursor_score, cursor_worker} ('' when all candidates were looked at)
---   | {exists, state (of its key, or carried)} | {left} (it stays in Postgres, and waits there) | {late, now (ms)}
---   | {cold} | {epoch, current}
+-- Replies: {admitted, worker, attempt} | {waiting, cursor_score, cursor_worker ('' when all candidates were looked at),
+--   passing (a reserved worker that may take it and is to be filled; '': none)} | {exists, state (of its key, or
+--   carried)} | {left} (it stays in Postgres, and waits there) | {late, now (ms)} | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.candidates books are read, and a command for each index of free CPUs in which the chosen
 --   worker stands; independent of the number of workers and of waiting jobs
 -- Repeat: harmless: a job that is known, or has a tombstone, is left as it is

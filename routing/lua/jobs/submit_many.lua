@@ -3,9 +3,10 @@
 --   unclaimed, view, allocated, allocated_cpus, carried, tasks, border, left, low, paused, withheld
 -- ARGV: epoch, run_id, deadline (ms of the server), then for each job: id, shape, order, message, attempt (admissions
 --   so far), losses, submitted (ms), rerun (0: its first lost attempt ends it), digest (of the message)
--- Replies: {ok, taken, left (places of the jobs that stay in Postgres, with commas; the first is 0), then for each
---   shape that found no room among those looked at, while there were others: shape, cursor_score, cursor_worker}
---   | {late, now (ms)} | {cold} | {epoch, current}
+-- Replies: {ok, taken, left (places of the jobs that stay in Postgres, with commas; the first is 0), passing (a
+--   reserved worker that may take some and is to be filled; '': none), then for each shape that found no room among
+--   those looked at, while there were others: shape, cursor_score, cursor_worker} | {late, now (ms)} | {cold} | {epoch,
+--   current}
 -- Cost: at most six commands a job, some twenty for each batch of jobs of one shape, and at the worst LIMIT.searched
 --   books are read; a batch searches once, and again where a worker is full
 -- Repeat: harmless: a job that is known, or has a tombstone, is left as it is
@@ -14,7 +15,7 @@ local now = clock()
 if is_late(deadline, now, facts) then
   return {'late', int(now)}
 end
-local reply, taken, stay, place, batch = {'ok', '', ''}, 0, {}, 0, nil
+local reply, taken, stay, place, batch = {'ok', '', '', ''}, 0, {}, 0, nil
 for i = EACH.first, #ARGV, EACH.step do
   local id, shape, order = ARGV[i + EACH.id], ARGV[i + EACH.shape], ARGV[i + EACH.order]
   local message, attempt, losses = ARGV[i + EACH.message], ARGV[i + EACH.attempt], ARGV[i + EACH.losses]
@@ -28,6 +29,9 @@ for i = EACH.first, #ARGV, EACH.step do
     taken = taken + 1
   end
   place = place + 1
+  if became[1] == 'waiting' and became[4] ~= '' then
+    reply[4] = became[4]
+  end
   if became[1] == 'waiting' and became[2] ~= '' then
     local n = #reply
     reply[n + 1], reply[n + 2], reply[n + 3] = shape, became[2], became[3]

@@ -46,14 +46,16 @@ local function admit_or_file(id, job, message, digest, rerun, facts, now, batch)
     leave_behind(batch, job.order, facts)
     return {'left'}, batch
   end
-  local cursor_score, cursor_worker = '', ''
+  local cursor_score, cursor_worker, passing = '', '', ''
+  -- A reserved worker may take a job that comes before all others of its shape.
+  local first = not batch.full or (not batch.paused and tonumber(job.order) < tonumber(batch.full))
   if not batch.full then
     local book = batch.book
     -- Use the worker of the last job as long as it has room for one more.
     if not book or batch.amounts.alone or room(book, 'slots') < 1 or not fits(book, batch.amounts) then
       write_batch(batch)
       batch.book, cursor_score, cursor_worker = find_worker(batch, job.epoch, now)
-      batch.full = not batch.book
+      batch.full = not batch.book and job.order
     end
   end
   if not batch.full then
@@ -75,18 +77,21 @@ local function admit_or_file(id, job, message, digest, rerun, facts, now, batch)
     leave_behind(batch, job.order, facts)
     return {'left'}, batch
   end
+  if facts.reserved and first and not facts.fetched then
+    passing = passing_worker(facts.reserved, job.shape, job.order, batch.amounts, job.epoch, now)
+  end
   facts.waiting, batch.here = facts.waiting + 1, batch.here and batch.here + 1
   job.state = 'waiting'
   note(id, job, 'waiting', STEP.filed, now)
   write_job(id, job)
   if not batch.waiting then
     batch.waiting, batch.first = {job.order, id}, job.order
-    return {'waiting', cursor_score, cursor_worker}, batch
+    return {'waiting', cursor_score, cursor_worker, passing}, batch
   end
   local n = #batch.waiting
   batch.waiting[n + 1], batch.waiting[n + 2] = job.order, id
   if tonumber(job.order) < tonumber(batch.first) then
     batch.first = job.order
   end
-  return {'waiting', cursor_score, cursor_worker}, batch
+  return {'waiting', cursor_score, cursor_worker, passing}, batch
 end

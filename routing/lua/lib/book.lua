@@ -110,11 +110,3 @@ local function allocate(book, amounts, times)
     book.unwritten[name] = (book.unwritten[name] or 0) + times * amount
   end
 end
-
--- True if jobs may be admitted to a worker, so that it stands in the indexes of free CPUs. Such a worker is ready, not
--- over its capacity, not cordoned, and has a free slot, which every job needs. No job that must be alone runs there,
--- and the worker is kept for none.
-local function is_open(book)
-  return book.status == 'ready' and not book.cordoned and not over(book) and room(book, 'slots') >= 1
-    and (book.allocated.alone or 0) == 0 and not book.kept
-end

@@ -41,11 +41,10 @@ local function enter_cordon(book, status)
   if status then
     redis.call('HSET', key, 'cordoned', status)
     if book.kept then
-      redis.call('HDEL', key, 'kept')
       if redis.call('HGET', KEY.kept, book.kept) == book.worker then
         redis.call('HDEL', KEY.kept, book.kept)
       end
-      book.kept = nil
+      forget_kept(book)
     end
   else
     redis.call('HDEL', key, 'cordoned')

@@ -1,4 +1,4 @@
--- A worker that is kept for a job which must be alone.
+-- A worker that is kept for the first job of a shape.
 
 -- End the keeping of a worker for a shape, because no job of that shape waits any more. Returns the worker, '' for
 -- none. The caller of the script fills that worker. Where it dies before, the worker's next heartbeat does.
@@ -11,7 +11,7 @@ local function unkeep(shape, epoch)
   if redis.call('HGET', KEY.book .. worker, 'kept') ~= shape then
     return ''
   end
-  redis.call('HDEL', KEY.book .. worker, 'kept')
+  redis.call('HDEL', KEY.book .. worker, 'kept', 'kept_at', 'kept_since', 'kept_order', 'beside')
   redis.call('HSET', KEY.book .. worker, 'unfilled', '1')
   local book = read_book(worker, epoch)
   if book then
@@ -21,9 +21,9 @@ local function unkeep(shape, epoch)
 end
 
 -- Update the place of a shape after a job left its queue other than by a pass over a worker. Returns a worker that was
--- kept until now, '' for none, as `unkeep` does.
-local function leave_queue(shape, epoch)
-  if refile(shape) or not string.find(shape, 'alone=', 1, true) then
+-- kept until now, '' for none, as `unkeep` does. `facts` are those of `refused`.
+local function leave_queue(shape, epoch, facts)
+  if refile(shape) or not (facts.reserved or string.find(shape, 'alone=', 1, true)) then
     return ''
   end
   return unkeep(shape, epoch)
@@ -41,8 +41,7 @@ local function is_kept_elsewhere(shape, amounts, asking, now)
     and fits_empty(book, amounts) and takes(book, shape) then
     return true
   end
-  redis.call('HDEL', KEY.book .. other, 'kept')
-  book.kept = nil
+  forget_kept(book)
   write_book(book)
   return false
 end

@@ -1,13 +1,16 @@
 -- One pass that fills a worker.
 
 -- Where a worker is kept for a job that must be alone: returns the row of that job's shape once the worker is empty, or
--- true while others run there. Else it ends the keeping.
+-- true while others run there. Where it is reserved for another job, it stays so. Else it ends the keeping.
 local function kept_shape(book)
   local shape, head = book.kept, redis.call('ZSCORE', KEY.shapes, book.kept)
   local mine, row = redis.call('HGET', KEY.kept, shape) == book.worker, nil
   if mine and head and serves(book, shape) and fits_empty(book, amounts_of(shape)) and takes(book, shape)
     and not is_paused(book.pauses, shape) then
-    if (book.allocated.slots or 0) > 0 then
+    if is_reserved(book) then
+      read_reservation(book, head)
+      return nil
+    elseif (book.allocated.slots or 0) > 0 then
       return true
     end
     row = {shape, head}
@@ -15,21 +18,20 @@ local function kept_shape(book)
   if mine then
     redis.call('HDEL', KEY.kept, shape)
   end
-  redis.call('HDEL', KEY.book .. book.worker, 'kept')
-  book.kept = nil
+  forget_kept(book)
   write_book(book)
   return row
 end
 
 -- Admit to one worker the waiting jobs that now fit on it, in their order, each by `admit(id, job, message)`. A pass
 -- looks at the first LIMIT.shapes shapes, and at as many behind them that the worker may take. After a cursor it looks
--- only at the latter. It admits no more than LIMIT.most jobs. `book.pauses` is `facts.paused`. The caller writes
--- changes of the book that are left unwritten where no job is admitted. Returns the number admitted, and the cursor to
--- go on from, '' when done. Also returns a worker to be filled, '' for none: it was kept until now for a job that this
--- worker took.
-local function fill_pass(book, now, after, admit)
+-- only at the latter. It admits no more than LIMIT.most jobs. The caller writes changes of the book that are left
+-- unwritten where no job is admitted. Returns the number admitted, and the cursor to go on from, '' when done. Also
+-- returns a worker to be filled, '' for none: it was kept until now for a job that this worker took.
+local function fill_pass(book, now, after, facts, admit)
+  book.pauses = facts.paused
   local kept_row = book.kept and book.lease > now and book.status == 'ready' and not over(book) and kept_shape(book)
-  if kept_row == true or not is_open(book) or book.lease <= now or book.pauses == 'all' then
+  if kept_row == true or not has_opening(book) or book.lease <= now or book.pauses == 'all' then
     -- A later release, or the heartbeat that opens the worker, fills it.
     if book.unfilled then
       redis.call('HDEL', KEY.book .. book.worker, 'unfilled')
@@ -47,8 +49,9 @@ local function fill_pass(book, now, after, admit)
     local alone, occupied = first.amounts.alone, admitted > 0 or (book.allocated.slots or 0) > 0
     -- The turn of a job that must be alone has come, and others run here. The worker is kept for it, unless another
     -- worker is.
-    local keep = alone and occupied and not is_kept_elsewhere(first.shape, first.amounts, book, now)
-    if keep or (not (alone and occupied) and fits(book, first.amounts)) then
+    local keep = alone and occupied and not book.kept and not is_kept_elsewhere(first.shape, first.amounts, book, now)
+    local goes = book.kept and passes(book, first.shape, first.order, first.amounts, now) or not book.kept
+    if keep or (goes and not (alone and occupied) and fits(book, first.amounts)) then
       -- A place without its waiting job costs as much as a place with it.
       if admitted + dead == LIMIT.most then
         cursor = after
@@ -67,10 +70,19 @@ local function fill_pass(book, now, after, admit)
         admit(id, job, job.message)
         admitted = admitted + 1
         allocate(book, first.amounts, 1)
+        if book.kept then
+          note_start(book, first.shape, first.order, first.amounts, now)
+        end
       elseif id then
         dead = dead + 1
       end
       local order = refile(first.shape)
+      if book.kept == first.shape then
+        -- The place at the head was without its waiting job.
+        book.kept_order = order or math.huge
+      elseif facts.reserved and not alone then
+        freed = not order and unkeep(first.shape, book.epoch) or freed
+      end
       if alone then
         freed = not order and unkeep(first.shape, book.epoch) or ''
         if admitted > 0 then

@@ -5,6 +5,11 @@ local function times_of(shape)
   return string.match(shape, ',([%^~][%d,%^~]*)$')
 end
 
+-- The expected run time of the jobs of a shape in milliseconds, nil where it is unknown.
+local function expected_of(shape)
+  return tonumber(string.match(shape, ',~(%d+)$') or nil)
+end
+
 -- The milliseconds by which a job of a shape has ended, nil where they are unknown.
 local function bound_of(shape)
   return tonumber(string.match(shape, ',%^(%d+),~%d+$') or string.match(shape, ',~(%d+)$') or nil)

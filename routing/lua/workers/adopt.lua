@@ -57,7 +57,7 @@ end
 for _, shape in ipairs(left) do
   -- Of several workers that are no longer kept, which is rarer still, the caller fills only one. The others are filled
   -- with their heartbeats.
-  local freed = leave_queue(shape, epoch)
+  local freed = leave_queue(shape, epoch, facts)
   reply[2] = freed ~= '' and freed or reply[2]
 end
 return reply

@@ -11,13 +11,14 @@ import pytest
 
 from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.routing.ledger import keys, scripts
+from celery_capacity.routing.ledger import keys, scripts, snapshot
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Adopted, Arrived, Ended
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome, State
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import SHAPES, order
+from celery_capacity.routing.policy.reservation import Reservation
 from tests.contract.routing.ledger.test_signatures import assembled
 from tests.fixtures.servers.pair import empty_redis
 from tests.fixtures.stores.books import FOR_EVER, MESSAGE, MOST_LOSSES, VIEW, write_job
@@ -458,6 +459,21 @@ def refill(flood: Flood) -> Callable[[], object]:
     return lambda: flood.ledger.refill(ONE, 100, rows)
 
 
+def reserve(flood: Flood) -> Callable[[], object]:
+    flood.empty().worker()
+    flood.client.zadd(keys.SHAPES, {ONE: 7})
+    flood.queue()
+    allocated = snapshot.read_books(flood.client, ["w"])["w"].allocated
+    return lambda: flood.ledger.reserve(Reservation("w", ONE, 7, 0, {"cpus": 1000}), allocated, ["w"])
+
+
+def unreserve(flood: Flood) -> Callable[[], object]:
+    flood.empty().worker()
+    flood.client.hset(keys.book("w"), "kept", ONE)
+    flood.client.hset(KEPT, ONE, "w")
+    return lambda: flood.ledger.unreserve(ONE, [])
+
+
 #: Drivers of each script, where it has the most to do. Each script stands here.
 DRIVERS: Final[dict[str, tuple[Driver, ...]]] = {
     "adopt": (adopt,),
@@ -501,10 +517,12 @@ DRIVERS: Final[dict[str, tuple[Driver, ...]]] = {
     "register": (register, register_next),
     "release": (release,),
     "renew": (renew,),
+    "reserve": (reserve,),
     "reserve_book": (reserve_book,),
     "submit": (submit,),
     "submit_many": (submit_many,),
     "take_back_missing": (take_back_missing,),
+    "unreserve": (unreserve,),
 }
 
 

@@ -19,6 +19,7 @@ from celery_capacity.routing.ledger.repair import control_groups
 from celery_capacity.routing.ledger.replies import Adopted, Arrived, Ended
 from celery_capacity.routing.model.states import Outcome, State
 from celery_capacity.routing.model.token import Token
+from celery_capacity.routing.policy.reservation import Reservation
 
 NAMES: Final = scripts.names()
 #: Replies that every script that acts on the books may give besides its own: `LedgerServer` raises for these.
@@ -241,6 +242,12 @@ BINDINGS: Final = {
         0,
         {("ok",): "True", ("open",): "False", (("many",), ("ok",)): "True"},
     ),
+    "reserve": Binding(
+        lambda ledger: ledger.reserve(Reservation("w", "s", 7, 0, {"cpus": 1}, 5), {"cpus": 2}, ["v", "w"]),
+        0,
+        {("ok",): "True", ("changed",): "False"},
+    ),
+    "unreserve": Binding(lambda ledger: ledger.unreserve("s", ["v"]), 0, {("ok", "w"): "w"}),
     "revoke": Binding(lambda ledger: ledger.revoke("a"), 0, {("held", "w"): "True", ("free",): "False"}),
     "repair_job": Binding(lambda ledger: ledger.repair_job("a"), 0, {("ok", "2"): "2", ("no_book", "w"): "None"}),
     "submit": Binding(
@@ -248,13 +255,13 @@ BINDINGS: Final = {
         0,
         {
             ("admitted", "w", "1"): "Submitted(state='admitted', worker='w', attempt=1, was=None)",
-            ("waiting", "", ""): "Submitted(state='waiting', worker=None, attempt=None, was=None)",
+            ("waiting", "", "", ""): "Submitted(state='waiting', worker=None, attempt=None, was=None)",
             ("exists", "running"): "Submitted(state='exists', worker=None, attempt=None, was='running')",
             ("left",): "Submitted(state='left', worker=None, attempt=None, was=None)",
             ("late", "5"): "Submitted(state='late', worker=None, attempt=None, was=None)",
         },
     ),
-    "submit_many": Binding(submit_many, 2, {("ok", "1", "1", "s", "9", "x"): "1", ("late", "5"): "0"}),
+    "submit_many": Binding(submit_many, 2, {("ok", "1", "1", "", "s", "9", "x"): "1", ("late", "5"): "0"}),
     "note_successor": Binding(
         lambda ledger: ledger.note_successor("a", b"next"), 0, {("ok",): "True", ("missing",): "False"}
     ),
@@ -371,7 +378,7 @@ def test_loaded_script_calls_each_function_that_it_holds(name: str) -> None:
 #: Lines of a script as it is sent. A script that searches for a worker, or goes through the waiting shapes, is longer.
 MOST_LINES: Final = 450
 MOST_LINES_OF: Final = {
-    "fill": 630, "place_shape": 575, "refill": 670, "release": 800, "submit": 640, "submit_many": 655
+    "fill": 695, "place_shape": 593, "refill": 769, "release": 868, "submit": 737, "submit_many": 758
 }  # fmt: skip
 
 

@@ -1,0 +1,82 @@
+-- Reservations: a worker is kept for the first job of a shape, and others pass it only where they do not delay it. The
+-- rules are those of routing/policy/reservation.py, by which the runner of the duties makes the reservations.
+
+-- True if a worker is kept for a job that need not be alone.
+local function is_reserved(book)
+  return book.kept and not string.find(book.kept, 'alone=', 1, true)
+end
+
+-- Read the reservation of a worker into its book: the order of the first job, and the room beside it.
+local function read_reservation(book, order)
+  book.kept_order, book.beside_amounts = tonumber(order), amounts_of(book.beside or '')
+end
+
+-- True if a job of a shape that starts now ends before the reserved time.
+local function ends_before(book, shape, now)
+  local expected = expected_of(shape)
+  return expected and now + expected <= tonumber(book.kept_at or '0')
+end
+
+-- True if a job may start on a worker, as far as there is room.
+local function passes(book, shape, order, amounts, now)
+  if not book.kept or order <= book.kept_order or ends_before(book, shape, now) then
+    return true
+  end
+  for name, amount in pairs(amounts) do
+    if (book.beside_amounts[name] or 0) < amount then
+      return false
+    end
+  end
+  return true
+end
+
+-- End the keeping of a worker, in its book and beside it.
+local function forget_kept(book)
+  redis.call('HDEL', KEY.book .. book.worker, 'kept', 'kept_at', 'kept_since', 'kept_order', 'beside')
+  book.kept = nil
+end
+
+-- Note that a job starts on a reserved worker: the reserved one, or another with less room beside it from now on.
+local function note_start(book, shape, order, amounts, now)
+  if shape == book.kept and order == book.kept_order then
+    redis.call('HDEL', KEY.kept, shape)
+    forget_kept(book)
+  elseif not ends_before(book, shape, now) then
+    local parts = {}
+    for name, amount in pairs(book.beside_amounts) do
+      local left = amount - (amounts[name] or 0)
+      book.beside_amounts[name] = left
+      if left > 0 then
+        parts[#parts + 1] = name .. '=' .. int(left)
+      end
+    end
+    redis.call('HSET', KEY.book .. book.worker, 'beside', table.concat(parts, ','))
+  end
+end
+
+-- Note the workers that are reserved, with blanks between their names; '' for none.
+local function note_reserved(workers)
+  if workers == '' then
+    redis.call('HDEL', KEY.epoch, 'reserved')
+  else
+    redis.call('HSET', KEY.epoch, 'reserved', workers)
+  end
+end
+
+-- One of these reserved workers on which the first job of a shape may start now, '' for none. Such workers stand in no
+-- index, so no search finds them. At most LIMIT.candidates of them are looked at.
+local function passing_worker(workers, shape, order, amounts, epoch, now)
+  local looked = 0
+  for worker in string.gmatch(workers, '%S+') do
+    looked = looked + 1
+    local book = looked <= LIMIT.candidates and read_book(worker, epoch)
+    if book and is_reserved(book) and book.kept ~= shape and book.lease > now and has_opening(book)
+        and serves(book, shape) and fits(book, amounts) and takes(book, shape) then
+      read_reservation(book, redis.call('ZSCORE', KEY.shapes, book.kept) or 'inf')
+      if passes(book, shape, tonumber(order), amounts, now) then
+        return book.worker
+      end
+    end
+  end
+  return ''
+end

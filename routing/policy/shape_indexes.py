@@ -1,0 +1,23 @@
+"""Indexes of waiting shapes: where a shape stands beside the index of all shapes, and what it asks for."""
+
+from __future__ import annotations
+
+from celery_capacity.routing.model.amounts import ALONE, DEFAULT_QUEUE, LABEL, has_index, is_label
+from celery_capacity.routing.model.request import Request, split_shape
+
+
+def waits_beside(shape: str) -> str:
+    """Return the index of waiting shapes in which a shape stands beside the index of all shapes.
+
+    For a labelled queue that is the index of the queue. In the default queue it is the index of the first requested
+    resource that not every worker has; without such a resource, the index of the default queue.
+    """
+    parts = split_shape(shape)[0].split(",")
+    names = [name for name in (part.partition("=")[0] for part in parts) if has_index(name)]
+    return next((name for name in names if is_label(name)), next(iter(names), LABEL + DEFAULT_QUEUE))
+
+
+def asked_score(shape: str, name: str) -> int:
+    """Return the score of a waiting shape in the index of what shapes ask of a resource: -1 for one that runs alone."""
+    request = Request.from_shape(split_shape(shape)[0])
+    return -1 if request.get(ALONE) else request.get(name)

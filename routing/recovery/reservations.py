@@ -1,0 +1,239 @@
+"""Make the reservations of blocked jobs anew: which worker is reserved for which job, from when on.
+
+The rules are `routing.policy.reservation`. The runner of the duties reads the first waiting shapes and the workers that
+may take them, decides by the policy, and writes each reservation by a script. The script refuses where the books have
+changed since they were read: the next pass judges anew. Between two passes the scripts that admit keep to the
+reservations as they stand, so a late pass delays a reserved job by no more than that.
+
+Of many workers only some are looked at. So a pass reads a bounded number of books and held jobs, and no command of it
+holds Redis up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import redis
+
+from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.ledger import keys, snapshot
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.snapshot import WorkerBook
+from celery_capacity.routing.model.amounts import ALONE, LABEL
+from celery_capacity.routing.model.expected import run_time_of
+from celery_capacity.routing.model.request import Request, split_shape
+from celery_capacity.routing.policy.pauses import Kind
+from celery_capacity.routing.policy.placement import CANDIDATES, SHAPES, Book, Waiting, fits
+from celery_capacity.routing.policy.reservation import Held, Patience, Reservation, Rules, large_enough, passes, renew
+
+#: Held jobs that are read in one round trip.
+CHUNK: Final = 200
+
+
+@dataclass
+class Memory:
+    """Memory of a runner from one pass to the next.
+
+    `held`: the held jobs that were read before, with the token of each attempt. So a pass reads only new ones.
+    """
+
+    patience: Patience = field(default_factory=Patience)
+    held: dict[str, tuple[bytes, Held]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """State of the ledger at the beginning of a pass.
+
+    `firsts`: the first jobs of the first waiting shapes that are not paused, in order. `kept`: shape -> worker that is
+    kept for it. `reserved`: the names of the reserved workers, as the scripts know them.
+    """
+
+    now: int
+    firsts: Mapping[str, Waiting]
+    kept: Mapping[str, str]
+    reserved: str
+    workers: Sequence[str]
+
+
+def renew_reservations(ledger: Ledger, rules: Rules, memory: Memory) -> dict[str, int]:
+    """Make the reservations anew, and fill the workers that are free for others again.
+
+    Counts: `reserved` workers, `overruns` of reserved times, workers `kept` from now on, `admitted` jobs.
+    """
+    if not rules.depth and not ledger.client.hexists(keys.EPOCH, "reserved"):
+        return {}
+    if ledger.is_unfinished():
+        # Jobs that run may be unknown yet.
+        return {}
+    seen = _read(ledger.client)
+    if not seen.reserved and not (rules.depth and seen.firsts):
+        memory.patience.forget(())
+        memory.held.clear()
+        return {}
+    books = snapshot.read_books(ledger.client, seen.workers) if rules.depth else {}
+    before = {book.reservation.shape: book.reservation for book in books.values() if book.reservation}
+    tasks = {waiting.task for waiting in seen.firsts.values() if waiting.task}
+    policy = _policy_books(ledger.client, books.values(), tasks, seen)
+    heads = _heads(policy, before, seen, rules.depth)
+    memory.patience.forget(seen.firsts)
+    held = _held(ledger.client, policy, list(heads.values()), before, memory)
+    renewed = renew(
+        list(heads.values()),
+        policy,
+        held,
+        seen.now,
+        rules,
+        {entry.worker: entry for entry in before.values()},
+        memory.patience,
+        seen.firsts,
+    )
+    admitted = _write(ledger, renewed.reservations, before, books, seen)
+    counts = {"reserved": len(renewed.reservations), "overruns": renewed.overruns, "kept": renewed.keepings}
+    return {**counts, "admitted": admitted}
+
+
+def _read(client: redis.Redis) -> _Seen:
+    pipe = client.pipeline(transaction=False)
+    pipe.time()
+    pipe.hgetall(keys.KEYS["kept"])
+    pipe.hmget(keys.EPOCH, "reserved", "paused")
+    pipe.zrange(keys.SHAPES, 0, SHAPES - 1, withscores=True)
+    pipe.zrange(keys.LEASES, 0, CANDIDATES)
+    pipe.zrevrange(keys.FREE, 0, CANDIDATES - 1)
+    time, kept, (reserved, paused), shapes, leases, free = pipe.execute()
+    kept = {snapshot.text(shape): snapshot.text(worker) for shape, worker in kept.items()}
+    # Of many workers those with the most free CPUs are looked at, and those that are reserved already.
+    some = leases if len(leases) <= CANDIDATES else [*free, *leases][:CANDIDATES]
+    workers = dict.fromkeys([*map(snapshot.text, some), *kept.values()])
+    return _Seen(
+        now=int(time[0]) * 1000 + int(time[1]) // 1000,
+        firsts=_admissible(client, [_waiting(snapshot.text(shape), int(order)) for shape, order in shapes], paused),
+        kept=kept,
+        reserved=snapshot.text(reserved or ""),
+        workers=list(workers),
+    )
+
+
+def _waiting(shape: str, order: int) -> Waiting | None:
+    """Return the first job of a shape in the form that the policy takes; None for a shape that is no valid request."""
+    request, task, _ = split_shape(shape)
+    try:
+        return Waiting("", Request.from_shape(request), order, task, run_time_of(shape))
+    except InvalidRequest:
+        return None
+
+
+def _admissible(client: redis.Redis, firsts: Iterable[Waiting | None], pauses: Any) -> dict[str, Waiting]:
+    """Return the jobs that no pause holds back, by shape. `pauses`: the mark of the epoch, as lua/lib/controls.lua."""
+    valid = {waiting.shape: waiting for waiting in firsts if waiting is not None}
+    if not pauses or not valid:
+        return valid
+    asked = [name for waiting in valid.values() for name in _pausing(waiting)]
+    replies = client.hmget(keys.KEYS["paused"], asked)
+    paused = {name for name, value in zip(asked, replies, strict=True) if value is not None}
+    return {shape: waiting for shape, waiting in valid.items() if paused.isdisjoint(_pausing(waiting))}
+
+
+def _pausing(waiting: Waiting) -> tuple[str, ...]:
+    """Return the fields of `ledger:paused` that hold a job back."""
+    return Kind.PLATFORM, f"{LABEL}{waiting.request.queue}", f"{Kind.TASK}:{waiting.task}"
+
+
+def _policy_books(client: redis.Redis, books: Iterable[WorkerBook], tasks: Collection[str], seen: _Seen) -> list[Book]:
+    """Return the books for the policy, with these tasks. A reservation is left out, since it may move."""
+    live = [book for book in books if book.is_live(seen.now)]
+    catalogues = sorted({book.catalogue for book in live} - {""})
+    # Without a task to ask for, each catalogue is known, and empty.
+    knowing = snapshot.read_catalogues(client, catalogues, sorted(tasks))
+    policy = [book.to_policy(seen.now, knowing) for book in live]
+    return [book if book.reserved_at is None else replace(book, kept="", reserved_at=None) for book in policy]
+
+
+def _heads(
+    books: Sequence[Book],
+    before: Mapping[str, Reservation],
+    seen: _Seen,
+    depth: int,
+) -> dict[str, Waiting]:
+    """Return the first blocked jobs by shape, in order, as many as the depth says.
+
+    A job that is to be alone and has no worker yet comes first: nothing behind it is reserved.
+    """
+    heads: dict[str, Waiting] = {}
+    # A worker that is reserved for a job which waits no more, or is paused, is free for others by this pass.
+    reserved = {entry.worker: entry for entry in before.values() if entry.shape in seen.firsts}
+    for shape, waiting in seen.firsts.items():
+        if len(heads) >= depth:
+            break
+        able = large_enough(waiting, books)
+        if waiting.request.get(ALONE):
+            if able and shape not in seen.kept:
+                break
+        elif able and not any(_takes(waiting, book, reserved.get(book.worker), seen.now) for book in able):
+            heads[shape] = waiting
+    return heads
+
+
+def _takes(waiting: Waiting, book: Book, reservation: Reservation | None, now: int) -> bool:
+    """Return True if a worker is about to take a job."""
+    return book.open and fits(waiting.request, book) is None and passes(waiting, reservation, now)
+
+
+def _held(
+    client: redis.Redis,
+    books: Sequence[Book],
+    heads: Sequence[Waiting],
+    before: Mapping[str, Reservation],
+    memory: Memory,
+) -> dict[str, list[Held]]:
+    """Return the jobs on the workers that may be reserved."""
+    names = {book.worker for head in heads for book in large_enough(head, books)}
+    names |= {entry.worker for entry in before.values() if entry.kept}
+    workers = sorted(names)
+    pipe = client.pipeline(transaction=False)
+    for worker in workers:
+        pipe.hgetall(keys.held(worker))
+    lists = [{snapshot.text(job): token for job, token in held.items()} for held in pipe.execute()]
+    tokens = {job: token for held in lists for job, token in held.items()}
+    memory.held = {job: entry for job, entry in memory.held.items() if entry[0] == tokens.get(job)}
+    new = [job for job in tokens if job not in memory.held]
+    for start in range(0, len(new), CHUNK):
+        for job, fields in snapshot.read_jobs(client, new[start : start + CHUNK]).items():
+            if "admitted" in fields and "shape" in fields:
+                memory.held[job] = (tokens[job], _held_job(fields))
+    return {
+        worker: [memory.held[job][1] for job in jobs if job in memory.held]
+        for worker, jobs in zip(workers, lists, strict=True)
+    }
+
+
+def _held_job(fields: Mapping[str, Any]) -> Held:
+    shape = fields["shape"]
+    return Held(Request.from_shape(shape), int(fields["admitted"]), run_time_of(shape).expected)
+
+
+def _write(
+    ledger: Ledger,
+    made: Mapping[str, Reservation],
+    before: Mapping[str, Reservation],
+    books: Mapping[str, WorkerBook],
+    seen: _Seen,
+) -> int:
+    """Write the reservations, and fill the workers that gained room for others; return how many jobs that admitted."""
+    admitted = 0
+    shapes = {entry.shape: entry.worker for entry in made.values()}
+    reserved = sorted(made)
+    for shape, worker in seen.kept.items():
+        alone = Request.from_shape(shape).get(ALONE)
+        if not alone and shapes.get(shape) != worker and (freed := ledger.unreserve(shape, reserved)):
+            admitted += ledger.fill(freed)
+    for entry in made.values():
+        allocated = books[entry.worker].allocated
+        if entry != before.get(entry.shape) and ledger.reserve(entry, allocated, reserved):
+            admitted += ledger.fill(entry.worker)
+    if seen.reserved != " ".join(reserved):
+        ledger.unreserve("", reserved)
+    return admitted

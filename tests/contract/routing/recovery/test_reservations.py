@@ -1,0 +1,217 @@
+"""The runner's look at blocked jobs: it reserves as the policy says, and nothing keeps a wide job waiting for ever."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from celery_capacity.routing.ledger import keys, snapshot
+from celery_capacity.routing.model.reasons import Reason
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.token import Token
+from celery_capacity.routing.policy.placement import Refusal, survey
+from celery_capacity.routing.policy.reservation import Reservation, Rules
+from celery_capacity.routing.recovery.reservations import Memory, renew_reservations
+from tests.fixtures.stores.books import job_field
+from tests.fixtures.stores.cluster import ONE, Cluster
+
+WIDE: Final = Request.of({"cpus": 4000, "memory": 10}).shape
+TOKEN: Final = Token(1, 1)
+#: A head is blocked for ever before a worker is kept for it, or not at all.
+TIMED, AT_ONCE = Rules(1, 10**9), Rules(1, 0)
+
+
+def reservation(cluster: Cluster, worker: str = "w") -> Reservation | None:
+    return snapshot.read_books(cluster.client, [worker])[worker].reservation
+
+
+def look(cluster: Cluster, rules: Rules, memory: Memory | None = None) -> dict[str, int]:
+    return renew_reservations(cluster.ledger, rules, memory or Memory())
+
+
+def expecting(shape: str, ms: int) -> str:
+    return f"{shape},~{ms}"
+
+
+def test_no_reservation_is_made_while_nothing_is_blocked(cluster: Cluster) -> None:
+    cluster.run("one")
+    assert look(cluster, AT_ONCE) == {}
+
+
+def test_blocked_job_gets_the_worker_where_it_starts_soonest(cluster: Cluster) -> None:
+    cluster.run("one", expecting(ONE, 512_000))
+    cluster.register("x")
+    cluster.run("two", expecting(WIDE, 256_000), "x")
+    cluster.submit("wide", WIDE)
+    assert look(cluster, TIMED)["reserved"] == 1
+    assert reservation(cluster) is None
+    made = reservation(cluster, "x")
+    assert made is not None
+    admitted = int(job_field(cluster.client, "two", "admitted") or 0)
+    assert (made.shape, made.at, made.beside) == (WIDE, admitted + 256_000, {"memory": 90, "slots": 7})
+
+
+def test_job_with_unknown_times_has_no_reservation_before_its_time(cluster: Cluster) -> None:
+    cluster.run("one")
+    cluster.submit("wide", WIDE)
+    assert look(cluster, TIMED)["reserved"] == 0
+    assert look(cluster, AT_ONCE) == {"reserved": 1, "overruns": 0, "kept": 1, "admitted": 0}
+    made = reservation(cluster)
+    assert made is not None
+    assert made.kept
+    assert made.beside == {"memory": 90, "slots": 7}
+
+
+def test_time_at_the_head_counts_from_when_a_job_became_the_head(cluster: Cluster) -> None:
+    memory, rules = Memory(), Rules(1, 1_000)
+    token = cluster.run("one")
+    cluster.submit("wide", WIDE)
+    look(cluster, rules, memory)
+    assert reservation(cluster) is None
+    looks = memory.patience.looks
+    memory.patience.looks = {shape: (head, since - 1_000, first) for shape, (head, since, first) in looks.items()}
+    assert look(cluster, rules, memory)["kept"] == 1
+    cluster.submit("wide-2", WIDE)
+    cluster.end("one", token)
+    assert cluster.state("wide") == "admitted"
+    # The next one begins anew.
+    look(cluster, rules, memory)
+    assert reservation(cluster) is None
+
+
+def test_wide_job_starts_under_an_endless_stream_of_narrow_ones(cluster: Cluster) -> None:
+    running = [f"narrow-{number}" for number in range(4)]
+    for job in running:
+        cluster.run(job)
+    cluster.submit("wide", WIDE)
+    look(cluster, AT_ONCE)
+    for number in range(4, 12):
+        cluster.submit(f"narrow-{number}")
+        look(cluster, AT_ONCE)
+        if running:
+            cluster.end(running.pop(0), TOKEN)
+    assert cluster.state("wide") == "admitted"
+    assert all(cluster.state(f"narrow-{number}") == "waiting" for number in range(4, 12))
+
+
+def test_reservation_moves_when_its_worker_drains_or_dies(cluster: Cluster) -> None:
+    cluster.run("one")
+    cluster.register("x")
+    cluster.run("two", Request.of({"cpus": 4000, "memory": 10}).shape, "x")
+    cluster.submit("wide", WIDE)
+    look(cluster, AT_ONCE)
+    assert reservation(cluster) is not None
+    cluster.ledger.drain("w", "w-life")
+    assert look(cluster, AT_ONCE)["reserved"] == 1
+    moved = reservation(cluster, "x")
+    assert moved is not None
+    cluster.expire("x")
+    cluster.lapse("x")
+    assert look(cluster, AT_ONCE)["reserved"] == 0
+
+
+def test_reservation_is_made_anew_after_the_ledger_was_lost(cluster: Cluster) -> None:
+    cluster.run("one")
+    cluster.submit("wide", WIDE)
+    look(cluster, AT_ONCE)
+    cluster.client.flushdb()
+    cluster.ledger.open_epoch(2)
+    cluster.ledger.finish_epoch(2)
+    cluster.register()
+    cluster.ledger.submit("other", ONE, 1, b'{"body":"","properties":{"a":1}}')
+    cluster.ledger.submit("wide", WIDE, 2, b'{"body":"","properties":{"a":1}}')
+    assert reservation(cluster) is None
+    assert look(cluster, AT_ONCE)["reserved"] == 1
+    assert reservation(cluster) is not None
+
+
+def test_depth_of_zero_ends_reservations_and_fills_their_workers(cluster: Cluster) -> None:
+    cluster.run("one")
+    cluster.submit("wide", WIDE)
+    look(cluster, AT_ONCE)
+    cluster.submit("narrow")
+    assert cluster.state("narrow") == "waiting"
+    assert look(cluster, Rules(0))["admitted"] == 1
+    assert (cluster.state("narrow"), reservation(cluster)) == ("admitted", None)
+    assert cluster.client.hget(keys.EPOCH, "reserved") is None
+    assert look(cluster, Rules(0)) == {}
+
+
+def test_room_beside_the_head_that_others_gave_back_is_free_again(cluster: Cluster) -> None:
+    capacity = Request.of({"cpus": 5000, "memory": 100, "slots": 8}).shape
+    cluster.register("big", capacity)
+    cluster.ledger.drain("w", "w-life")
+    cluster.run("one", ONE, "big")
+    cluster.run("two", ONE, "big")
+    cluster.submit("wide", WIDE)
+    # Jobs of the same millisecond count as started since the keeping.
+    admitted = int(job_field(cluster.client, "two", "admitted") or 0)
+    while cluster.ledger.now_ms() <= admitted:
+        pass
+    look(cluster, AT_ONCE)
+    kept = Memory()
+    look(cluster, AT_ONCE, kept)
+    for job in ("beside", "waits"):
+        cluster.submit(job)
+    assert (cluster.state("beside"), cluster.state("waits")) == ("admitted", "waiting")
+    cluster.claim("beside", TOKEN, "big")
+    cluster.end("beside", TOKEN, worker="big")
+    assert look(cluster, AT_ONCE, kept)["admitted"] == 1
+    assert cluster.state("waits") == "admitted"
+
+
+def test_depth_is_the_number_of_reserved_workers(cluster: Cluster) -> None:
+    cluster.run("one")
+    cluster.register("x")
+    cluster.run("two", WIDE, "x")
+    for number in range(3):
+        cluster.submit(f"wide-{number}", Request.of({"cpus": 4000, "memory": 10 + number}).shape)
+    assert look(cluster, Rules(3, 0))["reserved"] == 2
+    books = snapshot.read_books(cluster.client, ["w", "x"])
+    assert {book.reservation.shape for book in books.values() if book.reservation} == {
+        Request.of({"cpus": 4000, "memory": memory}).shape for memory in (10, 11)
+    }
+
+
+def test_reserved_room_is_the_reason_that_a_later_job_waits_for(cluster: Cluster) -> None:
+    cluster.run("one")
+    cluster.submit("wide", WIDE)
+    look(cluster, AT_ONCE)
+    book = snapshot.read_books(cluster.client, ["w"])["w"].to_policy(cluster.ledger.now_ms())
+    assert survey(Request.from_shape(ONE), [book]) == Refusal(Reason.RESERVED, worker="w")
+    wide = survey(Request.from_shape(WIDE), [book])
+    assert isinstance(wide, Refusal)
+    assert wide.reason is Reason.NO_ROOM
+
+
+def test_paused_head_has_no_reservation_and_frees_its_worker(cluster: Cluster) -> None:
+    cluster.run("one")
+    cluster.submit("wide", f"{WIDE},tasks.wide")
+    look(cluster, AT_ONCE)
+    assert reservation(cluster) is not None
+    cluster.submit("narrow")
+    assert cluster.state("narrow") == "waiting"
+    cluster.ledger.set_controls(1, {("pause", "task:tasks.wide"): "1"}, last=True)
+    assert look(cluster, AT_ONCE) == {"reserved": 0, "overruns": 0, "kept": 0, "admitted": 1}
+    assert (cluster.state("narrow"), reservation(cluster)) == ("admitted", None)
+    cluster.ledger.set_controls(2, {("pause", "platform"): "1", ("pause", "task:tasks.wide"): ""}, last=True)
+    assert look(cluster, AT_ONCE) == {}
+
+
+def test_cordoned_worker_has_no_reservation(cluster: Cluster) -> None:
+    cluster.run("one")
+    cluster.submit("wide", WIDE)
+    look(cluster, AT_ONCE)
+    cluster.ledger.set_controls(1, {("cordon", "w"): "cordoned"}, last=True)
+    assert not {"kept", "kept_at", "kept_since", "kept_order", "beside"} & cluster.book().keys()
+    assert look(cluster, AT_ONCE)["reserved"] == 0
+    cluster.ledger.set_controls(2, {("cordon", "w"): ""}, last=True)
+    assert look(cluster, AT_ONCE)["reserved"] == 1
+
+
+def test_ending_worker_is_reserved_only_for_a_job_that_ends_there(cluster: Cluster) -> None:
+    cluster.run("one", expecting(ONE, 512_000))
+    cluster.client.hset(keys.book("w"), "ends", cluster.ledger.now_ms() + 600_000)
+    cluster.submit("wide", expecting(WIDE, 256_000))
+    assert look(cluster, TIMED)["reserved"] == 0
+    cluster.client.hset(keys.book("w"), "ends", cluster.ledger.now_ms() + 800_000)
+    assert look(cluster, TIMED)["reserved"] == 1

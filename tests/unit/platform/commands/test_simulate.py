@@ -1,0 +1,69 @@
+"""`simulate` prints what the policy would do with a trace, as text and as JSON, and writes the log of `demo`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from celery_capacity.platform.commands.simulate import command
+from celery_capacity.workers.process.exit_codes import Exit
+from tests.fixtures.documents.shapes import assert_shape
+
+TRACE = "submit,run,cpus,user\n0,100,6,ann\n1,10,8,ann\n2,500,2,bob\n3,50,2,bob\n"
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "trace.csv"
+    path.write_text(TRACE, encoding="utf-8")
+    return path
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(command, words)
+
+
+def test_simulation_prints_waits_and_uses_of_the_workers(trace: Path) -> None:
+    result = run("--trace", str(trace), "--worker", "big=8")
+    assert result.exit_code == Exit.OK, result.output
+    assert "4 jobs" in result.output
+    assert "makespan  610.0 s" in result.output
+    assert "mean 51.75 s, p50 0.00 s, p95 108.00 s, max 108.00 s" in result.output
+
+
+def test_simulation_matches_its_schema_for_each_source(trace: Path) -> None:
+    for source in ("exact", "learned", "none"):
+        result = run("--trace", str(trace), "--worker", "big=8", "--expected", source, "--json")
+        assert result.exit_code == Exit.OK, result.output
+        report = json.loads(result.stdout)
+        assert_shape("simulate", report)
+        assert (report["jobs"], report["workers"][0]["jobs"]) == (4, 4)
+
+
+def test_depth_of_zero_lets_narrow_jobs_pass(trace: Path) -> None:
+    greedy = json.loads(run("--trace", str(trace), "--worker", "big=8", "--depth", "0", "--json").stdout)
+    assert greedy["wait_seconds"]["max"] == 501.0
+
+
+def test_log_has_the_starts_of_all_jobs(trace: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    assert run("--trace", str(trace), "--worker", "big=8", "--log", str(log)).exit_code == Exit.OK
+    with log.open(encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["job"], float(row["start"])) for row in rows] == [("0", 0.0), ("3", 3.0), ("1", 100.0), ("2", 110.0)]
+    assert {row["worker"] for row in rows} == {"big"}
+
+
+def test_packaged_trace_waits_less_at_most_with_reservations() -> None:
+    waits = [json.loads(run("--depth", depth, "--json").stdout)["wait_seconds"]["max"] for depth in ("0", "1")]
+    assert waits[1] <= waits[0]
+
+
+def test_too_wide_a_job_is_refused_before_the_simulation(trace: Path) -> None:
+    result = run("--trace", str(trace), "--worker", "small=7")
+    assert result.exit_code == Exit.FAILED
+    assert "needs 8 CPUs" in result.output

@@ -1,0 +1,254 @@
+"""The simulation decides as the specification does, wastes no room, and lets nobody wait for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy.expectations import FEWEST, REMEMBERED, SOURCES, Exact, Learned, Unknown
+from celery_capacity.routing.policy.fill import fill_or_keep
+from celery_capacity.routing.policy.placement import Book, Waiting, order
+from celery_capacity.routing.policy.reservation import Rules, earliest_start, large_enough
+from celery_capacity.routing.policy.simulation import Expectations, Simulation, Start, Submission, simulate
+
+
+class Wrong(Unknown):
+    """Every job is expected to be over at once, whatever it does."""
+
+    def expected(self, submission: Submission) -> int:
+        return 1
+
+
+class Scattered(Unknown):
+    """Expected times are too short, too long, right or unknown, by the job."""
+
+    def expected(self, submission: Submission) -> int:
+        return (0, submission.run // 3, submission.run, 7 * submission.run)[sum(map(ord, submission.job)) % 4]
+
+
+SOURCES_OF_TESTS = {**SOURCES, "wrong": Wrong, "scattered": Scattered}
+
+
+def need(cpus: int, **more: int) -> Request:
+    return Request.of({"cpus": cpus, **more})
+
+
+def workers(**cpus: int) -> dict[str, Book]:
+    return {name: Book(name, {"cpus": size, "slots": 20, "gpus": 2}, {}) for name, size in cpus.items()}
+
+
+class Judged(Simulation):
+    """A simulation that compares each pass with the specification, and looks for wasted room after each event."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+        self.first_reserved: dict[int, int] = {}
+
+    def _fill(self, worker: str) -> None:
+        book, reservation = self.books[worker], self.reservations.get(worker)
+        expected = fill_or_keep(book, list(self.backlog()), 10**6, (), reservation, self.now).admitted
+        before = len(self.starts)
+        super()._fill(worker)
+        assert [start.job for start in self.starts[before:]] == [waiting.job for waiting in expected]
+
+    def _reserve_anew(self) -> None:
+        super()._reserve_anew()
+        backlog = list(self.backlog())
+        for name, book in self.books.items():
+            assert not book.over
+            reservation = self.reservations.get(name)
+            # I5: no job waits while a worker could take it under the policy.
+            assert fill_or_keep(book, backlog, 1, (), reservation, self.now).admitted == []
+        if backlog and self.rules.depth:
+            self._check_the_first(min(backlog, key=lambda waiting: waiting.order))
+        for entry in self.reservations.values():
+            if not entry.kept:
+                self.first_reserved.setdefault(entry.order, entry.at)
+
+    def _check_the_first(self, head: Waiting) -> None:
+        """Check that the first job has a reservation as soon as a time is known for it."""
+        mine = [entry for entry in self.reservations.values() if entry.order == head.order]
+        able = large_enough(head, self.books.values())
+        held = {name: list(jobs.values()) for name, jobs in self.held.items()}
+        times = [earliest_start(head.request, book, held.get(book.worker, ()), self.now) for book in able]
+        assert mine or not any(times)
+
+
+def judge(
+    submissions: Sequence[Submission], books: dict[str, Book], rules: Rules, expectations: Expectations
+) -> Judged:
+    simulation = Judged(books, rules, expectations)
+    simulation.run(submissions)
+    return simulation
+
+
+def starts(simulation: Simulation) -> dict[str, Start]:
+    return {start.job: start for start in simulation.starts}
+
+
+JOBS = st.lists(
+    st.tuples(
+        st.integers(0, 60),
+        st.integers(1, 40),
+        st.builds(need, st.integers(0, 10), gpus=st.sampled_from([0, 0, 0, 1])),
+        st.sampled_from([0, 0, 0, 5]),
+    ),
+    max_size=25,
+).map(
+    lambda jobs: [
+        Submission(f"job-{number}", at, run, request, f"task-{run % 3}", priority)
+        for number, (at, run, request, priority) in enumerate(jobs)
+    ]
+)
+
+
+@given(
+    JOBS,
+    st.integers(0, 3),
+    st.sampled_from(sorted(SOURCES_OF_TESTS)),
+    st.sampled_from([0, 15, 10**6]),
+)
+def test_simulation_follows_the_specification_and_ends_every_job(
+    submissions: list[Submission], depth: int, source: str, reserve_after: int
+) -> None:
+    books = workers(big=10, small=4)
+    simulation = judge(submissions, books, Rules(depth, reserve_after), SOURCES_OF_TESTS[source]())
+    assert sorted(start.job for start in simulation.starts) == sorted(entry.job for entry in submissions)
+    assert all(book.empty for book in simulation.books.values())
+    assert all(start.started >= start.submitted for start in simulation.starts)
+
+
+@given(JOBS)
+def test_head_starts_by_its_reserved_time_if_times_are_true(submissions: list[Submission]) -> None:
+    equals = [entry._replace(priority=0) for entry in submissions]
+    simulation = judge(equals, workers(big=10, small=4), Rules(1, 10**9), Exact())
+    assert simulation.overruns == 0
+    by_order = sorted(equals, key=lambda entry: entry.at)
+    started = {order(0, seq): starts(simulation)[entry.job].started for seq, entry in enumerate(by_order)}
+    assert all(started[head] <= at for head, at in simulation.first_reserved.items())
+
+
+# -- starvation
+
+
+def stream(until: int, cpus: int = 1, every: int = 15, run: int = 100, priority: int = 0) -> list[Submission]:
+    """Return narrow jobs that come for ever, and that could keep all CPUs of a worker busy."""
+    return [
+        Submission(f"narrow-{at}", at, run + at % 30, need(cpus), "narrow", priority) for at in range(0, until, every)
+    ]
+
+
+@pytest.mark.parametrize("source", sorted(SOURCES_OF_TESTS))
+@pytest.mark.parametrize("depth", [1, 3])
+def test_wide_job_starts_under_an_endless_stream_of_narrow_ones(source: str, depth: int) -> None:
+    wide = Submission("wide", 1_005, 50, need(8), "wide")
+    jobs = [*stream(20_000), wide]
+    simulation = judge(jobs, workers(w=8), Rules(depth, 500), SOURCES_OF_TESTS[source]())
+    # The first reserved time is at most 130 ms away. The worker is kept 500 ms after it, and its jobs end 130 ms later.
+    assert starts(simulation)["wide"].started <= 1_005 + 130 + 500 + 130
+    assert not simulation.reservations
+
+
+def test_wide_job_waits_for_a_gap_without_reservations() -> None:
+    jobs = [*stream(20_000), Submission("wide", 1_005, 50, need(8), "wide")]
+    simulation = judge(jobs, workers(w=8), Rules(0), Exact())
+    assert starts(simulation)["wide"].started > 19_000
+
+
+def test_wide_job_with_known_times_starts_when_its_turn_comes() -> None:
+    jobs = [*stream(20_000), Submission("wide", 1_005, 50, need(8), "wide")]
+    simulation = judge(jobs, workers(w=8), Rules(1, 10**9), Exact())
+    assert starts(simulation)["wide"].started <= 1_005 + 2 * 155
+    assert simulation.keepings == 0
+
+
+def test_higher_priority_passes_a_lower_reservation() -> None:
+    running = Submission("running", 0, 100, need(6))
+    wide, high = Submission("wide", 1, 10, need(8)), Submission("high", 2, 500, need(2), priority=9)
+    simulation = judge([running, wide, high], workers(w=8), Rules(), Exact())
+    assert starts(simulation)["high"].started == 2
+    assert starts(simulation)["wide"].started == 502
+
+
+def test_lower_priority_passes_no_reservation_unless_it_ends_before() -> None:
+    jobs = [
+        Submission("running", 0, 10_000, need(6)),
+        Submission("wide", 1, 1_000, need(8), priority=5),
+        Submission("long", 2, 50_000, need(2)),
+        Submission("short", 3, 5_000, need(2)),
+    ]
+    begun = {job: start.started for job, start in starts(judge(jobs, workers(w=8), Rules(), Exact())).items()}
+    assert begun == {"running": 0, "short": 3, "wide": 10_000, "long": 11_000}
+
+
+def test_other_workers_stay_free_for_all() -> None:
+    jobs = [
+        Submission("running", 0, 100, need(6)),
+        Submission("wide", 1, 10, need(8)),
+        Submission("long", 2, 500, need(4)),
+    ]
+    begun = starts(judge(jobs, workers(other=4, w=8), Rules(), Exact()))
+    assert (begun["long"].started, begun["long"].worker) == (2, "other")
+
+
+def test_overrun_moves_the_reservation_and_is_counted() -> None:
+    class TooShort(Exact):
+        def expected(self, submission: Submission) -> int:
+            return 4_000 if submission.job == "running" else submission.run
+
+    jobs = [
+        Submission("running", 0, 10_000, need(6)),
+        Submission("wide", 1, 1_000, need(8)),
+        Submission("later", 2, 4_500, need(2)),
+    ]
+    simulation = judge(jobs, workers(w=8), Rules(), TooShort())
+    assert simulation.overruns > 0
+    begun = starts(simulation)
+    # The reserved time moved so far that the later job could pass. It delays the wide one by no more than its own time.
+    assert begun["later"].started < 10_000
+    assert begun["wide"].started == begun["later"].ended < 14_500
+
+
+# -- expected run times
+
+
+def test_learned_time_is_the_upper_quartile_of_the_last_ones() -> None:
+    learned = Learned()
+    job = Submission("job", 0, 50, need(1), "task")
+    for run in (10, 20, 30, 40)[:FEWEST]:
+        assert learned.expected(job) == 0
+        learned.learn(job._replace(run=run))
+    assert learned.expected(job) == 20
+    for run in range(100, 200):
+        learned.learn(job._replace(run=run))
+    assert learned.expected(job) == 200 - REMEMBERED // 4
+
+
+def test_learned_time_falls_back_to_other_requests_of_the_task() -> None:
+    learned = Learned()
+    for _ in range(FEWEST):
+        learned.learn(Submission("job", 0, 50, need(1), "task"))
+    assert learned.expected(Submission("wide", 0, 1, need(9), "task")) == 50
+    assert learned.expected(Submission("other", 0, 1, need(1), "other")) == 50
+    assert Learned().expected(Submission("other", 0, 1, need(1), "other")) == 0
+
+
+def test_reservation_is_kept_while_a_higher_priority_is_blocked() -> None:
+    jobs = [
+        *stream(3_000),
+        Submission("wide", 1_005, 50, need(8), "wide"),
+        *(Submission(f"high-{at}", at, 40, need(7), "high", 9) for at in range(1_300, 3_000, 200)),
+    ]
+    simulation = judge(jobs, workers(w=8, other=7), Rules(1, 200), Unknown())
+    assert starts(simulation)["wide"].started < 2_500
+
+
+def test_simulation_is_the_same_each_time() -> None:
+    jobs = stream(2_000, cpus=3, every=7)
+    once = simulate(jobs, workers(w=8, v=5), Rules(), Exact())
+    again = simulate(list(reversed(jobs)), workers(v=5, w=8), Rules(), Exact())
+    assert once.starts == again.starts
