@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, Final, NamedTuple, TypeVar
@@ -125,23 +125,19 @@ class Breaker:
                 try:
                     with self._circuit.call(), call_budget.attempt(self._within):
                         self._ledger.epoch = epoch
-                        waiting = self._bring(group)
+                        if len(group) > 1:
+                            self._ledger.submit_many([job.args for job in group])
+                            may_wait = True
+                        else:
+                            may_wait = self._ledger.submit_one(group[0].args).state in WAITS
                         heard = True
-                        if waiting:
-                            self._feasibility.note(waiting)
+                        if may_wait:
+                            self._feasibility.note({job.args[SHAPE] for job in group})
                 except LedgerClosed:
                     # The ledger is cold, or of another epoch: a worker opens it, and brings in the accepted jobs.
                     heard = True
             if keep and not heard:
                 self._miss(group)
-
-    def _bring(self, jobs: Sequence[Submission]) -> Collection[str]:
-        """Bring jobs to the ledger in one step; return the shapes of which a job may wait now."""
-        if len(jobs) > 1:
-            self._ledger.submit_many([job.args for job in jobs])
-            return {job.args[SHAPE] for job in jobs}
-        submitted = self._ledger.submit_one(jobs[0].args)
-        return [jobs[0].args[SHAPE]] if submitted.state in WAITS else []
 
     def _miss(self, jobs: Sequence[Submission]) -> None:
         """Keep jobs that the ledger has not heard of. Where there are too many, the oldest ones are left out."""

@@ -50,7 +50,8 @@ def test_wholly_stopped_worker_leaves_one_effect_of_each_job(
     until(lambda: refused_writes(platform) >= len(jobs), lambda: f"refused writes: {refused_writes(platform)}")
     assert [submitter.outcomes(job) for job in jobs] == [["lost", "succeeded"]] * len(jobs)
     # The worker is an ordinary worker again.
-    until(lambda: submitter.view("a").get("status") == "ready", "a is registered again")
+    # Its stopped bodies took CPUs without a lease. The next heartbeat publishes those again.
+    until(lambda: submitter.view("a").get("cpus") == "4", "a is registered again, with all its CPUs")
     again = [oracle.send(submitter, seconds=0.5) for _ in range(8)]
     oracle.assert_zeros()
     assert {line.worker for line in read(oracle.trace) if line.job in again} == {"a", "b"}

@@ -138,6 +138,8 @@ def test_every_edge_that_a_statement_makes_is_in_the_table_of_transitions(
 def test_the_statements_use_only_states_of_the_table() -> None:
     # and statuses of workers, outcomes of attempts, who decides, and the default queue
     allowed = {state.value for state in State} | {"ready", "draining", "taken_back", "postgres", DEFAULT_QUEUE, ""}
+    # fields of a progress
+    allowed |= {"epoch", "attempt"}
     for module in (job_transitions, rebuild, reconcile, fencing):
         for name, statement in vars(module).items():
             if not hasattr(statement, "bindparams"):
@@ -170,6 +172,7 @@ BY_STATE: Final = {
     "backlog._MARK": "a job that has not started, and stays in Postgres",
     "backlog._FETCH": "a job that has not started, and leaves Postgres",
     "claims._TAKE": "it makes the attempt",
+    "controls._SET": "the priority of a job, which an operator sets",
     "dependencies._OPEN": "a job that waits for others",
     "fencing._GIVE_UP": "all attempts of an incarnation",
     "fencing._GIVE_UP_FREE": "all attempts of an incarnation",
