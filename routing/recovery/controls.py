@@ -58,13 +58,15 @@ def level(engine: Engine, ledger: Ledger) -> int:
         changes = {key: value for key, value in wanted.items() if existing.get(key) != value}
         removed = [key for key in existing if key not in wanted]
         rows = [*changes.items(), *((key, "") for key in removed)]
-        for start in range(0, max(1, len(rows)), CHUNK):
-            chunk, last = dict(rows[start : start + CHUNK]), start + CHUNK >= len(rows)
-            if not ledger.set_controls(current.version, chunk, last=last):
+        for start in range(0, len(rows), CHUNK):
+            if not ledger.set_controls(current.version, dict(rows[start : start + CHUNK]), last=False):
                 return 0
-        if removed:
-            ledger.resume_shapes()
-    if removed:
+        # The ledger has the version once the shapes are let go: the next program lets them go where this one dies.
+        is_old = ledger.controls_version() != current.version
+        resumed = ledger.resume_shapes() if removed or is_old else 0
+        if not ledger.set_controls(current.version, {}, last=True):
+            return 0
+    if removed or resumed:
         workers_with_room.fill_all(ledger)
     return len(rows)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import Any, Final
+from unittest.mock import Mock
 
 import pytest
 from celery import Celery
 
+from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.inspect import verify
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import LedgerClosed
@@ -162,4 +164,25 @@ def test_every_action_is_noted_with_its_operator(stage: Stage) -> None:
         ("pause", "task:tasks.render", "ann", None, None),
         ("resume", "task:tasks.render", "ann", None, None),
     ]
+    app.platform.engine.dispose()
+
+
+def test_duty_lets_jobs_go_whose_resume_died_in_between(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.worker("a", cpus=1000)
+    note(stage, scope=Scope.of())
+    controls.level(stage.engine, stage.ledger)
+    job = stage.submit(cpus=1000)
+    with transactions(stage.engine).begin() as connection:
+        stored.lock(connection)
+        assert stored.resume(connection, Scope.of(), "ann@desk")
+    with monkeypatch.context() as patched:
+        patched.setattr(stage.ledger, "resume_shapes", Mock(side_effect=StoreUnavailable("Redis does not answer")))
+        with pytest.raises(StoreUnavailable):
+            controls.level(stage.engine, stage.ledger)
+    app = app_of(stage)
+    app.platform.ledger.epoch = stage.ledger.epoch
+    duty.run_once(app, app.platform)
+    stage.apply()
+    assert (stage.row(job).state, stage.redis.scard(keys.WITHHELD)) == ("admitted", 0)
+    assert controls.is_level(stage.engine, stage.ledger)
     app.platform.engine.dispose()
