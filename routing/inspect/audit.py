@@ -75,9 +75,7 @@ class LedgerReading:
     wrong_expiry: list[str] = field(default_factory=list)
 
     def first_of(self, shape: str) -> int | None:
-        """Return the order of the first job of a shape that may start: before its border, and not held back."""
-        if shape in self.head.withheld and shape not in self.shapes:
-            return None
+        """Return the order of the first job of a shape that may start: before its border, where it has one."""
         order = self.waits[shape][0][1] if self.waits[shape] else None
         border = self.borders.get(shape)
         return order if order is None or border is None or order < border else None
@@ -307,10 +305,12 @@ def _books(ledger: LedgerReading) -> Iterator[Suspicion]:
 
 def _queues(ledger: LedgerReading) -> Iterator[Suspicion]:
     """Check I6: the ledger agrees with itself."""
-    first = {shape: ledger.first_of(shape) for shape in ledger.waits}
+    # A paused shape may stand anywhere in the indexes, or nowhere. It is put in its place when it is let go.
+    withheld = ledger.head.withheld
+    first = {shape: ledger.first_of(shape) for shape in ledger.waits if shape not in withheld}
     for wrong in (
         *indexes.wrong_workers(ledger.index_entries, ledger.books),
-        *indexes.wrong_shapes(ledger.index_entries, first),
+        *indexes.wrong_shapes(ledger.index_entries, first, withheld),
     ):
         yield Suspicion("I6", wrong)
     total, shown, summed = ledger.allocated
@@ -319,7 +319,7 @@ def _queues(ledger: LedgerReading) -> Iterator[Suspicion]:
     if total is not None and shown != amounts.format_cpus(total):
         yield Suspicion("I6", f"resource:allocated_cpus is {shown}, ledger:allocated {total}")
     for shape, queue in ledger.waits.items():
-        if ledger.shapes.get(shape) != first[shape]:
+        if shape in first and ledger.shapes.get(shape) != first[shape]:
             yield Suspicion(
                 "I6", f"shape {shape} begins at {first[shape]}, and at {ledger.shapes.get(shape)} in the index"
             )

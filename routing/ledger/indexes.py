@@ -6,7 +6,7 @@ the places that differ from the books and the backlog.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,22 +93,29 @@ def wrong_workers(indexes: Indexes, books: Mapping[str, WorkerBook]) -> Iterator
             yield f"worker {worker} has {room} free and stands as {score} in {index}"
 
 
-def wrong_shapes(indexes: Indexes, first: Mapping[str, int | None]) -> Iterator[str]:
+def wrong_shapes(
+    indexes: Indexes, first: Mapping[str, int | None], withheld: Collection[str] = frozenset()
+) -> Iterator[str]:
     """Describe each place in the indexes of shapes that differs from the backlog.
 
-    `first`: shape -> order of its first waiting job, None where no job waits.
+    `first`: shape -> order of its first waiting job, None where no job waits. `withheld`: shapes that are not judged.
     """
     expected: dict[str, dict[str, int]] = {}
     for shape, order in first.items():
         if order is not None:
             expected.setdefault(waits_beside(shape), {})[shape] = order
     for resource in sorted(expected.keys() | indexes.shapes.keys()):
-        for shape, at, there in _differing(expected.get(resource, {}), indexes.shapes.get(resource, {})):
+        actual = _without(indexes.shapes.get(resource, {}), withheld)
+        for shape, at, there in _differing(expected.get(resource, {}), actual):
             yield f"shape {shape} begins at {at}, and at {there} in the index of {resource}"
     for resource in ASKED:
         wanted = {shape: asked_score(shape, resource) for shape, order in first.items() if order is not None}
-        for shape, asked, there in _differing(wanted, indexes.asked.get(resource, {})):
+        for shape, asked, there in _differing(wanted, _without(indexes.asked.get(resource, {}), withheld)):
             yield f"shape {shape} asks for {asked} of {resource}, and for {there} in its index"
+
+
+def _without(scores: Mapping[str, int], names: Collection[str]) -> Mapping[str, int]:
+    return {name: score for name, score in scores.items() if name not in names} if names else scores
 
 
 def _differing(wanted: Mapping[str, int], actual: Mapping[str, int]) -> Iterator[tuple[str, int | None, int | None]]:

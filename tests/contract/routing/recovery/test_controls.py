@@ -12,6 +12,7 @@ from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.inspect import verify
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model.states import State
 from celery_capacity.routing.policy.pauses import Scope
 from celery_capacity.routing.recovery import controls, rebuild, reconcile
 from celery_capacity.routing.store import controls as stored
@@ -186,3 +187,21 @@ def test_duty_lets_jobs_go_whose_resume_died_in_between(stage: Stage, monkeypatc
     assert (stage.row(job).state, stage.redis.scard(keys.WITHHELD)) == ("admitted", 0)
     assert controls.is_level(stage.engine, stage.ledger)
     app.platform.engine.dispose()
+
+
+def test_verify_holds_while_paused_jobs_come_and_go(stage: Stage) -> None:
+    stage.worker("a", cpus=1000)
+    stage.submit(cpus=1000)
+    stage.submit(cpus=1000)
+    note(stage, scope=Scope.of())
+    controls.level(stage.engine, stage.ledger)
+    # This job comes before the one by which the shape stands in the indexes.
+    stage.submit(cpus=1000, priority=9)
+    assert verify.check(stage.engine, stage.redis, patience=0).lines() == []
+    # Another shape is filed under the pause, and its first job ends.
+    first = stage.submit(cpus=500)
+    stage.submit(cpus=500)
+    assert stage.ledger.cancel(first, State.CANCELLED, "revoked").entry is not None
+    stage.apply()
+    assert verify.check(stage.engine, stage.redis, patience=0).lines() == []
+    assert reconcile.reconcile(stage.engine, stage.ledger).drift == 0
