@@ -79,14 +79,16 @@ def waiting_in_ledger(ledger: Ledger) -> int | None:
     pipe = ledger.client.pipeline(transaction=False)
     pipe.hmget(keys.EPOCH, "epoch", "rebuilding")
     pipe.zrange(keys.SHAPES, 0, MAX_SHAPES - 1)
+    pipe.smembers(keys.WITHHELD)
     pipe.hgetall(keys.STAYING)
     pipe.exists(keys.KEYS["left"])
-    (epoch, rebuilding), shapes, staying, left = ledger.execute(pipe)
+    (epoch, rebuilding), indexed, withheld, staying, left = ledger.execute(pipe)
     if epoch is None or rebuilding is not None or left:
         return None
-    for shape in {*shapes, *staying}:
+    shapes = {*indexed, *withheld, *staying}
+    for shape in shapes:
         pipe.zcard(keys.wait(shape.decode() if isinstance(shape, bytes) else shape))
-    filed = sum(pipe.execute()) if shapes or staying else 0
+    filed = sum(pipe.execute()) if shapes else 0
     return filed + sum(max(0, int(number)) for number in staying.values())
 
 

@@ -9,7 +9,7 @@ import pytest
 from celery import Celery
 
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.inspect import verify
+from celery_capacity.routing.inspect import backlog_limit, verify
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.states import State
@@ -205,3 +205,11 @@ def test_verify_holds_while_paused_jobs_come_and_go(stage: Stage) -> None:
     stage.apply()
     assert verify.check(stage.engine, stage.redis, patience=0).lines() == []
     assert reconcile.reconcile(stage.engine, stage.ledger).drift == 0
+
+
+def test_paused_jobs_count_for_the_limit_of_the_backlog(stage: Stage) -> None:
+    note(stage, scope=Scope.of())
+    controls.level(stage.engine, stage.ledger)
+    for _ in range(2):
+        stage.submit(cpus=1000)
+    assert backlog_limit.waiting_in_ledger(stage.ledger) == 2
