@@ -54,6 +54,7 @@ def waiting_in_ledger(client: redispy.Redis) -> dict[str, list[str]]:
     """Return the requests for which jobs wait in the ledger, with the shapes under which these are filed."""
     pipe = client.pipeline(transaction=False)
     pipe.zrange(keys.SHAPES, 0, -1)
+    pipe.smembers(keys.WITHHELD)
     pipe.hkeys(keys.STAYING)
     filed: dict[str, list[str]] = defaultdict(list)
     for shape in sorted({snapshot.text(name) for names in pipe.execute() for name in names}):

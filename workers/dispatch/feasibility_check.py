@@ -105,9 +105,12 @@ class FeasibilityCheck:
     def _check(self, shapes: Iterable[str]) -> None:
         """Warn of those of these shapes that wait and that no registered worker could hold."""
         candidates = list(dict.fromkeys(shapes))
+        # A paused shape may stand in the set of those alone that are held back.
         commands = [("ZSCORE", keys.SHAPES, shape) for shape in candidates]
-        scores = snapshot.read_many(self._client, commands)
-        waiting = [shape for shape, score in zip(candidates, scores, strict=True) if score is not None]
+        commands += [("SISMEMBER", keys.WITHHELD, shape) for shape in candidates]
+        replies = snapshot.read_many(self._client, commands)
+        rows = zip(candidates, replies[: len(candidates)], replies[len(candidates) :], strict=True)
+        waiting = [shape for shape, score, withheld in rows if score is not None or withheld]
         books = self._registered() if waiting else []
         for shape in waiting:
             shortfall = find_shortfall(Request.from_shape(asked_shape(shape)), books)

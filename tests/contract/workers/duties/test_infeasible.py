@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 
 from celery_capacity import Infeasible
+from celery_capacity.routing.policy.pauses import Scope
+from celery_capacity.workers.client import controls
 from celery_capacity.workers.duties import infeasible
 from tests.fixtures.stores.authorities import Authority
 
@@ -165,3 +167,13 @@ def test_revoked_job_is_cancelled_and_does_not_fail(failing: Authority) -> None:
     failing.revoke(wide)
     assert duty(failing)["failed"] == 0
     assert failing.row(wide).state == "cancelled"
+
+
+def test_job_that_is_paused_fails_after_the_same_time(failing: Authority) -> None:
+    controls.pause(failing.stores, Scope.of())
+    wide = failing.submit(cpus=8000)
+    assert (duty(failing), len(clocks(failing))) == ({"failed": 0}, 1)
+    pass_time(failing)
+    assert duty(failing)["failed"] == 1
+    assert failing.row(wide).state == "failed"
+    controls.resume(failing.stores, Scope.of())

@@ -111,3 +111,16 @@ def test_requests_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatc
         check.note([f"cpus={number},slots=1"])
         check.finish()
         assert len(check._check_from) <= 5
+
+
+def test_sender_is_warned_of_a_paused_job_too(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_many(client: redis.Redis, commands: list[Any]) -> list[Any]:
+        return [1 if command[0] == "SISMEMBER" else None for command in commands]
+
+    monkeypatch.setattr(snapshot, "read_many", read_many)
+    check = Checked([BOOK])
+    check.note([WIDE])
+    check.finish()
+    assert len(warnings(caplog)) == 1
