@@ -66,6 +66,8 @@ class Puller(OnDemandLookingService):
         self._can_start = can_start
         #: Called where this worker is cordoned.
         self.on_cordon: Callable[[], None] = lambda: None
+        #: Earliest time of the next look for a cordon while nothing fits (monotonic).
+        self._cordon_from = 0.0
         #: Set in a signal handler: this worker takes nothing any more.
         self.draining = False
         self._listening: Any = None
@@ -121,6 +123,7 @@ class Puller(OnDemandLookingService):
         most_losses = self._settings.most_losses
         book = self._holdings.book()
         if not self._can_start() or not book.open:
+            self._look_for_cordon()
             return None
         with self._engine.connect() as connection:
             if controls.is_cordoned(connection, self._identity.name):
@@ -143,6 +146,16 @@ class Puller(OnDemandLookingService):
             self._holdings.add(holding)
             self._start_job(row.message)
         return len(taken)
+
+    def _look_for_cordon(self) -> None:
+        """Look for a cordon of a full worker, once in an interval: a drain may have a deadline for what runs here."""
+        now = time.monotonic()
+        if now >= self._cordon_from:
+            self._cordon_from = now + self._settings.due_interval
+            with self._engine.connect() as connection:
+                cordoned = controls.is_cordoned(connection, self._identity.name)
+            if cordoned:
+                self.on_cordon()
 
     def _take_these(self, connection: Connection, ids: Sequence[str]) -> list[claims.Taken]:
         """Take those of these jobs that still wait, and whose rows Postgres lets anybody write."""

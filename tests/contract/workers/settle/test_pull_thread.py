@@ -12,11 +12,12 @@ from sqlalchemy import Engine, text
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.model.states import Store
+from celery_capacity.routing.store import controls
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holdings
 from celery_capacity.workers.process.identity import Identity
-from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.process.stores import Stores, transactions
 from celery_capacity.workers.settle.pull_thread import Puller
 from tests.contract.routing.store.test_refused_transitions import refuse
 from tests.fixtures.stores.staged import Stage
@@ -86,3 +87,20 @@ def test_puller_has_a_thread_only_while_postgres_decides(stage: Stage, puller: P
     confirmation.ask()
     until(lambda: not puller.is_alive(), "its thread has ended")
     puller.stop(10.0)
+
+
+def test_full_worker_hears_of_its_drain(stage: Stage, puller: Puller) -> None:
+    """A drain may have a deadline at which the jobs that fill the worker go back."""
+    puller.on_cordon = heard = Mock()
+    jobs = [stage.insert({"cpus": 1000}) for _ in range(2)]
+    puller._pass()
+    assert sorted(puller._holdings.jobs()) == jobs
+    with transactions(stage.engine).begin() as connection:
+        controls.cordon(connection, ["a"], "ann@desk", None, drains=True, deadline=0.0)
+
+    def hears() -> bool:
+        puller._pass()
+        return bool(heard.called)
+
+    until(hears, "it looks for its cordon")
+    stage.sql("DELETE FROM cordons")
