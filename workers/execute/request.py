@@ -15,7 +15,16 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
-from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry, TaskError, Terminated, WorkerLostError
+from celery.exceptions import (
+    Ignore,
+    InvalidTaskError,
+    Reject,
+    Retry,
+    TaskError,
+    TaskRevokedError,
+    Terminated,
+    WorkerLostError,
+)
 from celery.platforms import signals as signal_numbers
 from celery.utils.saferepr import saferepr
 from celery.worker import state as worker_state
@@ -68,6 +77,8 @@ class JobRequest:
     outbox: Outbox
     #: Reason why the worker itself ends the job, '' where it does not.
     ended_by: Literal["", "revoke", "stop"] = ""
+    #: True once the job went back before it began.
+    handed_back: bool = False
     #: Error of the attempt if the body rejects its message.
     rejected_as: str = "rejected"
 
@@ -107,6 +118,10 @@ class JobRequest:
             del cls.execute_using_pool
 
     def execute_using_pool(self, pool: Any, **options: Any) -> Any:
+        if self.handed_back:
+            # It waited here for a free process. By now it may run elsewhere, and Celery lets the next one have the
+            # process.
+            raise TaskRevokedError(self.id)
         if self.tag is not None:
             pool = TracedPool(pool, str(self.tag), type(self).incarnation)
         result = super().execute_using_pool(pool, **options)  # type: ignore[misc]
@@ -139,6 +154,7 @@ class JobRequest:
 
     def hand_back(self) -> None:
         """Hand back a job that was claimed, and will not start here."""
+        self.handed_back = True
         self._end(Outcome.HANDED_BACK, "not started")
 
     # The row is durable, and the message was only a notice: there is nothing to acknowledge at the broker.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from celery import signals
 from celery.app.task import Context
+from celery.exceptions import TaskRevokedError
 from celery.utils.threads import LocalStack
 
 from celery_capacity.routing.model.message import Tag
@@ -114,4 +115,13 @@ def test_a_trace_that_returned_is_left_to_celery_s_hooks() -> None:
 def test_a_job_that_a_stopping_threads_pool_never_began_goes_back() -> None:
     job = Given()
     job.future.cancel()
+    assert job.ends == [("job", Token(1, 2), "handed_back", "not started", 0)]
+
+
+def test_job_that_went_back_before_it_began_never_runs_here() -> None:
+    """A drain hands back a job that waits for a free process. Celery gives it to the next free one all the same."""
+    job = Given()
+    job.request.hand_back()
+    with pytest.raises(TaskRevokedError):
+        job.request.execute_using_pool(None)
     assert job.ends == [("job", Token(1, 2), "handed_back", "not started", 0)]
