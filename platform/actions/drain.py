@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 #: Seconds between two looks at a draining worker.
 LOOK: Final = 0.25
+#: Looks in a row that find nothing, after which a worker is empty. Postgres hears a moment later of a job that the
+#: ledger admitted just before the drain.
+LOOKS: Final = 2
 
 
 @click.command(
@@ -81,7 +84,7 @@ def _wait(stores: Stores, names: Sequence[str], stop: bool, timeout: float | Non
     from celery_capacity.workers.client.controls import standing
 
     end = None if timeout is None else time.monotonic() + timeout
-    most = dict.fromkeys(names, 1)
+    most, empty = dict.fromkeys(names, 1), 0
     with Meters(talk()) as meters:
         while True:
             with stores.engine.connect() as connection:
@@ -89,6 +92,7 @@ def _wait(stores: Stores, names: Sequence[str], stop: bool, timeout: float | Non
             running = {name: jobs + (stop and live and not jobs) for name, (live, jobs) in now.items()}
             most = {name: max(most[name], now[name][1]) for name in names}
             meters.show([Meter(name, most[name] - now[name][1], most[name], f"{now[name][1]} run") for name in names])
-            if not any(running.values()) or (end is not None and time.monotonic() >= end):
+            empty = 0 if any(running.values()) else empty + 1
+            if empty == LOOKS or (end is not None and time.monotonic() >= end):
                 return {name: int(number) for name, number in running.items()}
             time.sleep(LOOK)

@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 #: Seconds after TERM at which the process of a job that is broken off gets KILL.
 KILL_AFTER: Final = 5.0
+#: Looks in a row that find nothing, after which a worker is empty, and seconds between two of them. A job that was
+#: admitted just before the cordon is still on its way at the first look.
+LOOKS: Final = 2
+AGAIN_AFTER: Final = 0.25
 
 
 class Drain(OnDemandLookingService):
@@ -53,6 +57,9 @@ class Drain(OnDemandLookingService):
         self._asked = True
         #: True while an operator drains this worker, and it is not empty yet.
         self._drains = False
+        #: True if the last look found jobs; the number of looks since then.
+        self._busy = False
+        self._empty_looks = 0
         #: Time of the first signal to the jobs that run (monotonic), 0 before it.
         self._broken_off_at = 0.0
         #: True once the log says that this worker is empty, and that its pool cannot break off bodies.
@@ -91,13 +98,17 @@ class Drain(OnDemandLookingService):
             busy = bool(self._held()) or controls.holds(connection, self._worker)
         if cordon is None or not cordon.drains:
             self._drains, self._broken_off_at = False, 0.0
+            self._busy, self._empty_looks = False, 0
             self._empty_told = self._cannot_told = False
             return self._interval
-        if not self._drains and busy:
+        if busy and not self._busy:
             logger.warning("draining, as %s asked%s", cordon.by, f": {cordon.reason}" if cordon.reason else "")
-        self._drains = busy
-        if not busy:
+        self._busy, self._empty_looks = busy, 0 if busy else self._empty_looks + 1
+        self._drains = self._empty_looks < LOOKS
+        if not self._drains:
             self._empty(cordon)
+        elif not busy:
+            return min(self._interval, AGAIN_AFTER)
         elif remaining is not None and remaining <= 0:
             self._hand_back(cordon)
         elif remaining is not None:
