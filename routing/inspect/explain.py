@@ -24,6 +24,7 @@ from celery_capacity.routing.model.request import Request, filed_shape, split_sh
 from celery_capacity.routing.model.states import FINAL, HOLDING, State, Store
 from celery_capacity.routing.policy.feasibility import count_before, is_large_enough, judge, kind_of, kinds_of
 from celery_capacity.routing.policy.missing import missing_on_each, unblocked_by
+from celery_capacity.routing.policy.pauses import Pauses
 from celery_capacity.routing.policy.placement import Admission, Book, Refusal, order
 from celery_capacity.routing.store import backlog, controls, dependencies
 
@@ -113,7 +114,9 @@ def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, 
     """Explain a job that waits in the ledger, or is on its way there: by the policy, over the books."""
     state, request = State(row.state), Request.from_shape(row.shape)
     task = split_shape(seen.filed).task
-    ahead = seen.before.get(seen.filed, 0)
+    ahead = _like(seen.filed, seen.before)
+    pauses = Pauses(frozenset(pause.scope for pause in controls.pauses(connection)))
+    startable = {filed: number for filed, number in seen.before.items() if not pauses.hold_back(filed)}
     bound = run_time_of(seen.filed).bound
     decision = judge(seen.held, seen.registered, ahead, task, bound)
     refusal = None if isinstance(decision, Admission) else decision
@@ -124,13 +127,13 @@ def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, 
     cordon = held_back.cordon_in_the_way(connection, seen.held, live, task, bound, refusal)
     if cordon is not None:
         why, refusal = Reason.CORDONED, Refusal(Reason.CORDONED, worker=cordon.worker)
-    missing = missing_on_each(seen.held, seen.registered, task) if why in SHORT_OF_ROOM else []
+    missing = missing_on_each(seen.held, seen.registered, task, bound) if why in SHORT_OF_ROOM else []
     large = _large_workers(request, seen.registered, task)
     unblocking = None
     if why in (Reason.NO_ROOM, Reason.ALONE):
         workers = [line.worker for line in missing if line.admits and line.worker in large][:LOOKED_AT]
         running = running_jobs.on_workers(connection, workers, most_losses)
-        unblocking = unblocked_by(seen.held, seen.registered, running, task)
+        unblocking = unblocked_by(seen.held, seen.registered, running, task, bound)
     return Explanation(
         job,
         state,
@@ -143,7 +146,7 @@ def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, 
         worker=(refusal and refusal.worker) or None,
         place=ahead + 1,
         before=sum(seen.before.values()),
-        position=count_before(seen.before, seen.registered),
+        position=count_before(startable, seen.registered),
         large_enough=sum(book.admitting and book.worker in large for book in seen.registered),
         live_workers=len(seen.live),
         missing=tuple(missing[:SHOWN_WORKERS]),
@@ -151,6 +154,12 @@ def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, 
         unblocked_by=unblocking,
         cordon=cordon,
     )
+
+
+def _like(filed: str, before: Mapping[str, int]) -> int:
+    """Return how many of these jobs have the request and the task of a filed shape, whatever run time is expected."""
+    request, task, _ = split_shape(filed)
+    return sum(number for other, number in before.items() if split_shape(other)[:2] == (request, task))
 
 
 def _large_workers(request: Request, registered: Sequence[Book], task: str) -> set[str]:

@@ -24,7 +24,7 @@ class Explanation:
 
     `place` is the job's place, from 1, among the jobs with an equal request. `before` is the number of all waiting jobs
     that come earlier in order, for any request. `position` is the number of those that would start before it: without
-    the jobs that no registered worker could ever take.
+    the jobs that are paused, and those that no registered worker could ever take.
     """
 
     job: str

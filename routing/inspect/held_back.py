@@ -23,7 +23,7 @@ from celery_capacity.routing.store.controls import Cordon, Orders
 _Overview = TypeVar("_Overview", bound=Any)
 
 #: Reasons of the policy that a cordon may be behind.
-BY_CORDON = frozenset({Reason.NO_WORKER, Reason.NO_ROOM, Reason.TOO_LARGE, Reason.ALONE})
+BY_CORDON = frozenset({Reason.NO_WORKER, Reason.NO_ROOM, Reason.TOO_LARGE, Reason.ALONE, Reason.NO_TIME})
 
 
 def added(seen: _Overview, engine: Engine) -> _Overview:

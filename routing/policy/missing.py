@@ -65,13 +65,13 @@ class Unblocking:
     jobs: tuple[str, ...]
 
 
-def missing_on_each(request: Request, books: Iterable[Book], task: str = "") -> list[Missing]:
+def missing_on_each(request: Request, books: Iterable[Book], task: str = "", bound: int = 0) -> list[Missing]:
     """Return what each worker that may take the request lacks, the closest worker first.
 
-    Workers that do not know the task, or do not serve the queue, are left out. The closest worker admits jobs, lacks
-    the fewest resources, then has the most free CPUs, then comes first by name.
+    Workers that do not know the task, do not serve the queue, or end within the `bound` of the job (ms) are left out.
+    The closest worker admits jobs, lacks the fewest resources, then has the most free CPUs, then comes first by name.
     """
-    possible = [book for book in books if book.knows(task) and book.serves(request)]
+    possible = [book for book in books if book.knows(task) and book.serves(request) and book.lasts(bound)]
     possible.sort(key=lambda book: (not book.admitting, len(shortages(request, book)), -book.free(CPUS), book.worker))
     return [_missing(request, book) for book in possible]
 
@@ -87,17 +87,23 @@ def _missing(request: Request, book: Book) -> Missing:
 
 
 def unblocked_by(
-    request: Request, books: Iterable[Book], running: Mapping[str, Sequence[Running]], task: str = ""
+    request: Request,
+    books: Iterable[Book],
+    running: Mapping[str, Sequence[Running]],
+    task: str = "",
+    bound: int = 0,
 ) -> Unblocking | None:
     """Return the smallest set of running jobs on one worker whose ends make room; None where no such set is known.
 
-    `running`: the jobs of each worker that is to be looked at. Of equally small sets the one whose jobs are the oldest
-    is taken, then the worker that comes first by name.
+    `running`: the jobs of each worker that is to be looked at. `bound`: milliseconds after which the job has ended, 0
+    for unknown. A worker that ends before is left out. Of equally small sets the one whose jobs are the oldest is
+    taken, then the worker that comes first by name.
     """
     best: tuple[int, list[float], str, tuple[str, ...]] | None = None
     for book in sorted(books, key=lambda book: book.worker):
         jobs = running.get(book.worker)
-        if not jobs or not book.admitting or not book.knows(task) or not is_large_enough(request, book):
+        takes = book.admitting and book.knows(task) and book.lasts(bound)
+        if not jobs or not takes or not is_large_enough(request, book):
             continue
         chosen = _smallest(request, book, jobs)
         if chosen:

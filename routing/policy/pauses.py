@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple
+from urllib.parse import unquote
 
 from celery_capacity.routing.errors import InvalidRequest, show
 from celery_capacity.routing.model.identifiers import check_queue_name
-from celery_capacity.routing.model.request import KNOWN_EVERYWHERE
+from celery_capacity.routing.model.request import KNOWN_EVERYWHERE, Request, split_shape
 from celery_capacity.routing.policy.placement import Waiting
 
 #: Characters of the name of a task.
@@ -66,6 +67,11 @@ class Pauses:
     def covers(self, waiting: Waiting) -> bool:
         """Return True if a job is paused: by its queue, by its task, or with the whole platform."""
         return not self.scopes.isdisjoint(scopes_of(waiting.request.queue, waiting.task))
+
+    def hold_back(self, filed: str) -> bool:
+        """Return True if the jobs that are filed under a shape are paused."""
+        task = unquote(split_shape(filed).task)
+        return not self.scopes.isdisjoint(scopes_of(Request.from_shape(filed).queue, task))
 
     def admissible(self, backlog: Iterable[Waiting]) -> Iterator[Waiting]:
         """Yield the jobs that are not paused."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import redis
 
@@ -16,6 +17,10 @@ from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.expected import RunTime
 from celery_capacity.routing.model.reasons import EXPLAINED, Reason
 from celery_capacity.routing.policy.missing import Unblocking
+from celery_capacity.routing.policy.pauses import Scope
+from celery_capacity.routing.recovery import controls
+from celery_capacity.routing.store import controls as stored
+from celery_capacity.workers.process.stores import transactions
 from tests.fixtures.stores.staged import Stage
 
 
@@ -285,3 +290,50 @@ def test_every_reason_has_words(stage: Stage) -> None:
         )
         assert re.search(r"(\.|celery -A platform worker( -Q \w+)?)$", render.reasons(explanation)[0])
     assert stage.redis.exists(keys.EPOCH)
+
+
+HOUR = 3_600_000
+
+
+def test_paused_jobs_are_not_among_those_that_start_before(stage: Stage) -> None:
+    stage.worker("a", cpus=4000, queues=("celery", "mail"))
+    in_mail: Any = {"queue:mail": 1}
+    stage.submit(cpus=4000)
+    stage.submit(cpus=1000, **in_mail)
+    stage.submit(cpus=1000)
+    job = stage.submit(cpus=2000)
+    assert (_why(stage, job).before, _why(stage, job).position) == (2, 2)
+    with transactions(stage.engine).begin() as connection:
+        stored.pause(connection, Scope.of(queue="mail"), "ann@desk", None)
+    controls.level(stage.engine, stage.ledger)
+    assert (_why(stage, job).before, _why(stage, job).position) == (2, 1)
+
+
+def test_worker_that_ends_too_early_makes_no_room_for_a_job(stage: Stage) -> None:
+    stage.worker("a", cpus=4000, left_ms=HOUR // 2)
+    stage.worker("b", cpus=4000)
+    first, second = stage.submit(cpus=4000), stage.submit(cpus=4000)
+    assert [stage.row(job).worker for job in (first, second)] == ["a", "b"]
+    explanation = _why(stage, stage.submit(cpus=4000, run_time=RunTime(HOUR, HOUR)))
+    assert (explanation.why, explanation.worker) == (Reason.NO_ROOM, "b")
+    assert [line.worker for line in explanation.missing] == ["b"]
+    assert explanation.unblocked_by == Unblocking("b", (second,))
+
+
+def test_cordon_is_the_reason_where_the_other_workers_end_too_early(stage: Stage) -> None:
+    stage.worker("a", cpus=4000, left_ms=HOUR // 2)
+    stage.worker("b", cpus=4000)
+    with transactions(stage.engine).begin() as connection:
+        stored.cordon(connection, ["b"], "ann@desk", None)
+    controls.level(stage.engine, stage.ledger)
+    explanation = _why(stage, stage.submit(cpus=1000, run_time=RunTime(HOUR, HOUR)))
+    assert (explanation.why, explanation.worker) == (Reason.CORDONED, "b")
+
+
+def test_place_counts_jobs_of_the_request_with_any_run_time(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    stage.submit(cpus=4000)
+    for minutes in (1, 2):
+        stage.submit(cpus=2000, run_time=RunTime(minutes * 60_000, minutes * 60_000))
+    explanation = _why(stage, stage.submit(cpus=2000, run_time=RunTime(HOUR, HOUR)))
+    assert (explanation.place, explanation.before) == (3, 2)
