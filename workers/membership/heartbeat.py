@@ -151,7 +151,8 @@ class HeartbeatThread(LookingService):
             # An idle worker asks nothing between two heartbeats: the election looks, and wakes this thread.
             quiet = self._confirmation.resting and not (pause or self._closed)
             now = time.monotonic()
-            left = max(pause, min(self._renew_at, self._cold_at, self._ends_at) - now, self._postgres_due_in())
+            first = min(self._renew_at, self._cold_at, self._ends_at)
+            left = max(pause, min(first - now, self._postgres_due_in()))
             self._wake.wait(left if quiet else min(settings.due_interval, left))
             self._tell_postgres()
             now, pause = time.monotonic(), settings.due_interval

@@ -70,8 +70,8 @@ class Member:
         return True
 
 
-def heartbeat_of(ledger: Any, reachability: Any, membership: Any = None) -> HeartbeatThread:
-    anything: Any = SimpleNamespace(draining=False, epoch=1, resting=False, authority="", confirm_interval=5.0)
+def heartbeat_of(ledger: Any, reachability: Any, membership: Any = None, *, resting: bool = False) -> HeartbeatThread:
+    anything: Any = SimpleNamespace(draining=False, epoch=1, resting=resting, authority="", confirm_interval=5.0)
     context = WorkerContext(anything, anything, ledger, anything, anything, anything, anything, reachability)
     nothing: Any = Mock()
     member: Any = Member() if membership is None else membership
@@ -168,6 +168,33 @@ def test_lease_in_the_ledger_is_renewed_while_postgres_fails() -> None:
     # A Postgres that does not answer is left alone for a renew interval, so that it delays no two renewals.
     later = member.order[member.order.index("ledger") :]
     assert later.count("postgres") <= later.count("ledger") + 1, member.order
+
+
+class Settled(Member):
+    """A membership of which Postgres is to hear nothing for an hour."""
+
+    def postgres_due_in(self, _: bool) -> float:
+        return 3600.0
+
+
+def test_worker_at_rest_renews_its_lease_long_before_postgres_is_due() -> None:
+    member = Settled()
+    heartbeat = heartbeat_of(Here(), Reachability(), member, resting=True)
+    heartbeat.start()
+    for _ in range(3):
+        assert member.renewed.acquire(timeout=60)
+    assert heartbeat.stop(10)
+
+
+def test_worker_at_rest_drains_at_the_end_of_its_life() -> None:
+    ledger, member, over = Here(), Settled(), threading.Event()
+    ledger.settings = SimpleNamespace(**{**vars(Gone.settings), "renew_interval": 3600.0, "worker_ttl": 7200.0})
+    member.lifetime = Lifetime(time.monotonic() + 0.2)
+    heartbeat = heartbeat_of(ledger, Reachability(), member, resting=True)
+    heartbeat.on_end = over.set
+    heartbeat.start()
+    assert over.wait(60)
+    assert heartbeat.stop(10)
 
 
 @pytest.mark.parametrize(
