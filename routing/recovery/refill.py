@@ -101,10 +101,16 @@ def _fetch(
             rows = backlog.fetch(connection, asked)
             next_orders = backlog.next_orders(connection, list(asked))
         ledger.count_staying({shape: -len(taken) for shape, taken in rows.items()})
+        late = set[str]()
         for heads in _round_trips(_heads(asked, rows, next_orders, unmarked_from)):
-            answers = ledger.refill_heads(heads)
-            taken = [len(jobs) for (_, _, jobs), answer in zip(heads, answers, strict=True) if answer is not None]
-            fetched += sum(taken)
+            in_time = [head for head in heads if head[0] not in late]
+            answers = ledger.refill_heads(in_time) if in_time else []
+            for (shape, _, jobs), answer in zip(in_time, answers, strict=True):
+                if answer is None:
+                    # Its border stays before these rows, which are marked again. Later rows would overtake them.
+                    late.add(shape)
+                else:
+                    fetched += len(jobs)
     return fetched
 
 

@@ -18,7 +18,7 @@ from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import CancelVerdict, LedgerClosed, SubmitVerdict
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.policy.placement import order
-from celery_capacity.routing.recovery import rebuild, reconcile, refill
+from celery_capacity.routing.recovery import rebuild, reconcile, refill, resubmit
 from celery_capacity.routing.store import backlog, job_transitions
 from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.client import priorities
@@ -173,6 +173,30 @@ def test_process_that_dies_while_it_fetches_loses_no_job(stage: Head, monkeypatc
     assert stage.row(jobs[LEAST]).state == State.ACCEPTED
     stage.refill()
     assert stage.drain() == jobs
+
+
+def test_rows_that_come_too_late_are_overtaken_by_none(stage: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resubmit, "CHUNK", 1)
+    stage.worker("w", cpus=1000)
+    jobs = [stage.add() for _ in range(LEAST + 6)]
+    stage.apply()
+    stage.refill()
+    for _ in range(LEAST):
+        (held,) = stage.held()
+        stage.start(held)
+        stage.end(held)
+    refill_heads, calls = stage.ledger.refill_heads, list[Any]()
+
+    def is_late_at_first(heads: Any) -> list[int | None]:
+        calls.append(heads)
+        return [None] * len(heads) if len(calls) == 1 else refill_heads(heads)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.ledger, "refill_heads", is_late_at_first)
+        stage.refill()
+    assert [stage.row(job).state for job in jobs].count(State.ACCEPTED) == LEAST, "none of them was brought in"
+    stage.refill()
+    assert stage.drain() == jobs[LEAST:]
 
 
 def test_jobs_are_fetched_before_all_rows_are_marked(stage: Head, monkeypatch: pytest.MonkeyPatch) -> None:
