@@ -175,11 +175,14 @@ class MessageCache:
         try:
             state = self._state(task, amqp)
             is_alike = kind is not None and all(map(is_, state, kind.state)) and _goes_there(kind, amqp)
+            is_as_long = kind is None or kind.learned == _learned(amqp, kind.first)
         except Exception:
             # A property of the task's own may raise, say. Where Celery meets the error too, Celery raises it.
             return None
-        if is_alike:
+        if is_alike and is_as_long:
             return _Call(key, state, learnt, amqp, kind)
+        # Learned times change by themselves, however steady the calls are.
+        learnt -= is_alike
         return _Call(key, state, learnt, amqp, None) if learnt < MAX_CHANGES and _is_plain_app(self._app) else None
 
     def _submit_and_learn(
@@ -333,9 +336,8 @@ def _learned(amqp: Any, job: NewJob) -> int:
 
 
 def _goes_there(kind: _Kind, amqp: Any) -> bool:
-    """Return True if calls still go where those of the kind went, and are expected to run as long."""
-    is_as_long = kind.learned == _learned(amqp, kind.first)
-    return is_as_long and _queue(amqp, kind.queue_name) is kind.queue and _routed(amqp, kind.first.name) == kind.routed
+    """Return True if calls still go where those of the kind went."""
+    return _queue(amqp, kind.queue_name) is kind.queue and _routed(amqp, kind.first.name) == kind.routed
 
 
 def _are_plain(options: Mapping[str, Any]) -> bool:

@@ -351,6 +351,16 @@ def test_a_state_that_changes_all_the_time_is_learnt_so_often_and_no_more(app: C
     assert by_celery(app, lambda: task.apply_async())
 
 
+def test_run_times_that_are_learned_anew_count_as_no_changes(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    amqp: Any = app.amqp
+    task, times = app.tasks["free"], [0]
+    monkeypatch.setattr(amqp.job_sender.encoder, "learned_of", lambda *_: times[0])
+    for number in range(MAX_CHANGES + 10):
+        times[0] = 1000 * (number + 1)
+        task.delay()
+    assert not by_celery(app, task.delay)
+
+
 def test_so_many_kinds_are_kept_and_no_more(app: Celery) -> None:
     task = app.tasks["free"]
     for number in range(MAX_KINDS + 10):
