@@ -24,7 +24,8 @@ from typing import Final
 from celery_capacity.routing.errors import InvalidRequest, show
 
 #: Format of the books in Redis. 2: a job is one value, in 1 it was a hash; workers stand in the indexes by class.
-LEDGER: Final = 2
+#: 3: the shape of a job may end with its run time.
+LEDGER: Final = 3
 #: Format of a job's message, as its row keeps it.
 MESSAGE: Final = 1
 #: Format where no number is written: by releases before there were numbers.

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from celery_capacity.routing import format_versions
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model.expected import (
     CLASSES,
@@ -133,6 +134,14 @@ def test_task_name_fakes_no_run_time(name: str) -> None:
     shape = filed_shape("cpus=1000,slots=1", name)
     assert split_times(shape) == (shape, "")
     assert split_shape(shape).expected == 0
+
+
+def test_ledger_has_a_new_format_since_shapes_have_run_times() -> None:
+    filed = filed_shape(timed("cpus=1000,slots=1", RunTime(1000, 1000)), "task")
+    # A process that knows format 2 takes the last part for the task, and fails on an amount without an equals sign.
+    amounts = filed.split(",")[:-1]
+    assert not all("=" in amount for amount in amounts)
+    assert format_versions.LEDGER > 2
 
 
 @pytest.mark.parametrize(
