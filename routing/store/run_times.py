@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, text
 
@@ -32,7 +32,7 @@ LOW_QUANTILE: Final = 0.2
 HALF_WEIGHT: Final = 50
 #: Jobs from which a time counts as known. Among fewer, the quantile is that of the longest run.
 FEWEST: Final = 5
-#: Ended jobs that one pass reads: some 20 ms of Postgres. The next pass goes on behind them.
+#: Ended jobs that one call reads: some 20 ms of Postgres. The next call goes on behind them.
 MAX_READ: Final = 10_000
 #: Seconds by which a pass stays behind the clock, since outcomes are written in batches, not quite in order.
 LAG: Final = 1.0
@@ -127,8 +127,15 @@ DELETE FROM run_times WHERE (task, request) IN (
 _READ_UNTIL: Final = text("UPDATE run_times_read SET read_until = :until")
 
 
-def learn(connection: Connection) -> int:
-    """Learn from the jobs that succeeded since the last pass; return how many. The caller's connection commits."""
+class Learning(NamedTuple):
+    """Result of a call: the number of jobs that it learned from. `more`: others have ended that it did not read."""
+
+    jobs: int
+    more: bool
+
+
+def learn(connection: Connection) -> Learning:
+    """Learn from the jobs that succeeded since the last call. The caller's connection commits."""
     since, horizon = connection.execute(_BEGIN, {"lag": LAG}).one()
     values = {"since": since, "horizon": horizon, "most": MAX_READ, "classes": list(CLASSES)}
     everywhere = [f"{beginning}%" for beginning in KNOWN_EVERYWHERE]
@@ -150,7 +157,7 @@ def learn(connection: Connection) -> int:
         connection.execute(_WRITE, {"rows": json.dumps(rows)})
         connection.execute(_FORGET, {"most": MAX_KEPT})
     connection.execute(_READ_UNTIL, {"until": until})
-    return sum(number for by_class in runs.values() for number in by_class.values())
+    return Learning(sum(number for by_class in runs.values() for number in by_class.values()), until < horizon)
 
 
 def _stored(connection: Connection, kinds: list[Kind]) -> dict[Kind, Histogram]:

@@ -42,7 +42,7 @@ def ended(engine: Engine, *times: int, task: str = "task", shape: str = ONE, sta
 
 def learn(engine: Engine) -> int:
     with engine.begin() as connection:
-        return run_times.learn(connection)
+        return run_times.learn(connection).jobs
 
 
 def learned(engine: Engine) -> dict[Any, int]:
@@ -126,7 +126,7 @@ def test_pass_goes_on_with_the_histogram_of_the_passes_before(engine: Engine) ->
     assert learned(engine) == {("task", ONE): expected_class(SECOND), ("task", other): expected_class(MINUTE)}
 
 
-def test_pass_reads_a_bounded_number_of_jobs_and_the_next_goes_on(
+def test_call_reads_a_bounded_number_of_jobs_and_the_next_goes_on(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_times, "MAX_READ", 2)
@@ -139,7 +139,9 @@ def test_pass_reads_a_bounded_number_of_jobs_and_the_next_goes_on(
             ),
             {"shape": ONE},
         )
-    assert [learn(engine) for _ in range(4)] == [2, 2, 1, 0]
+    with engine.begin() as connection:
+        calls = [run_times.learn(connection) for _ in range(4)]
+    assert calls == [(2, True), (2, True), (1, False), (0, False)]
 
 
 def test_pairs_that_are_kept_are_bounded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
