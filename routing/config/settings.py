@@ -150,11 +150,12 @@ class Settings:
     )
     learn_run_times: bool = _setting(
         "PLATFORM_LEARN_RUN_TIMES",
-        "Whether jobs without an expected run time get the usual one of their task and request.",
+        "Whether jobs without an expected run time get the usual one of their task and request. PLATFORM_LIFETIME goes"
+        " by it.",
         setting_values.switch,
-        default=True,
+        default=False,
         unit="on or off",
-        shown="on",
+        shown="off",
     )
     requests: Path | None = _setting(  # noqa: RUF009 - it does not change
         "PLATFORM_REQUESTS",
