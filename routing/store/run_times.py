@@ -65,8 +65,8 @@ class Histogram:
         }
         self.count += number
         estimate = self.quantile(QUANTILE)
-        moved = not self.expected_ms or abs(class_number(estimate) - class_number(self.expected_ms)) > 1
-        if self.count >= FEWEST and moved:
+        moved = abs(class_number(estimate) - class_number(self.expected_ms)) > 1
+        if self.count >= FEWEST and (moved or not self.expected_ms):
             self.expected_ms = estimate
 
     def quantile(self, share: float) -> int:

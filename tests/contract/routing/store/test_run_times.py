@@ -74,6 +74,10 @@ def test_few_runs_are_not_believed() -> None:
     assert histogram(*[SECOND] * FEWEST).expected_ms == expected_class(SECOND)
 
 
+def test_time_of_the_shortest_class_is_learned() -> None:
+    assert histogram(*[1] * FEWEST).expected_ms == CLASSES[0]
+
+
 def test_one_odd_run_changes_nothing_and_a_slower_task_is_heard_of() -> None:
     runs = histogram(*[SECOND] * 30)
     runs.add({class_number(60 * MINUTE): 1})
