@@ -150,8 +150,8 @@ class Settings:
     )
     learn_run_times: bool = _setting(
         "PLATFORM_LEARN_RUN_TIMES",
-        "Whether jobs without an expected run time get the usual one of their task and request. PLATFORM_LIFETIME goes"
-        " by it.",
+        "Whether jobs without an expected run time get the usual one of their task and request. Lifetimes and"
+        " reservations go by it.",
         setting_values.switch,
         default=False,
         unit="on or off",
