@@ -24,8 +24,8 @@ from typing import Final
 from celery_capacity.routing.errors import InvalidRequest, show
 
 #: Format of the books in Redis. 2: a job is one value, in 1 it was a hash; workers stand in the indexes by class.
-#: 3: the shape of a job may end with its run time.
-LEDGER: Final = 3
+#: 3: the shape of a job may end with its run time. 4: terms may stand before that.
+LEDGER: Final = 4
 #: Format of a job's message, as its row keeps it.
 MESSAGE: Final = 1
 #: Format where no number is written: by releases before there were numbers.

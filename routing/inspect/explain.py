@@ -18,9 +18,8 @@ from celery_capacity.routing.database import schema
 from celery_capacity.routing.inspect import held_back, running_jobs, waiting
 from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.ledger import snapshot
-from celery_capacity.routing.model.expected import run_time_of
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request, filed_shape, split_shape
+from celery_capacity.routing.model.request import Request, filed_shape, run_time_of, split_shape
 from celery_capacity.routing.model.states import FINAL, HOLDING, State, Store
 from celery_capacity.routing.policy.feasibility import count_before, is_large_enough, judge, kind_of, kinds_of
 from celery_capacity.routing.policy.missing import missing_on_each, unblocked_by

@@ -142,35 +142,3 @@ def duration_text(ms: int) -> str:
         if number:
             parts.append(f"{number} {unit}")
     return " ".join(parts[:2])
-
-
-# -- in a shape --------------------------------------------------------------------------------------------------------
-
-#: The run time at the end of a shape. No amount matches it, since each has an equals sign, and `task_text` writes no
-#: tilde and no caret.
-_TIMES: Final = re.compile(r"(?:,\^(\d{1,12}))?,~(\d{1,12})\Z", re.ASCII)
-
-
-def timed(shape: str, run_time: RunTime) -> str:
-    """Return a shape with the classes of a run time: `cpus=4000,slots=1,~655360`, and `^` before a longer bound.
-
-    The shape of a job with an unknown time stays as it is.
-    """
-    expected, bound = expected_class(run_time.expected), expected_class(run_time.bound)
-    if not expected:
-        return shape
-    return f"{shape},~{expected}" if bound == expected else f"{shape},^{bound},~{expected}"
-
-
-def split_times(shape: str) -> tuple[str, str]:
-    """Return a shape without its run time, and the text of the run time; "" where the shape has none."""
-    if "~" not in shape:
-        return shape, ""
-    match = _TIMES.search(shape)
-    return (shape, "") if match is None else (shape[: match.start()], match[0])
-
-
-def run_time_of(shape: str) -> RunTime:
-    """Return the classes of the run time in a shape."""
-    match = _TIMES.search(shape) if "~" in shape else None
-    return UNKNOWN if match is None else RunTime(int(match[2]), int(match[1] or match[2]))

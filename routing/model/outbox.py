@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
-from celery_capacity.routing.model.expected import run_time_of
 from celery_capacity.routing.model.job import Constraints, NewJob, Rate
+from celery_capacity.routing.model.request import run_time_of
 
 _TIMES: Final = ("due_at", "expires_at")
 #: Name of a job's constraints in the text of an outbox. Workers of all versions read it.

@@ -2,6 +2,11 @@
 
 A request is immutable and has one form for equal needs. The text of that form (`shape`) names the set of waiting jobs
 with the request in the ledger.
+
+A shape may go on with a *suffix*: what a job needs beside amounts, and its run time. Jobs that differ in it wait in
+queues of their own. The suffix is a list of terms, each with a comma and the sign of its kind before it, in the order
+of `SIGNS`, and the run time behind them: `cpus=4000,slots=1,$physics,^3896794,~688862`. A term has no comma, no equals
+sign and no sign of another term, so neither an amount nor a task is taken for one.
 """
 
 from __future__ import annotations
@@ -26,13 +31,18 @@ from celery_capacity.routing.model.amounts import (
     SLOTS,
     Amounts,
 )
-from celery_capacity.routing.model.expected import EXPECTED, run_time_of, split_times
+from celery_capacity.routing.model.expected import EXPECTED, UNKNOWN, RunTime, expected_class
 from celery_capacity.routing.model.message import PLATFORM_PREFIX
 
 #: Beginnings of the names of tasks that every worker knows.
 KNOWN_EVERYWHERE: Final = ("celery.", PLATFORM_PREFIX)
 _SAFE: Final = "._-:/@"
 _UNSAFE: Final = re.compile(rf"[^\w{re.escape(_SAFE)}]", re.ASCII)
+
+#: Signs of the terms in a suffix, in the order in which they stand.
+SIGNS: Final = "?+$"
+_SUFFIX: Final = re.compile(rf",[{re.escape(SIGNS)}^~].*\Z", re.ASCII)
+_TIMES: Final = re.compile(r"(?:,\^(\d{1,12}))?,~(\d{1,12})\Z", re.ASCII)
 
 #: options of a request that `@app.task(…)` and `apply_async(…)` accept
 REQUEST_OPTIONS = (CPUS, MEMORY, GPUS, "resources")
@@ -136,49 +146,94 @@ class Request:
 
 
 class FiledShape(NamedTuple):
-    """Parts of a filed shape: its request, its task and the class of its expected run time in milliseconds.
+    """Parts of a filed shape: its request, its task and its suffix.
 
-    `task`: as `task_text` wrote it; "" where any worker may take it. `expected`: 0 where it is unknown.
+    `task`: as `task_text` wrote it; "" where any worker may take it. `suffix`: as `split_suffix` returns it.
     """
 
     request: str
     task: str
-    expected: int
+    suffix: str
 
 
 def filed_shape(shape: str, task: str) -> str:
-    """Return the text under which the ledger files a job: its request, its task, and its run time behind them.
+    """Return the text under which the ledger files a job: its request, its task, and its suffix behind them.
 
     As in "cpus=4000,slots=1,tasks.render,~655360". A worker takes a job of this shape only if it has registered the
     task. A task that every worker knows is left out.
     """
     if not task or task.startswith(KNOWN_EVERYWHERE):
         return shape
-    request, times = split_times(shape)
-    return f"{request},{task_text(task)}{times}"
+    request, suffix = split_suffix(shape)
+    return f"{request},{task_text(task)}{suffix}"
 
 
 def task_text(task: str) -> str:
     """Return a task's name as it stands in keys of the ledger: in ASCII, without the characters of a shape.
 
-    No name looks like an amount or a run time there.
+    No name looks like an amount or a term there.
     """
     return quote(task, safe=_SAFE).replace("~", "%7E") if _UNSAFE.search(task) else task
 
 
 def split_shape(filed: str) -> FiledShape:
     """Return the parts of a filed shape."""
-    shape, times = split_times(filed)
+    shape, suffix = split_suffix(filed)
     request, _, last = shape.rpartition(",")
-    expected = run_time_of(times).expected if times else 0
-    return FiledShape(shape, "", expected) if "=" in last else FiledShape(request, last, expected)
+    return FiledShape(shape, "", suffix) if "=" in last else FiledShape(request, last, suffix)
 
 
 def with_request(filed: str, request: Request) -> str:
-    """Return a filed shape with another request. Its task and its run time stay."""
-    shape, times = split_times(filed)
-    _, _, last = shape.rpartition(",")
-    return f"{request.shape}{times}" if "=" in last else f"{request.shape},{last}{times}"
+    """Return a filed shape with another request. Its task and its suffix stay."""
+    parts = split_shape(filed)
+    return ",".join(filter(None, (request.shape, parts.task))) + parts.suffix
+
+
+# -- the suffix --------------------------------------------------------------------------------------------------------
+
+
+def split_suffix(shape: str) -> tuple[str, str]:
+    """Return a shape without its suffix, and the suffix with its comma; "" where the shape has none."""
+    match = _SUFFIX.search(shape)
+    return (shape, "") if match is None else (shape[: match.start()], match[0])
+
+
+def term_text(text: str) -> str:
+    """Return a text as it stands in a term: in ASCII, without the characters of a shape."""
+    return quote(text, safe=_SAFE).replace("~", "%7E")
+
+
+def terms_of(shape: str) -> str:
+    """Return the terms in the suffix of a shape, each with its comma, without the run time."""
+    suffix = split_suffix(shape)[1]
+    match = _TIMES.search(suffix)
+    return suffix if match is None else suffix[: match.start()]
+
+
+def term_of(shape: str, sign: str) -> str:
+    """Return the term of one kind in a shape, without its sign, as `term_text` wrote it; "" where it has none."""
+    terms = terms_of(shape).split(",")
+    return next((term.removeprefix(sign) for term in terms if term.startswith(sign)), "")
+
+
+def timed(shape: str, run_time: RunTime) -> str:
+    """Return a shape with the classes of a run time: `cpus=4000,slots=1,~655360`, and `^` before a longer bound.
+
+    The shape of a job with an unknown time stays as it is.
+    """
+    expected, bound = expected_class(run_time.expected), expected_class(run_time.bound)
+    if not expected:
+        return shape
+    return f"{shape},~{expected}" if bound == expected else f"{shape},^{bound},~{expected}"
+
+
+def run_time_of(shape: str) -> RunTime:
+    """Return the classes of the run time in a shape."""
+    match = _TIMES.search(shape) if "~" in shape else None
+    return UNKNOWN if match is None else RunTime(int(match[2]), int(match[1] or match[2]))
+
+
+# -- from options ------------------------------------------------------------------------------------------------------
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, int]:

@@ -42,9 +42,9 @@ from celery_capacity.routing.model.amounts import (
     has_index,
     is_label,
 )
-from celery_capacity.routing.model.expected import UNKNOWN, RunTime, split_times, timed
+from celery_capacity.routing.model.expected import UNKNOWN, RunTime
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request, filed_shape, split_shape
+from celery_capacity.routing.model.request import Request, filed_shape, split_shape, split_suffix, timed
 from celery_capacity.routing.policy.amount_classes import CLASS_SPAN, amount_class
 
 #: highest priority; the lowest is 0, and a higher one comes first
@@ -200,7 +200,8 @@ class Book:
 class Waiting:
     """A job in the backlog. `order` is the number that `order()` makes of priority and submission.
 
-    `task`: its name; "" for one that every worker knows. `run_time`: its classes, as the job is filed.
+    `task`: its name; "" for one that every worker knows. `run_time`: its classes, as the job is filed. `terms`: those
+    of its shape, as `terms_of` returns them.
     """
 
     job: str
@@ -208,11 +209,12 @@ class Waiting:
     order: int
     task: str = ""
     run_time: RunTime = UNKNOWN
+    terms: str = ""
 
     @property
     def shape(self) -> str:
         """Return the shape under which the job is filed."""
-        return filed_shape(timed(self.request.shape, self.run_time), self.task)
+        return filed_shape(timed(self.request.shape + self.terms, self.run_time), self.task)
 
 
 def order(priority: int, seq: int) -> int:
@@ -241,7 +243,7 @@ def asked_shape(shape: str) -> str:
     """Return the shape that a job itself asks for, from the shape that it holds or is filed under."""
     asked = dict(Request.from_shape(shape).amounts)
     asked.pop(ALONE, 0)
-    return Request.of(asked).shape + split_times(shape)[1]
+    return Request.of(asked).shape + split_suffix(shape)[1]
 
 
 def asked_kept(book: Book) -> str:

@@ -22,8 +22,7 @@ from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.snapshot import WorkerBook
 from celery_capacity.routing.model.amounts import ALONE, LABEL
-from celery_capacity.routing.model.expected import run_time_of
-from celery_capacity.routing.model.request import Request, split_shape
+from celery_capacity.routing.model.request import Request, run_time_of, split_shape, terms_of
 from celery_capacity.routing.policy.pauses import Kind
 from celery_capacity.routing.policy.placement import CANDIDATES, SHAPES, Book, Waiting, fits
 from celery_capacity.routing.policy.reservation import Held, Patience, Reservation, Rules, large_enough, passes, renew
@@ -121,7 +120,7 @@ def _waiting(shape: str, order: int) -> Waiting | None:
     """Return the first job of a shape in the form that the policy takes; None for a shape that is no valid request."""
     request, task, _ = split_shape(shape)
     try:
-        return Waiting("", Request.from_shape(request), order, task, run_time_of(shape))
+        return Waiting("", Request.from_shape(request), order, task, run_time_of(shape), terms_of(shape))
     except InvalidRequest:
         return None
 

@@ -19,8 +19,7 @@ from sqlalchemy.exc import OperationalError
 from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.model.amounts import ALONE
-from celery_capacity.routing.model.expected import run_time_of
-from celery_capacity.routing.model.request import KNOWN_EVERYWHERE, Request
+from celery_capacity.routing.model.request import KNOWN_EVERYWHERE, Request, run_time_of, terms_of
 from celery_capacity.routing.model.states import FINAL, Outcome, State, Step
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.fill import fill_or_keep
@@ -133,7 +132,8 @@ def choose(book: Book, page: Sequence[Candidate], most_losses: int) -> list[Cand
                 return [row]
     by_id = {row.job: row for row in page}
     waiting = [
-        Waiting(row.job, asked[row.job], order(row.priority, row.seq), run_time=run_time_of(row.shape)) for row in page
+        Waiting(row.job, asked[row.job], order(row.priority, row.seq), "", run_time_of(row.shape), terms_of(row.shape))
+        for row in page
     ]
     elsewhere = {entry.shape for entry in waiting if entry.request.get(ALONE)}
     return [by_id[entry.job] for entry in fill_or_keep(book, waiting, MAX_ADMITTED, elsewhere).admitted]

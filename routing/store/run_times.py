@@ -20,8 +20,8 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from celery_capacity.routing.model.expected import CLASSES, class_number, split_times
-from celery_capacity.routing.model.request import KNOWN_EVERYWHERE
+from celery_capacity.routing.model.expected import CLASSES, class_number
+from celery_capacity.routing.model.request import KNOWN_EVERYWHERE, split_suffix
 
 #: Share of the jobs of a task that run no longer than its learned time. A shorter time moves reservations, and a longer
 #: one wastes gaps.
@@ -144,7 +144,7 @@ def learn(connection: Connection) -> Learning:
     for name, shape, rank, number, read_until in connection.execute(_ENDED, {**values, "everywhere": everywhere}):
         until = read_until
         if number:
-            by_class = runs[name, split_times(shape)[0]]
+            by_class = runs[name, split_suffix(shape)[0]]
             rank = min(rank, len(CLASSES) - 1)
             by_class[rank] = by_class.get(rank, 0) + number
     if runs:

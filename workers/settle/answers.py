@@ -23,10 +23,9 @@ from celery_capacity.routing.ledger.replies import (
     Released,
     ReleaseVerdict,
 )
-from celery_capacity.routing.model.expected import split_times
 from celery_capacity.routing.model.message import HEADER
 from celery_capacity.routing.model.reasons import Refusal
-from celery_capacity.routing.model.request import Request, filed_shape
+from celery_capacity.routing.model.request import Request, filed_shape, split_suffix
 from celery_capacity.routing.model.states import Outcome, State, Step
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import held_by
@@ -265,5 +264,5 @@ class Answers(LookingService):
 def _filed(request: Request, headers: Mapping[str, Any]) -> str:
     """Return the shape under which the ledger files a job, from what it holds and the headers of its message."""
     carried = headers.get(HEADER)
-    times = split_times(str(carried.get("shape")))[1] if isinstance(carried, Mapping) else ""
-    return filed_shape(request.shape + times, str(headers.get("task") or ""))
+    suffix = split_suffix(str(carried.get("shape")))[1] if isinstance(carried, Mapping) else ""
+    return filed_shape(request.shape + suffix, str(headers.get("task") or ""))

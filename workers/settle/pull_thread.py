@@ -20,8 +20,7 @@ from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.database.postgres_errors import one_line
 from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.lasting_warning import LastingWarning
-from celery_capacity.routing.model.expected import split_times
-from celery_capacity.routing.model.request import Request, filed_shape
+from celery_capacity.routing.model.request import Request, filed_shape, split_suffix
 from celery_capacity.routing.model.states import Outcome, Store
 from celery_capacity.routing.policy.placement import held_by
 from celery_capacity.routing.store import claims, controls, fencing
@@ -141,7 +140,7 @@ class Puller(OnDemandLookingService):
         for row in taken:
             request = held_by(Request.from_shape(row.shape), row.losses, most_losses)
             times = (row.started_ms, row.started_ms)
-            filed = filed_shape(request.shape + split_times(row.shape)[1], row.name)
+            filed = filed_shape(request.shape + split_suffix(row.shape)[1], row.name)
             holding = Holding(row.job, row.token, request, "", *times, row.losses, row.rerun, filed=filed)
             self._holdings.add(holding)
             self._start_job(row.message)

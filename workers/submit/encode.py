@@ -30,14 +30,13 @@ from celery_capacity.routing.model.expected import (
     NO_LIMITS,
     Limits,
     RunTime,
-    timed,
     within_limits,
 )
 from celery_capacity.routing.model.identifiers import check_job_id, check_queue_name
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.message import ETA, HEADER
 from celery_capacity.routing.model.nesting import JSON, check_body, check_value
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, timed
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit.canvas import REPLACES
 from celery_capacity.workers.submit.constraints import Rates

@@ -28,12 +28,11 @@ from celery.local import maybe_evaluate
 
 from celery_capacity.routing.config.task_rules import RERUN
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.model.expected import split_times
 from celery_capacity.routing.model.identifiers import check_job_id
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.message import HEADER, PLATFORM_PREFIX, Template, decode
 from celery_capacity.routing.model.nesting import CANVAS_PREFIX, check_body
-from celery_capacity.routing.model.request import CALL_OPTIONS
+from celery_capacity.routing.model.request import CALL_OPTIONS, split_suffix
 from celery_capacity.workers.broker.lazy_producer import SpareProducer
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.stores import Stores
@@ -332,7 +331,7 @@ def _routed(amqp: Any, name: str) -> Mapping[str, Any]:
 
 def _learned(amqp: Any, job: NewJob) -> int:
     """Return the learned run time of a job's task."""
-    return int(amqp.job_sender.encoder.learned_of(job.name, split_times(job.shape)[0]))
+    return int(amqp.job_sender.encoder.learned_of(job.name, split_suffix(job.shape)[0]))
 
 
 def _goes_there(kind: _Kind, amqp: Any) -> bool:

@@ -31,9 +31,9 @@ local function label_of(shape)
   return string.find(shape, 'queue:', 1, true) and string.match(shape, '(queue:[^=,]+)=')
 end
 
--- The task of a shape, which stands between its amounts and its run time; nil where any worker may take the job.
+-- The task of a shape, which stands between its amounts and its suffix; nil where any worker may take the job.
 local function task_of(shape)
-  return string.match(shape, ',([^=,^~]+)$') or string.match(shape, ',([^=,^~]+),[%^~]')
+  return string.match(shape, ',([^=,?+$^~]+)$') or string.match(shape, ',([^=,?+$^~]+),[?+$^~]')
 end
 
 -- Store the names of a catalogue's tasks, once for all workers with the same ones. An empty name, which no task has,

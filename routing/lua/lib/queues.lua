@@ -108,6 +108,6 @@ local function shape_held(shape, losses, most_losses)
     parts[#parts + 1] = 'alone=1'
   end
   parts[#parts + 1] = task_of(shape)
-  parts[#parts + 1] = times_of(shape)
+  parts[#parts + 1] = suffix_of(shape)
   return table.concat(parts, ',')
 end

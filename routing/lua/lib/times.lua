@@ -1,8 +1,8 @@
--- The run time at the end of a shape, as routing/model/expected.py writes it: ,~<expected> or ,^<bound>,~<expected>.
+-- The suffix of a shape, as routing/model/request.py writes it: terms, and the run time behind them.
 
--- The text of a shape's run time without its first comma, nil where the shape has none.
-local function times_of(shape)
-  return string.match(shape, ',([%^~][%d,%^~]*)$')
+-- The suffix of a shape without its first comma, nil where the shape has none.
+local function suffix_of(shape)
+  return string.match(shape, ',([?+$^~].*)$')
 end
 
 -- The expected run time of the jobs of a shape in milliseconds, nil where it is unknown.

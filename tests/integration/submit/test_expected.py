@@ -13,8 +13,9 @@ from celery_capacity.routing.config.embedded import Pair
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model import message
-from celery_capacity.routing.model.expected import RunTime, expected_class, timed
+from celery_capacity.routing.model.expected import RunTime, expected_class
 from celery_capacity.routing.model.message import HEADER
+from celery_capacity.routing.model.request import timed
 from tests.fixtures.jobs.submitting import Submitter, standing_platform
 from tests.fixtures.processes.platforms import Platform
 from tests.integration.submit.test_requests import python

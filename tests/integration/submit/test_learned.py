@@ -7,7 +7,8 @@ from typing import Final
 import pytest
 from sqlalchemy import text
 
-from celery_capacity.routing.model.expected import RunTime, timed
+from celery_capacity.routing.model.expected import RunTime
+from celery_capacity.routing.model.request import timed
 from tests.fixtures.jobs.submitting import Submitter
 from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import until

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from celery_capacity.routing.ledger import scripts
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.model.amounts import ALONE
-from celery_capacity.routing.model.expected import LONGEST_MS, RunTime, timed
-from celery_capacity.routing.model.request import Request, filed_shape, split_shape, with_request
+from celery_capacity.routing.model.expected import LONGEST_MS, RunTime
+from celery_capacity.routing.model.request import Request, filed_shape, split_shape, timed, with_request
 
 NAMES: Final = st.one_of(st.text(min_size=1, max_size=20), st.text("~^,=0123456789%", min_size=1, max_size=12))
 RUN_TIMES: Final = st.builds(

@@ -15,8 +15,8 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, labels
 from celery_capacity.routing.model.capacity import Capacity
-from celery_capacity.routing.model.expected import UNKNOWN, RunTime, expected_class, run_time_of, timed
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.expected import UNKNOWN, RunTime, expected_class
+from celery_capacity.routing.model.request import Request, run_time_of, timed
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.fill import fill_or_keep

@@ -7,8 +7,8 @@ from typing import Any, Final
 import pytest
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing.model.expected import CLASSES, RunTime, class_number, expected_class, timed
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.expected import CLASSES, RunTime, class_number, expected_class
+from celery_capacity.routing.model.request import Request, timed
 from celery_capacity.routing.store import run_times
 from celery_capacity.routing.store.run_times import FEWEST, HALF_WEIGHT, Histogram
 

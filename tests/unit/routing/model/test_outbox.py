@@ -9,9 +9,10 @@ from typing import Final
 
 import pytest
 
-from celery_capacity.routing.model.expected import RunTime, expected_class, timed
+from celery_capacity.routing.model.expected import RunTime, expected_class
 from celery_capacity.routing.model.job import Constraints, NewJob, Rate
 from celery_capacity.routing.model.outbox import Outbox, parse
+from celery_capacity.routing.model.request import timed
 
 #: Fields of a job in the text. They are a format: an older worker fails on another name.
 FIELDS: Final = {
