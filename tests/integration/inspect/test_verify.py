@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import redis
 
 from celery_capacity.routing.errors import StoreUnavailable
-from celery_capacity.routing.inspect import verify
+from celery_capacity.routing.inspect import audit, verify
 from celery_capacity.routing.ledger import keys
 from tests.fixtures.stores.staged import Stage
 
@@ -63,6 +64,22 @@ def test_a_whole_life_of_jobs_holds_at_every_step(stage: Stage) -> None:
         stage.end(job)
     report = _check(stage)
     assert (report.at_rest, report.lines()) == (True, [])
+
+
+def test_suspicion_of_a_slow_reading_is_read_again(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, held = audit.read_ledger, stage.redis.hset(keys.book("a"), "a.cpus", 1000)
+    readings: list[audit.LedgerReading] = []
+
+    def read_slowly(client: redis.Redis) -> audit.LedgerReading:
+        readings.append(read(client))
+        if len(readings) == 1:
+            time.sleep(2 * BRIEFLY)
+            stage.redis.hset(keys.book("a"), "a.cpus", 0)
+        return readings[-1]
+
+    monkeypatch.setattr(audit, "read_ledger", read_slowly)
+    assert _check(stage).lines() == []
+    assert (held, len(readings)) == (0, 2)
 
 
 def test_transitions_that_postgres_does_not_have_yet_are_no_difference(stage: Stage) -> None:
