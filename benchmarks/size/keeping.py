@@ -66,8 +66,10 @@ def kept(bench: Bench, scale: Scale) -> dict[str, float]:
         }
 
 
+#: Bytes of the archive, whose months are partitions, and of the tables of the jobs themselves.
 _SIZES: Final = (
-    "SELECT (pg_total_relation_size('jobs_archive') + pg_total_relation_size('attempts_archive'))::bigint, "
+    "SELECT (SELECT sum(pg_total_relation_size(relid)) FROM unnest(ARRAY['jobs_archive', 'attempts_archive']) AS names,"
+    " pg_partition_tree(names::regclass))::bigint, "
     "(pg_total_relation_size('jobs') + pg_total_relation_size('attempts'))::bigint"
 )
 
