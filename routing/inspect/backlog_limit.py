@@ -17,6 +17,8 @@ from celery_capacity.routing.ledger.client import Ledger
 
 #: Seconds for which a process trusts a count of the backlog.
 COUNT_FOR: Final = 1.0
+#: A count is trusted for so many times its duration, where that is longer: Postgres may count a million rows.
+TRUST: Final = 20
 #: Most shapes that are counted. Each has at least one waiting job.
 MAX_SHAPES: Final = 10_000
 
@@ -24,9 +26,9 @@ MAX_SHAPES: Final = 10_000
 class BacklogLimit:
     """The limit of one process on new jobs: they are refused while `limit` jobs wait. Threads may share it.
 
-    A count is trusted for `COUNT_FOR` seconds. So together all processes may exceed the limit by the jobs that they
-    submit within that time. `ledger` counts the waiting jobs in Redis, None where it cannot; only then `engine` is
-    called.
+    A count is trusted for `COUNT_FOR` seconds, or for `TRUST` times its duration. So together all processes may exceed
+    the limit by the jobs that they submit within that time. `ledger` counts the waiting jobs in Redis, None where it
+    cannot; only then `engine` is called.
     """
 
     def __init__(
@@ -50,7 +52,8 @@ class BacklogLimit:
         # Each job that this process sent since the count may wait. Only a new count can tell.
         if now >= self._until or self._waiting < limit <= self._waiting + self._since:
             self._waiting, self._since = self._count(limit), 0
-            self._until = self._clock() + COUNT_FOR
+            end = self._clock()
+            self._until = end + max(COUNT_FOR, TRUST * (end - now))
         if self._waiting >= limit:
             raise BacklogFull(f"{limit} jobs or more wait already", value=limit)
         self._since += 1

@@ -44,7 +44,7 @@ SHORT_OF_ROOM: Final = frozenset(
 def explain(
     client: redispy.Redis, connection: Connection, job: str, most_losses: int = MAX_LOSSES
 ) -> Explanation | None:
-    """Return why `job` is where it is; None where Postgres has no such job. At most five round trips to Redis.
+    """Return why `job` is where it is; None where Postgres has no such job. At most seven round trips to Redis.
 
     The archive is searched too. All jobs there have ended. `most_losses`: the setting of the workers.
     """
@@ -64,7 +64,7 @@ def explain(
     if connection.execute(select(schema.authority.c.authority)).scalar_one_or_none() == Store.POSTGRES:
         return Explanation(job, state, Reason.LEDGER_STANDS_BACK, request, row.declared)
     try:
-        seen = _read_ledger(client, connection, job, row)
+        seen = _read_ledger(client, connection, job, row, most_losses)
     except RedisError:
         return Explanation(job, state, Reason.LEDGER_UNREACHABLE, request, row.declared)
     if seen is None:
@@ -86,7 +86,7 @@ class _Ledger:
     before: Mapping[str, int]
 
 
-def _read_ledger(client: redispy.Redis, connection: Connection, job: str, row: Any) -> _Ledger | None:
+def _read_ledger(client: redispy.Redis, connection: Connection, job: str, row: Any, most_losses: int) -> _Ledger | None:
     """Read the books and the backlog; return None where the ledger is cold. Raises `RedisError`."""
     head = snapshot.read_head(client)
     if head.epoch is None:
@@ -95,9 +95,13 @@ def _read_ledger(client: redispy.Redis, connection: Connection, job: str, row: A
     card = snapshot.read_cards(client, [job]).get(job)
     filed = card.shape if card is not None and card.shape else filed_shape(row.shape, row.name)
     position = order(row.priority, row.seq)
-    before = Counter(waiting.count_before(client, head.shapes, position))
+    # A shape whose jobs all stand at its border or behind it is not among the waiting shapes.
+    borders = waiting.read_borders(client) if head.left else {}
+    before = Counter(waiting.count_before(client, list({*head.shapes, *borders}), position))
     if head.staying:
         before.update(backlog.staying_before(connection, row.priority, row.seq))
+    if head.left:
+        before.update(waiting.count_left(client, connection, borders, most_losses, position))
     tasks = {split_shape(shape).task for shape in (filed, *before)} - {""}
     knowing = snapshot.read_catalogues(client, {book.catalogue for book in books} - {""}, tasks)
     return _Ledger(

@@ -24,7 +24,14 @@ from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import NotMigrated, mask_url
 from celery_capacity.routing.inspect import held_back
-from celery_capacity.routing.inspect.waiting import BacklogLine, blocked_first, merged, queue_reads, read_backlog
+from celery_capacity.routing.inspect.waiting import (
+    BacklogLine,
+    blocked_first,
+    merged,
+    queue_reads,
+    read_backlog,
+    with_left,
+)
 from celery_capacity.routing.inspect.worker_lines import (
     SEEN,
     UNSEEN,
@@ -163,7 +170,7 @@ def read(client: redispy.Redis, engine: Engine, ttl: float = WORKER_TTL, page: P
     try:
         if _postgres_decides(engine):
             raise Cold("Postgres decides, and the books are old")
-        return replace(held_back.added(from_ledger(client, page), engine), quarantine=quarantined(engine))
+        return replace(held_back.added(from_ledger(client, page, engine), engine), quarantine=quarantined(engine))
     except (RedisError, Cold) as error:
         try:
             with engine.connect() as connection:
@@ -194,15 +201,18 @@ def quarantined(engine: Engine) -> Quarantined | None:
         return None
 
 
-def from_ledger(client: redispy.Redis, page: Page = WHOLE) -> Overview:
+def from_ledger(client: redispy.Redis, page: Page = WHOLE, engine: Engine | None = None) -> Overview:
     """Read the index, the books and queues, and the ages, in three round trips. Raises Cold, or RedisError.
 
-    Only the workers of the page have the fields that a heartbeat tells.
+    Only the workers of the page have the fields that a heartbeat tells. `engine`: Postgres, which counts the waiting
+    jobs that stay there while their rows are not marked.
     """
     with snapshot.without_collection():
         head = snapshot.read_head(client)
         if head.epoch is None:
             raise Cold(COLD)
+        if engine is not None and head.left:
+            head = with_left(client, engine, head)
         live = [worker for worker, lease in head.leases.items() if lease > head.now]
         on_page, _ = page.of(live)
         views = (("HMGET", keys.view(worker), *SEEN) for worker in on_page)

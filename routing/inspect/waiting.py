@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import unquote
+from weakref import WeakKeyDictionary
 
 import redis as redispy
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_capacity.routing.ledger import keys, snapshot
+from celery_capacity.routing.ledger.admission import shape_held
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request, split_shape
+from celery_capacity.routing.model.request import Request, filed_shape, split_shape
 from celery_capacity.routing.policy.feasibility import judge, kinds_of
 from celery_capacity.routing.policy.placement import SUBMISSIONS, TOP_PRIORITY, Book, Refusal, order
+from celery_capacity.routing.store import backlog
 
 #: Reasons that time does not change: somebody must start another worker, or cancel the jobs.
 BLOCKING: Final = frozenset({Reason.NO_TASK, Reason.NO_QUEUE, Reason.UNKNOWN_RESOURCE, Reason.TOO_LARGE})
@@ -21,6 +29,11 @@ BLOCKING: Final = frozenset({Reason.NO_TASK, Reason.NO_QUEUE, Reason.UNKNOWN_RES
 _ORDERS: Final = tuple(
     (str(order(priority, 0)), str(order(priority, 0) + SUBMISSIONS - 1)) for priority in range(TOP_PRIORITY + 1)
 )
+#: Lost attempts after which a job ends, where the caller does not say.
+MAX_LOSSES: Final = 3
+#: Greatest share of a core of Postgres that one reader takes to count jobs that nobody has marked. A count that took
+#: 0.5 s is shown for 10 s.
+LEFT_SHARE: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,3 +138,77 @@ def count_before(client: redispy.Redis, shapes: Sequence[str], position: int) ->
     """Count the jobs of each of these shapes that wait in the ledger and come before an order, in one round trip."""
     replies = snapshot.read_many(client, (("ZCOUNT", keys.wait(shape), "-inf", f"({position}") for shape in shapes))
     return {shape: int(reply) for shape, reply in zip(shapes, replies, strict=True)}
+
+
+# -- waiting jobs that stay in Postgres, in rows that nobody has marked yet --------------------------------------------
+
+
+def read_borders(client: redispy.Redis) -> dict[str, int]:
+    """Return the filed shapes of which jobs stay in Postgres, with the order from which on they do."""
+    rows: Any = client.zrange(keys.BORDER, 0, -1, withscores=True)
+    return {snapshot.text(shape): int(border) for shape, border in rows}
+
+
+def count_left(
+    client: redispy.Redis,
+    connection: Connection,
+    borders: Mapping[str, int],
+    most_losses: int = MAX_LOSSES,
+    before: int | None = None,
+) -> Counter[str]:
+    """Count the jobs that the ledger left in Postgres, and whose rows nobody has marked yet, by filed shape.
+
+    These are the accepted jobs at the border of their shape or behind it. `before`: count only jobs that come before
+    this order. Raises `RedisError`, and the errors of Postgres.
+    """
+    counts, parts = Counter[str](), list[tuple[str, tuple[backlog.AcceptedGroup, int, int]]]()
+    for group in backlog.accepted_groups(connection):
+        filed = shape_held(filed_shape(group.shape, group.name), group.losses, most_losses)
+        if filed not in borders:
+            continue
+        level = order(group.priority, 0)
+        first, until = borders[filed] - level, SUBMISSIONS if before is None else before - level
+        if first <= group.first and group.last < until:
+            counts[filed] += group.number
+        elif first <= group.last and group.first < until:
+            parts.append((filed, (group, max(0, first), min(until, SUBMISSIONS))))
+    numbers = backlog.accepted_between(connection, [asked for _, asked in parts])
+    for (filed, _), number in zip(parts, numbers, strict=True):
+        counts[filed] += number
+    counts.subtract(_filed_behind(client, connection, {shape: borders[shape] for shape in counts}, before))
+    return +counts
+
+
+def _filed_behind(
+    client: redispy.Redis, connection: Connection, borders: Mapping[str, int], before: int | None
+) -> Counter[str]:
+    """Count the accepted jobs behind their border that the ledger has: jobs of higher priorities moved the border."""
+    until = "+inf" if before is None else f"({before}"
+    reads = (("ZRANGEBYSCORE", keys.wait(shape), str(border), until) for shape, border in borders.items())
+    replies = zip(borders, snapshot.read_many(client, reads), strict=True)
+    shapes = {snapshot.text(job): shape for shape, jobs in replies for job in jobs}
+    return Counter(shapes[job] for job in backlog.still_accepted(connection, list(shapes)))
+
+
+#: The newest count of each database: until when it is shown (monotonic), the marked jobs of that time, and the count.
+_counted: WeakKeyDictionary[Engine, tuple[float, Mapping[str, int], Counter[str]]] = WeakKeyDictionary()
+
+
+def with_left(client: redispy.Redis, engine: Engine, head: snapshot.Head) -> snapshot.Head:
+    """Return the head of a ledger with the jobs of which it does not know whether they stay in Postgres.
+
+    A count is shown again for a while, unless rows were marked since. So frequent readers cost Postgres at most
+    `LEFT_SHARE` of a core. Where Postgres does not answer, the head stays as it is. Raises `RedisError`.
+    """
+    until, marked, left = _counted.get(engine, (float("-inf"), {}, Counter[str]()))
+    begin = time.monotonic()
+    if begin >= until or marked != head.staying:
+        try:
+            with engine.connect() as connection:
+                left = count_left(client, connection, read_borders(client))
+        except (DBAPIError, PoolTimeout):
+            return head
+        end = time.monotonic()
+        _counted[engine] = end + (end - begin) / LEFT_SHARE, head.staying, left
+    staying = dict(Counter(head.staying) + left)
+    return replace(head, staying=staying, shapes=tuple(dict.fromkeys([*head.shapes, *staying])))

@@ -53,10 +53,7 @@ class Admission(Repairs):
 
     def shape_held(self, shape: str, losses: int) -> str:
         """Return the shape that the next attempt of a job holds; `shape` may be that one already."""
-        most = self.settings.most_losses
-        if not is_last_chance(losses, most):
-            return shape
-        return with_request(shape, held_by(Request.from_shape(shape), losses, most))
+        return shape_held(shape, losses, self.settings.most_losses)
 
     def submit(
         self,
@@ -306,3 +303,10 @@ def flag(rerun: bool) -> str:
 
 def _amounts_text(amounts: Mapping[str, int]) -> str:
     return ",".join(f"{name}={amount}" for name, amount in sorted(amounts.items()) if amount > 0)
+
+
+def shape_held(shape: str, losses: int, most_losses: int) -> str:
+    """Return the shape that the next attempt of a job holds; `shape` may be that one already."""
+    if not is_last_chance(losses, most_losses):
+        return shape
+    return with_request(shape, held_by(Request.from_shape(shape), losses, most_losses))

@@ -142,6 +142,8 @@ class Head:
     tight: bool = False
     #: Paused shapes that are kept out of the index of waiting shapes. `shapes` has them too.
     withheld: frozenset[str] = frozenset()
+    #: True if jobs stay in Postgres that `staying` may not count: nobody has marked their rows yet.
+    left: bool = False
 
     def is_registered(self, worker: WorkerBook) -> bool:
         """Return True if a worker counts as registered in this epoch: it has not left, and is not given up as lost."""
@@ -169,7 +171,10 @@ def read_head(client: redis.Redis) -> Head:
     pipe.xrange(keys.STREAM, count=1)
     pipe.hgetall(keys.STAYING)
     pipe.smembers(keys.WITHHELD)
-    server, time, opened, leases, shapes, allocated, counters, unapplied, oldest, stays, withheld = pipe.execute()
+    pipe.exists(keys.LEFT)
+    (server, time, opened, leases, shapes, allocated, counters, unapplied, oldest, stays, withheld, left) = (
+        pipe.execute()
+    )
     opening, staying = _texts(opened), {shape: int(number) for shape, number in _texts(stays).items()}
     warm = "epoch" in opening and opening.get("run_id") == server.get("run_id")
     return Head(
@@ -185,6 +190,7 @@ def read_head(client: redis.Redis) -> Head:
         unapplied_since=int(text(oldest[0][0]).partition("-")[0]) if oldest else None,
         staying={shape: number for shape, number in staying.items() if number > 0},
         tight="tight" in opening,
+        left=bool(left),
     )
 
 

@@ -184,6 +184,24 @@ SELECT behind, count(*) FROM jobs
 WHERE {_STAYS} AND (-priority, seq) < (-CAST(:priority AS int), CAST(:seq AS bigint)) GROUP BY behind
 """)
 
+#: Read by the index of states, so that marked rows cost nothing.
+_ACCEPTED_GROUPS: Final = text("""
+SELECT shape, name, losses, priority, count(*), min(seq), max(seq) FROM jobs
+WHERE state = 'accepted' AND revoked_at IS NULL GROUP BY shape, name, losses, priority
+""")
+_ACCEPTED_BETWEEN: Final = text("""
+SELECT asked.number, count(*) FROM jobs
+JOIN unnest(CAST(:numbers AS int[]), CAST(:shapes AS text[]), CAST(:names AS text[]), CAST(:losses AS int[]),
+    CAST(:priorities AS int[]), CAST(:firsts AS bigint[]), CAST(:untils AS bigint[]))
+  AS asked (number, shape, name, losses, priority, first, until)
+  ON jobs.shape = asked.shape AND jobs.name = asked.name AND jobs.losses = asked.losses
+    AND jobs.priority = asked.priority AND jobs.seq >= asked.first AND jobs.seq < asked.until
+WHERE state = 'accepted' AND revoked_at IS NULL GROUP BY asked.number
+""")
+_STILL_ACCEPTED: Final = text(
+    "SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS text[])) AND state = 'accepted' AND revoked_at IS NULL"
+)
+
 
 def mark_behind(connection: Connection, shapes: Mapping[str, str], *, waiting: bool = False) -> Counter[str]:
     """Mark jobs as waiting in Postgres alone. `shapes`: the shape under which the ledger would file each job, by id.
@@ -253,3 +271,41 @@ def staying_before(connection: Connection, priority: int, seq: int) -> dict[str,
     """Count the jobs that stay in Postgres and come before a place, by the shape under which they are filed."""
     rows = connection.execute(_BEFORE, {"priority": priority, "seq": seq})
     return {row[0]: int(row[1]) for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptedGroup:
+    """The accepted jobs of one shape, task, number of losses and priority: how many, and their first and last `seq`."""
+
+    shape: str
+    name: str
+    losses: int
+    priority: int
+    number: int
+    first: int
+    last: int
+
+
+def accepted_groups(connection: Connection) -> list[AcceptedGroup]:
+    """Return the accepted jobs in groups. The cost grows with their number: none is accepted for long with a worker."""
+    return [AcceptedGroup(*row) for row in connection.execute(_ACCEPTED_GROUPS)]
+
+
+def accepted_between(connection: Connection, asked: Sequence[tuple[AcceptedGroup, int, int]]) -> list[int]:
+    """Count the jobs of each of these groups from a `seq` on, before another one, in one statement."""
+    values = {
+        "numbers": list(range(len(asked))),
+        "shapes": [group.shape for group, _, _ in asked],
+        "names": [group.name for group, _, _ in asked],
+        "losses": [group.losses for group, _, _ in asked],
+        "priorities": [group.priority for group, _, _ in asked],
+        "firsts": [first for _, first, _ in asked],
+        "untils": [until for _, _, until in asked],
+    }
+    counts = {row[0]: int(row[1]) for row in connection.execute(_ACCEPTED_BETWEEN, values)} if asked else {}
+    return [counts.get(number, 0) for number in range(len(asked))]
+
+
+def still_accepted(connection: Connection, ids: Sequence[str]) -> frozenset[str]:
+    """Return those of the named jobs whose rows are accepted."""
+    return frozenset(connection.execute(_STILL_ACCEPTED, {"ids": list(ids)}).scalars()) if ids else frozenset()

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.errors import BacklogFull
-from celery_capacity.routing.inspect import backlog_limit, verify
+from celery_capacity.routing.inspect import backlog_limit, overview, verify, waiting
 from celery_capacity.routing.inspect.backlog_limit import BacklogLimit
+from celery_capacity.routing.inspect.explain import explain
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.connection import quick_client
 from celery_capacity.routing.ledger.replies import CancelVerdict, LedgerClosed, SubmitVerdict
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.policy.placement import order
@@ -335,3 +338,50 @@ def test_reconcile_gives_a_job_the_place_of_its_row(stage: Head) -> None:
     stage.apply()
     assert stage.filed() == [jobs[2], jobs[1]]
     assert stage.drain() == [jobs[0], jobs[2], jobs[1]]
+
+
+def _shown(stage: Head) -> int:
+    return overview.read(quick_client(stage.redis), stage.engine).waiting
+
+
+def test_overview_counts_jobs_whose_rows_nobody_has_marked(stage: Head) -> None:
+    """While no worker lives, nobody marks rows. Postgres counts the jobs that the ledger left there."""
+    for _ in range(LEAST + 3):
+        stage.add()
+    stage.add(cpus=2000)
+    assert _shown(stage) == LEAST + 4
+    stage.refill()
+    assert _shown(stage) == LEAST + 4
+    stage.add()
+    assert _shown(stage) == LEAST + 5
+
+
+def test_overview_counts_left_jobs_of_each_priority_once(stage: Head) -> None:
+    """A job of a higher priority moves the border before jobs that are in Redis, where they are counted already."""
+    for _ in range(LEAST + 1):
+        stage.bring(stage.insert({"cpus": 1000}))
+    for _ in range(2):
+        stage.bring(stage.insert({"cpus": 1000}, 5))
+    assert _shown(stage) == LEAST + 3
+
+
+def test_left_job_knows_its_position_before_its_row_is_marked(stage: Head) -> None:
+    jobs = [stage.add() for _ in range(LEAST + 3)]
+    high = stage.add(priority=5)
+    with stage.engine.connect() as connection:
+        places = {job: explain(stage.redis, connection, job) for job in (*jobs, high)}
+    before = {job: place.before for job, place in places.items() if place is not None}
+    assert before == {high: 0} | {job: 1 + number for number, job in enumerate(jobs)}
+
+
+def test_overview_shows_the_ledger_alone_while_postgres_does_not_count(
+    stage: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(LEAST + 3):
+        stage.add()
+
+    def away(*_: object) -> None:
+        raise OperationalError("SELECT", {}, Exception("away"))
+
+    monkeypatch.setattr(waiting, "count_left", away)
+    assert _shown(stage) == LEAST

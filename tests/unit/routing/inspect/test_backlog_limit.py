@@ -18,10 +18,12 @@ class Counted(backlog_limit.BacklogLimit):
         self.now = 0.0
         self.waiting = 0
         self.counts = 0
+        self.takes = 0.0
         super().__init__(lambda: None, lambda: None, lambda: self.now)  # type: ignore[arg-type, return-value]
 
     def _count(self, limit: int) -> int:
         self.counts += 1
+        self.now += self.takes
         return self.waiting
 
 
@@ -44,6 +46,18 @@ def test_a_count_serves_for_a_second() -> None:
     assert limit.counts == 2
     limit.now, limit.waiting = 2 * backlog_limit.COUNT_FOR, 99
     limit.check(100)
+
+
+def test_slow_count_is_trusted_for_longer() -> None:
+    limit = Counted()
+    limit.takes = 1.0
+    limit.check(100)
+    limit.now = backlog_limit.TRUST
+    limit.check(100)
+    assert limit.counts == 1
+    limit.now = backlog_limit.TRUST + 1.0
+    limit.check(100)
+    assert limit.counts == 2
 
 
 def test_backlog_is_counted_anew_once_own_jobs_could_fill_it() -> None:
