@@ -317,6 +317,45 @@ def test_worker_outside_the_whole_index_is_not_admitted_to(ledger: Ledger) -> No
     assert ledger.submit("job", ONE.within("mail").shape, order(0, 1), MESSAGE).state == "waiting"
 
 
+def test_heartbeat_puts_back_worker_that_is_missing_among_the_free(cluster: Cluster) -> None:
+    cluster.renew()
+    score = cluster.client.zscore(keys.FREE, "w")
+    cluster.client.zrem(keys.FREE, "w")
+    cluster.renew()
+    assert cluster.client.zscore(keys.FREE, "w") == score
+
+
+def test_heartbeat_writes_view_that_expired_anew(cluster: Cluster) -> None:
+    fields = {**VIEW, "heartbeat_at": "now"}
+    cluster.ledger.renew("w", "w-life", fields, [], MOST_LOSSES)
+    view = cluster.view()
+    cluster.client.delete(keys.view("w"))
+    cluster.ledger.renew("w", "w-life", fields, [], MOST_LOSSES)
+    assert cluster.view() == view
+
+
+def test_heartbeat_repairs_places_and_view_once_in_each_ttl(cluster: Cluster) -> None:
+    cluster.renew()
+    score, view = cluster.client.zscore(keys.FREE, "w"), cluster.view()
+    cluster.client.zadd(keys.FREE, {"w": 1})
+    cluster.client.hset(keys.view("w"), "allocated_cpus", "7")
+    # As if the last heartbeat had come in the ttl before: the lease ends with the present one.
+    ttl = cluster.ledger.ttl_ms
+    cluster.client.hset(keys.book("w"), "lease", (cluster.ledger.now_ms() // ttl + 1) * ttl - 1)
+    cluster.renew()
+    assert (cluster.client.zscore(keys.FREE, "w"), cluster.view()) == (score, view)
+
+
+def test_heartbeat_without_a_change_writes_its_time_alone(ledger: Ledger) -> None:
+    """Every worker beats all the time, and most have the same to say."""
+    write(ledger, [])
+    ledger.register("w", "life", "queue", Capacity.of({"cpus": 1000, "memory": 9, "slots": 1}).shape, VIEW)
+    ledger.renew("w", "life", VIEW, [], MOST_LOSSES)
+    cost = commands(ledger, lambda: ledger.renew("w", "life", {**VIEW, "heartbeat_at": "later"}, [], MOST_LOSSES))
+    assert [cost[f"cmdstat_{name}"] for name in ("hset", "hgetall", "zadd")] == [2, 0, 1]
+    assert ledger.client.hget(keys.view("w"), "heartbeat_at") == b"later"
+
+
 def test_heartbeat_puts_its_worker_into_its_indexes(ledger: Ledger) -> None:
     write(ledger, crowd(0, {}, labels(["mail"])))
     index = keys.free_of("queue:mail")
