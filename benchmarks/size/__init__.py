@@ -12,6 +12,7 @@ after a while without a body.
     comparing   reconcile of 100,000 jobs, while work goes on
     working     1,000 workers take 10,000 jobs
     ledger_alone  10,000 beating workers and a million waiting jobs, by the calls of the ledger
+    rules       the cost of the scheduler's rules in use: reservations
     rates       Redis's time for each call of a job, and the highest rate that follows
     drawing     the picture of the rates
     keeping     a million finished rows, before and after they moved into the archive

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.bench import Bench
-from benchmarks.size import comparing, head, keeping, ledger_alone, rates, rebuild, streaming, working
+from benchmarks.size import comparing, head, keeping, ledger_alone, rates, rebuild, rules, streaming, working
 from benchmarks.size.scale import Scale
 
 #: A function that measures several figures at once: name -> value.
@@ -124,6 +124,27 @@ PARTS: Mapping[str, Part] = {
                 why="The totals are over all workers, so the books of all are read, whichever page is shown.",
             ),
             Figure("size_whole_ms", "ms", "of the reader's CPU for `cluster --json`, all workers"),
+        ),
+    ),
+    "rules": Part(
+        rules.ruled,
+        (
+            *(
+                Figure(f"rules_{name}", "×", f"an admission and its release with {says}", at_most=1.25)
+                for name, says in (
+                    ("10", "reservations: 10 workers"),
+                    ("10_waiting", "reservations: 10 workers, a million jobs wait"),
+                    ("10000", "reservations: 10,000 workers"),
+                    ("10000_waiting", "reservations: 10,000 workers, a million jobs wait"),
+                )
+            ),
+            Figure(
+                "rules_slowest_ms",
+                "ms",
+                "the slowest script of these; 1 is the least that the slow log has",
+                at_most=2,
+                why="Redis's slow log counts time by the clock, also while another process has the core.",
+            ),
         ),
     ),
     "rates": Part(
