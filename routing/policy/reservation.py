@@ -13,9 +13,11 @@ delay the start that is reserved for the blocked one.
   workers nothing changes. A job that comes earlier in order ignores the reservation, so that a reservation of a lower
   priority delays no higher one.
 - **Keeping.** Expected times may be unknown or wrong. So a worker is kept for a head that has not started so long after
-  the time that was first reserved for it, or after it became the head, where no time is known. All jobs that ran there
-  before the keeping will end one day. A later job starts there only if it fits beside the head, together with all that
-  started since. The worker stays the same until the head starts.
+  the time that was first reserved for it, or after it became the head, where no time is known. It is a worker where the
+  head would have room by now, had no job started since that time. So a head that waits for jobs which ran before it
+  costs the others nothing, however long these run. All jobs that ran there before the keeping will end one day. A later
+  job starts there only if it fits beside the head, together with all that started since. The worker stays the same
+  until the head starts.
 - **Overruns.** A job that runs longer than expected is expected to need an eighth more, and at least as long again as
   it is late. So the pause grows, and a wrong expectation is asked about ever more seldom.
 
@@ -48,7 +50,7 @@ class Rules:
     """Settings of backfill.
 
     `depth`: the number of blocked shapes with a reservation; 0 is greedy, 1 is EASY. `reserve_after`: milliseconds for
-    which a head is blocked, beyond the first time reserved for it, before a worker is kept for it.
+    which a head is blocked, beyond the first time reserved for it, before a worker is kept for it where others passed.
     """
 
     depth: int = 1
@@ -162,18 +164,35 @@ def reserve(
     return Reservation(worker, head.shape, head.order, at, room_beside(head.request, book, staying))
 
 
-def keep(
-    head: Waiting, books: Iterable[Book], held: Mapping[str, Sequence[Held]], now: int, taken: Collection[str] = ()
-) -> Reservation | None:
-    """Return the reservation of a worker that is kept for a job from now on, or None where no worker is large enough.
+def has_passed(head: Waiting, book: Book, held: Iterable[Held], since: int) -> bool:
+    """Return True if a job would have room on a worker, had none started there since a time (ms)."""
+    for job in held:
+        if job.admitted >= since:
+            book = book.without(job.request)
+    return fits(head.request, book) is None
 
-    The worker is the one that `reserve` chooses. Where no time is known, it is the one with the fewest CPUs missing,
-    then the first by name.
+
+def keep(
+    head: Waiting,
+    books: Iterable[Book],
+    held: Mapping[str, Sequence[Held]],
+    now: int,
+    since: int,
+    taken: Collection[str] = (),
+) -> Reservation | None:
+    """Return the reservation of a worker that is kept for a job from now on, or None where nobody passed the job.
+
+    `since`: the time from which the job waits too long. The worker is the one that `reserve` chooses of those where
+    other jobs passed. Where no time is known, it is the one with the fewest CPUs missing, then the first by name.
     """
-    timed = reserve(head, books, held, now, taken)
-    able = [book for book in large_enough(head, books) if book.worker not in taken and not book.kept]
+    able = [
+        book
+        for book in large_enough(head, books)
+        if book.worker not in taken and not book.kept and has_passed(head, book, held.get(book.worker, ()), since)
+    ]
     if not able:
         return None
+    timed = reserve(head, able, held, now)
     missing = {book.worker: max(0, head.request.get(CPUS) - book.free(CPUS)) for book in able}
     book = min(able, key=lambda book: (timed is None or book.worker != timed.worker, missing[book.worker], book.worker))
     return Reservation(book.worker, head.shape, head.order, 0, room_beside(head.request, book, ()), since=now)
@@ -257,17 +276,14 @@ def renew(
     for head in heads:
         old = earlier.pop(head.shape, None)
         overruns += old is not None and old.order == head.order and 0 < old.at < now
-        entry = None
-        if now - patience.since(head, now) < rules.reserve_after:
-            entry = reserve(head, books, held, now, made)
-            if entry is not None:
-                patience.promise(entry)
-        else:
-            if old is not None and old.kept and old.order == head.order and old.worker not in made:
-                entry = kept_further(old, head, books, held)
-            if entry is None:
-                entry = keep(head, books, held, now, made)
-                keepings += entry is not None
+        since, entry = patience.since(head, now), None
+        if old is not None and old.kept and old.order == head.order and old.worker not in made:
+            entry = kept_further(old, head, books, held)
+        if entry is None and now - since >= rules.reserve_after:
+            entry = keep(head, books, held, now, since, made)
+            keepings += entry is not None
+        if entry is None and (entry := reserve(head, books, held, now, made)):
+            patience.promise(entry)
         if entry is not None:
             made[entry.worker] = entry
     for old in earlier.values():

@@ -111,7 +111,7 @@ class Simulation:
             self._start(waiting, worker)
         else:
             heapq.heappush(self._queues.setdefault(waiting.shape, []), (waiting.order, waiting.job, waiting))
-        if not worker or worker in self.reservations:
+        if not worker or self._queues:
             self._reserve_anew()
 
     def _place(self, waiting: Waiting) -> str:

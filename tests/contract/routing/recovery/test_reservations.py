@@ -8,8 +8,8 @@ from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.token import Token
-from celery_capacity.routing.policy.placement import Refusal, survey
-from celery_capacity.routing.policy.reservation import Reservation, Rules
+from celery_capacity.routing.policy.placement import Refusal, Waiting, survey
+from celery_capacity.routing.policy.reservation import Patience, Reservation, Rules
 from celery_capacity.routing.recovery.reservations import Memory, renew_reservations
 from tests.fixtures.stores.books import job_field
 from tests.fixtures.stores.cluster import ONE, Cluster
@@ -20,12 +20,20 @@ TOKEN: Final = Token(1, 1)
 TIMED, AT_ONCE = Rules(1, 10**9), Rules(1, 0)
 
 
+class Passed(Patience):
+    """Every running job came after the head, so that all of them have passed it."""
+
+    def since(self, head: Waiting, now: int) -> int:
+        super().since(head, now)
+        return 0
+
+
 def reservation(cluster: Cluster, worker: str = "w") -> Reservation | None:
     return snapshot.read_books(cluster.client, [worker])[worker].reservation
 
 
 def look(cluster: Cluster, rules: Rules, memory: Memory | None = None) -> dict[str, int]:
-    return renew_reservations(cluster.ledger, rules, memory or Memory())
+    return renew_reservations(cluster.ledger, rules, memory or Memory(Patience() if rules.reserve_after else Passed()))
 
 
 def expecting(shape: str, ms: int) -> str:
@@ -62,13 +70,13 @@ def test_job_with_unknown_times_has_no_reservation_before_its_time(cluster: Clus
 
 
 def test_time_at_the_head_counts_from_when_a_job_became_the_head(cluster: Cluster) -> None:
-    memory, rules = Memory(), Rules(1, 1_000)
+    memory, rules = Memory(), Rules(1, 10_000)
     token = cluster.run("one")
     cluster.submit("wide", WIDE)
     look(cluster, rules, memory)
     assert reservation(cluster) is None
     looks = memory.patience.looks
-    memory.patience.looks = {shape: (head, since - 1_000, first) for shape, (head, since, first) in looks.items()}
+    memory.patience.looks = {shape: (head, since - 10_000, first) for shape, (head, since, first) in looks.items()}
     assert look(cluster, rules, memory)["kept"] == 1
     cluster.submit("wide-2", WIDE)
     cluster.end("one", token)
@@ -91,6 +99,27 @@ def test_wide_job_starts_under_an_endless_stream_of_narrow_ones(cluster: Cluster
             cluster.end(running.pop(0), TOKEN)
     assert cluster.state("wide") == "admitted"
     assert all(cluster.state(f"narrow-{number}") == "waiting" for number in range(4, 12))
+
+
+def test_worker_is_kept_only_where_other_jobs_passed_the_head(cluster: Cluster) -> None:
+    memory = Memory()
+    token = cluster.run("old")
+    cluster.submit("wide", WIDE)
+    # Jobs of the same millisecond count as started since.
+    admitted = int(job_field(cluster.client, "old", "admitted") or 0)
+    while cluster.ledger.now_ms() <= admitted:
+        pass
+    # The head waits for a job that ran before it: nothing is gained by keeping the worker.
+    assert look(cluster, AT_ONCE, memory)["kept"] == 0
+    cluster.run("passing")
+    assert look(cluster, AT_ONCE, memory)["kept"] == 0
+    cluster.end("old", token)
+    assert look(cluster, AT_ONCE, memory)["kept"] == 1
+    # Another runner, which begins anew, keeps it further.
+    assert look(cluster, AT_ONCE, Memory()) == {"reserved": 1, "overruns": 0, "kept": 0, "admitted": 0}
+    made = reservation(cluster)
+    assert made is not None
+    assert made.kept
 
 
 def test_reservation_moves_when_its_worker_drains_or_dies(cluster: Cluster) -> None:
@@ -147,8 +176,7 @@ def test_room_beside_the_head_that_others_gave_back_is_free_again(cluster: Clust
     admitted = int(job_field(cluster.client, "two", "admitted") or 0)
     while cluster.ledger.now_ms() <= admitted:
         pass
-    look(cluster, AT_ONCE)
-    kept = Memory()
+    kept = Memory(Passed())
     look(cluster, AT_ONCE, kept)
     for job in ("beside", "waits"):
         cluster.submit(job)

@@ -113,8 +113,8 @@ def test_reservation_is_on_a_worker_only_if_the_head_ends_there() -> None:
     assert made is not None
     assert made.at == 40
     # Where a worker is kept, no start is known.
-    assert keep(head, [replace(book, left=60)], {"w": held}, 10) is not None
-    assert keep(head, [replace(book, left=59)], {"w": held}, 10) is None
+    assert keep(head, [replace(book, left=60)], {"w": held}, 10, 0) is not None
+    assert keep(head, [replace(book, left=59)], {"w": held}, 10, 0) is None
     assert kept_further(replace(made, at=0), head, [replace(book, left=59)], {"w": held}) is None
 
 
@@ -133,13 +133,13 @@ def test_candidates_are_those_with_the_most_free_cpus() -> None:
 
 def test_worker_is_kept_where_a_time_is_known_else_where_least_is_missing() -> None:
     books, held = cluster(running("a", 8, Held(need(8), 0, 90)), running("b", 9, Held(need(5), 0)))
-    kept = keep(HEAD, books, held, 10)
+    kept = keep(HEAD, books, held, 10, 0)
     assert kept is not None
     assert (kept.worker, kept.kept, kept.since) == ("a", True, 10)
-    kept = keep(HEAD, books, held, 10, {"a"})
+    kept = keep(HEAD, books, held, 10, 0, {"a"})
     assert kept is not None
     assert (kept.worker, kept.beside) == ("b", {"cpus": 1, "slots": 99})
-    assert keep(HEAD, books, held, 10, {"a", "b"}) is None
+    assert keep(HEAD, books, held, 10, 0, {"a", "b"}) is None
 
 
 def test_kept_worker_counts_the_jobs_that_started_since() -> None:

@@ -153,6 +153,16 @@ def test_wide_job_starts_under_an_endless_stream_of_narrow_ones(source: str, dep
     assert not simulation.reservations
 
 
+def test_wide_job_costs_the_others_nothing_while_it_waits_for_older_jobs() -> None:
+    old, wide = Submission("old", 0, 10_000, need(4)), Submission("wide", 1, 50, need(8), "wide")
+    narrow = stream(9_000, cpus=4, every=100, run=60)
+    begun = starts(
+        judge([old, wide, *(job._replace(at=job.at + 2) for job in narrow)], workers(w=8), Rules(1, 500), Unknown())
+    )
+    assert all(begun[job.job].started == job.at + 2 for job in narrow)
+    assert begun["wide"].started == 10_000
+
+
 def test_wide_job_waits_for_a_gap_without_reservations() -> None:
     jobs = [*stream(20_000), Submission("wide", 1_005, 50, need(8), "wide")]
     simulation = judge(jobs, workers(w=8), Rules(0), Exact())
