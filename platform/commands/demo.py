@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -51,6 +52,7 @@ Submit a job to it:                  {celery} -A platform call demo.sleep --args
 )
 @click.option("--scale", metavar="N", callback=parse_scale, help="How many times faster than the trace.")
 @workers_option
+@click.option("--expected", is_flag=True, help="Say in each call how long the job runs.")
 @click.option(
     "--log",
     metavar="FILE",
@@ -64,6 +66,7 @@ def command(
     path: Path,
     scale: float | None,
     workers: tuple[WorkerSpec, ...],
+    expected: bool,
     log: Path | None,
     as_json: bool,
 ) -> None:
@@ -75,7 +78,8 @@ def command(
 
     A trace has a header that names submit, run (seconds) and cpus; other columns and # lines are ignored. The
     packaged one has 300 jobs of five days on KTH's SP2. Without --scale it takes about a minute, and is never
-    slower than the trace. Without --worker there are worker-01=72 and worker-02=16. The log has the row of the
+    slower than the trace. With --expected each call says how long its job runs, so that reservations
+    know when a wide job can start. Without --worker there are worker-01=72 and worker-02=16. The log has the row of the
     trace, and seconds since the first submission.
     """
     console = talk()
@@ -84,7 +88,7 @@ def command(
         console.print(line)
 
     settings = settings_of_environment()
-    replayed = read_trace(path, scale, workers or WORKERS)
+    replayed = replace(read_trace(path, scale, workers or WORKERS), expected=expected)
     if log is not None:
         write_log(log, [])  # report a missing folder now, and not after a minute
     say(f"Replaying {len(replayed.jobs)} jobs of the trace {replayed.name} at {replayed.scale:,g}× speed.")

@@ -88,7 +88,7 @@ def command(
     A trace is as in `demo`. Its column task, or else user, says which jobs are alike. With --expected learned
     a job is expected to run as long as the jobs of its task that ended before; with exact as long as it
     does; with none nobody knows. --depth is the number of blocked requests that get a reservation: 0 is
-    greedy, as PLATFORM_BACKFILL_DEPTH is by default, 1 is EASY backfill.
+    greedy, 1 is EASY backfill, as PLATFORM_BACKFILL_DEPTH is by default.
     """
     replayed = read_trace(path, scale or 1.0, workers or WORKERS)
     report = run(replayed, Rules(depth, round(reserve_after * MS)), expected)

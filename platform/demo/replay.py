@@ -52,12 +52,13 @@ SHOWN_ERRORS = 5
 
 @dataclass(frozen=True)
 class Replayed:
-    """Input of a replay. `scale`: how many times faster than the trace."""
+    """Input of a replay. `scale`: how many times faster than the trace. `expected`: the calls say how long jobs run."""
 
     name: str
     jobs: tuple[trace.Job, ...]
     scale: float
     workers: tuple[WorkerSpec, ...]
+    expected: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,7 @@ class _Run:
                 task_id=self._job_id(job.row),
                 ignore_result=True,
                 cpus=cpus_number(job.cpus),
+                **({"expected": planned.seconds} if self._replayed.expected else {}),
             )
             self._delay = max(self._delay, time.monotonic() - due)
 

@@ -130,7 +130,7 @@ class Settings:
         "PLATFORM_BACKFILL_DEPTH",
         "Blocked requests that get a worker reserved, so that wide jobs get their turn. 1 is EASY backfill; 0: none.",
         amounts.parse_count_text,
-        default=0,
+        default=1,
         unit="requests",
     )
     most_losses: int = _setting(

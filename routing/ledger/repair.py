@@ -114,6 +114,11 @@ class Repairs(LedgerServer):
             for name, value in fields.items()
         }
 
+    def kept_workers(self) -> list[str]:
+        """Return the workers that are kept for a job, by a reservation too."""
+        workers: Any = self._guard(lambda: self.client.hvals(keys.KEYS["kept"]))
+        return sorted({worker.decode() for worker in workers})
+
     def set_controls(self, version: int, changes: Mapping[tuple[str, str], str], *, last: bool) -> bool:
         """Change controls, "" taking one back; return False where the ledger has those of a newer version.
 

@@ -68,6 +68,10 @@ def level(engine: Engine, ledger: Ledger) -> int:
             return 0
     if removed or resumed:
         workers_with_room.fill_all(ledger)
+    if any(kind == "pause" for kind, _ in changes):
+        # A worker that is kept for a paused job is free for others.
+        for worker in ledger.kept_workers():
+            ledger.fill(worker)
     return len(rows)
 
 

@@ -12,14 +12,17 @@ from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.inspect import backlog_limit, verify
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model.amounts import LABEL
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.policy.pauses import Scope
+from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import controls, rebuild, reconcile
 from celery_capacity.routing.store import controls as stored
 from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.client import controls as client
 from celery_capacity.workers.duties import controls as duty
 from celery_capacity.workers.process.stores import transactions
+from tests.fixtures.stores.books import MESSAGE
 from tests.fixtures.stores.staged import Stage
 
 MAIL: Final = Scope.of(queue="mail")
@@ -55,6 +58,24 @@ def test_duty_copies_an_action_whose_program_died(stage: Stage) -> None:
     assert stage.submit(cpus=1000) and stage.ledger.fill("a") == 0
     app.platform.engine.dispose()
     stage.sql("UPDATE jobs SET revoked_at = now()")
+
+
+def test_worker_kept_for_a_job_that_is_paused_takes_others_at_once(stage: Stage) -> None:
+    stage.worker("a", cpus=4000, queues=("celery", "mail"))
+    running = stage.submit(cpus=1000)
+    stage.start(running)
+    last = stage.insert({"cpus": 1000, f"{LABEL}mail": 1})
+    stage.sql("UPDATE jobs SET losses = 2 WHERE id = :id", id=last)
+    row = stage.row(last)
+    stage.ledger.submit(last, row.shape, order(0, row.seq), MESSAGE, losses=row.losses)
+    stage.ledger.fill("a")
+    narrow = stage.submit(cpus=1000)
+    assert (stage.ledger.kept_workers(), stage.row(narrow).state) == (["a"], "waiting")
+    note(stage, scope=MAIL)
+    assert controls.level(stage.engine, stage.ledger) == 1
+    stage.apply()
+    assert (stage.ledger.kept_workers(), stage.row(narrow).state) == ([], "admitted")
+    stage.sql("UPDATE jobs SET revoked_at = now() WHERE id = :id", id=last)
 
 
 def test_rebuild_opens_the_ledger_with_all_that_is_held_back(stage: Stage) -> None:

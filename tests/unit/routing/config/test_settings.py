@@ -45,7 +45,7 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
         "max_message": 1048576,
         "max_backlog": 0,
         "max_ledger_backlog": 0,
-        "backfill_depth": 0,
+        "backfill_depth": 1,
         "most_losses": 3,
         "lifetime": None,
         "learn_run_times": False,
