@@ -286,7 +286,7 @@ class Admission(Repairs):
     def unreserve(self, shape: str, reserved: Iterable[str]) -> str:
         """End the reservation for a shape, '' for none, and return the worker that is to be filled, '' for none.
 
-        `reserved`: all workers that are reserved from now on.
+        `reserved`: all workers that are reserved from now on; `NONE_YET` or `NONE_POSSIBLE` where there may be some.
         """
         return self._call("unreserve", shape=shape, reserved=" ".join(reserved))["freed"]
 
@@ -294,6 +294,12 @@ class Admission(Repairs):
         """Fill a worker that was kept until now for another job, or that a new job passes to; '' means none."""
         if worker:
             self.fill(worker)
+
+
+#: No worker is reserved. A script that files the first job of a request asks for a look at once.
+NONE_YET: Final = ("", "")
+#: No worker is reserved, though a job is blocked: its time is unknown. Only the look of each second may change that.
+NONE_POSSIBLE: Final = ("", "", "")
 
 
 def flag(rerun: bool) -> str:

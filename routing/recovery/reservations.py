@@ -19,6 +19,7 @@ import redis
 
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.ledger import keys, snapshot
+from celery_capacity.routing.ledger.admission import NONE_POSSIBLE, NONE_YET
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.snapshot import WorkerBook
 from celery_capacity.routing.model.amounts import ALONE, LABEL
@@ -47,7 +48,7 @@ class _Seen:
     """State of the ledger at the beginning of a pass.
 
     `firsts`: the first jobs of the first waiting shapes that are not paused, in order. `kept`: shape -> worker that is
-    kept for it. `reserved`: the names of the reserved workers, as the scripts know them.
+    kept for it. `reserved`: the names of the reserved workers, as the scripts know them, or their blanks without any.
     """
 
     now: int
@@ -68,9 +69,10 @@ def renew_reservations(ledger: Ledger, rules: Rules, memory: Memory) -> dict[str
         # Jobs that run may be unknown yet.
         return {}
     seen = _read(ledger.client)
-    if not seen.reserved and not (rules.depth and seen.firsts):
+    if not seen.reserved.strip() and not (rules.depth and seen.firsts):
         memory.patience.forget(())
         memory.held.clear()
+        _note_reserved(ledger, NONE_YET if rules.depth else (), seen)
         return {}
     books = snapshot.read_books(ledger.client, seen.workers) if rules.depth else {}
     before = {book.reservation.shape: book.reservation for book in books.values() if book.reservation}
@@ -89,7 +91,8 @@ def renew_reservations(ledger: Ledger, rules: Rules, memory: Memory) -> dict[str
         memory.patience,
         seen.firsts,
     )
-    admitted = _write(ledger, renewed.reservations, before, books, seen)
+    reserved = sorted(renewed.reservations) or (NONE_POSSIBLE if heads else NONE_YET if rules.depth else ())
+    admitted = _write(ledger, renewed.reservations, before, books, reserved, seen)
     counts = {"reserved": len(renewed.reservations), "overruns": renewed.overruns, "kept": renewed.keepings}
     return {**counts, "admitted": admitted}
 
@@ -219,12 +222,12 @@ def _write(
     made: Mapping[str, Reservation],
     before: Mapping[str, Reservation],
     books: Mapping[str, WorkerBook],
+    reserved: Sequence[str],
     seen: _Seen,
 ) -> int:
     """Write the reservations, and fill the workers that gained room for others; return how many jobs that admitted."""
     admitted = 0
     shapes = {entry.shape: entry.worker for entry in made.values()}
-    reserved = sorted(made)
     for shape, worker in seen.kept.items():
         alone = Request.from_shape(shape).get(ALONE)
         if not alone and shapes.get(shape) != worker and (freed := ledger.unreserve(shape, reserved)):
@@ -233,6 +236,10 @@ def _write(
         allocated = books[entry.worker].allocated
         if entry != before.get(entry.shape) and ledger.reserve(entry, allocated, reserved):
             admitted += ledger.fill(entry.worker)
+    _note_reserved(ledger, reserved, seen)
+    return admitted
+
+
+def _note_reserved(ledger: Ledger, reserved: Sequence[str], seen: _Seen) -> None:
     if seen.reserved != " ".join(reserved):
         ledger.unreserve("", reserved)
-    return admitted

@@ -62,7 +62,7 @@ from celery_capacity.workers.results.deliver_later import deliver_parts, note_re
 from celery_capacity.workers.results.events import Announcer
 from celery_capacity.workers.results.outcome_writer import Recorder
 from celery_capacity.workers.results.quarantine_thread import QuarantineThread
-from celery_capacity.workers.runner.duty_runner import OUTBOX, REFILL, Runner
+from celery_capacity.workers.runner.duty_runner import OUTBOX, Runner
 from celery_capacity.workers.settle.postgres_ends import PostgresEnds
 from celery_capacity.workers.settle.pull_thread import Puller
 from celery_capacity.workers.settle.settle_thread import LedgerThread
@@ -174,10 +174,11 @@ class Runtime:
         self.duties = Runner(app, stores, identity.incarnation, *decides)
         self.duties.election.worker, self.duties.election.on_look = identity.name, self.heartbeat.looked
         ticks = beat_messages.channel(app) if self.ledger_queue is None else ""
-        fetch = partial(self.duties.tick, REFILL)
         acts = (self.holdings.all, lambda signal: self.announcer.consumer.break_off(signal), self._end)
         self.drain_service = Drain(context.engine, identity.name, context.settings.due_interval, *acts)
-        self.duties.election.news = news = EpochWatch(context.settings, self.heartbeat.look, self.on_tick, ticks, fetch)
+        self.duties.election.news = news = EpochWatch(
+            context.settings, self.heartbeat.look, self.on_tick, ticks, self.duties.on_low
+        )
         news.worker, news.on_cordon = identity.name, self.drain_service.look
         self.puller.on_cordon = self.drain_service.look
         self.confirmation.on_epoch, self.confirmation.on_authority = self.heartbeat.look, self.puller.wake

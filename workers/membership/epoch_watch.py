@@ -32,7 +32,8 @@ class EpochWatch:
 
     `on_epoch` is called when a new epoch is open, or may be: also after each gap. `on_tick` is called with the name of
     each tick, where the broker is the ledger's Redis. There, ticks are published on `tick_channel`. `on_low` is called
-    where a shape in the ledger runs low of waiting jobs. Only the runner of the duties listens to that.
+    with the message where a shape in the ledger runs low of waiting jobs, or a job asks for a reservation (`RESERVE`).
+    Only the runner of the duties listens to that.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class EpochWatch:
         on_epoch: Callable[[], None],
         on_tick: Callable[[str], None] = lambda _: None,
         tick_channel: str = "",
-        on_low: Callable[[], None] = lambda: None,
+        on_low: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._settings = settings
         self._on_epoch = on_epoch
@@ -116,7 +117,7 @@ class EpochWatch:
                     self.on_cordon()
             elif channel == keys.LOW:
                 # Also when the subscription begins, because an earlier shape is not told again.
-                self._on_low()
+                self._on_low(message["data"].decode() if kind == "message" else "")
             elif kind == "message" and (name := beat_messages.read(message["data"])):
                 self._on_tick(name)
         return woken

@@ -78,7 +78,7 @@ class Duty:
     """A duty of the runner.
 
     `interval`: seconds, by the settings. `tick`: the message that asks for the duty, beat's or a worker's own.
-    `without` runs in its place while Postgres decides.
+    `without` runs in its place while Postgres decides. `rest`: seconds from a pass to the next one that is asked for.
     """
 
     name: str
@@ -86,6 +86,7 @@ class Duty:
     run: Callable[..., Mapping[str, int]]
     tick: str | None = None
     without: Callable[..., Mapping[str, int]] | None = None
+    rest: float = 0.0
 
 
 #: Tick of a worker's own thread that left an outbox to be delivered.
@@ -94,6 +95,9 @@ OUTBOX: Final = "outbox"
 #: Tick of the ledger, where the head of a shape runs low.
 REFILL: Final = "refill"
 
+#: Tick of the ledger, where a job is blocked anew.
+RESERVE: Final = "reserve"
+
 DUTIES: Final = (
     # The transitions that the ledger alone knows come first: the other duties judge by the rows.
     Duty("stream", lambda s: s.due_interval, apply_transitions.run_once),
@@ -101,7 +105,7 @@ DUTIES: Final = (
     Duty("controls", lambda s: s.due_interval, controls.run_once),
     # Jobs that stay in Postgres are marked before others look for rows that the ledger does not know.
     Duty("refill", lambda s: s.due_interval, refill.run_once, REFILL),
-    Duty("reserve", lambda s: s.due_interval, reserve.run_once),
+    Duty("reserve", lambda s: s.due_interval, reserve.run_once, RESERVE, rest=0.1),
     Duty("due", lambda s: s.due_interval, due.run_once, without=fallback.expire),
     Duty("outbox", lambda s: s.due_interval, deliver_results.run_once, OUTBOX, deliver_results.run_once),
     Duty("lapse", lambda s: s.due_interval, lapse.run_once, without=fallback.lapse),
@@ -179,6 +183,10 @@ class Runner(OnDemandLookingService):
                 self._asked.add(name)
             self.wake()
 
+    def on_low(self, message: str) -> None:
+        """Pass on what a script asks of the runner: a look for reservations, or else for the heads that run low."""
+        self.tick(message if message == RESERVE else REFILL)
+
     def suspect(self) -> None:
         """Have the runner compare the ledger with Postgres soon, since the ledger lacks keys: deleted ones, say."""
         if self.election.holds():
@@ -245,7 +253,11 @@ class Runner(OnDemandLookingService):
     def _due(self) -> list[Duty]:
         """Return the duties that are due or asked for now. Each is due again an interval later."""
         now, next_at, asked = time.monotonic(), self._next_at, self._take_asked()
-        due_now = [duty for duty in DUTIES if now >= next_at[duty.name] or duty.tick in asked]
+        for duty in DUTIES:
+            if duty.tick in asked:
+                rested = next_at[duty.name] - duty.interval(self._stores.settings) + duty.rest if duty.rest else now
+                next_at[duty.name] = min(next_at[duty.name], max(now, rested))
+        due_now = [duty for duty in DUTIES if now >= next_at[duty.name]]
         for duty in due_now:
             next_at[duty.name] = now + duty.interval(self._stores.settings)
         # The last comparison may have come before the damage: a suspicion is kept until its time has come.

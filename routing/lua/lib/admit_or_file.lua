@@ -79,6 +79,8 @@ local function admit_or_file(id, job, message, digest, rerun, facts, now, batch)
   end
   if facts.reserved and first and not facts.fetched then
     passing = passing_worker(facts.reserved, job.shape, job.order, batch.amounts, job.epoch, now)
+  elseif facts.asks and first and not facts.fetched then
+    redis.call('PUBLISH', KEY.low, 'reserve')
   end
   facts.waiting, batch.here = facts.waiting + 1, batch.here and batch.here + 1
   job.state = 'waiting'

@@ -36,11 +36,13 @@ local function forget_kept(book)
   book.kept = nil
 end
 
--- Note that a job starts on a reserved worker: the reserved one, or another with less room beside it from now on.
+-- Note that a job starts on a reserved worker: the reserved one, or another with less room beside it from now on. After
+-- the reserved one, the runner of the duties is to look at once: its pass of each second is late for short jobs.
 local function note_start(book, shape, order, amounts, now)
   if shape == book.kept and order == book.kept_order then
     redis.call('HDEL', KEY.kept, shape)
     forget_kept(book)
+    redis.call('PUBLISH', KEY.low, 'reserve')
   elseif not ends_before(book, shape, now) then
     local parts = {}
     for name, amount in pairs(book.beside_amounts) do
@@ -54,7 +56,8 @@ local function note_start(book, shape, order, amounts, now)
   end
 end
 
--- Note the workers that are reserved, with blanks between their names; '' for none.
+-- Note the workers that are reserved, with blanks between their names. Without any: ' ' where the first job that is
+-- filed is to ask for a reservation, '  ' where it is not, '' where none is made at all.
 local function note_reserved(workers)
   if workers == '' then
     redis.call('HDEL', KEY.epoch, 'reserved')

@@ -19,7 +19,7 @@ end
 -- The reply that refuses this caller, or nil where it may act on these books. Also returns facts about the epoch for
 -- those that ask: `opened` (ms), `carries` ('1': jobs are carried over from an older one), `waiting` (jobs that wait
 -- here), `stay` ('1': others stay in Postgres), `tight` ('1': memory is short), `paused` (lib/controls.lua), `reserved`
--- (workers, lib/reservation.lua).
+-- (workers) and `asks` (lib/reservation.lua).
 local function refused(epoch, run_id)
   local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'format', 'database', 'opened', 'carries',
     'waiting', 'stay', 'tight', 'paused', 'reserved')
@@ -36,7 +36,8 @@ local function refused(epoch, run_id)
     return {'epoch', current[1]}
   end
   return nil, {opened = current[5], carries = current[6], waiting = tonumber(current[7] or 0), stay = current[8],
-    tight = current[9], paused = current[10], reserved = current[11]}
+    tight = current[9], paused = current[10], reserved = string.find(current[11] or '', '%S') and current[11],
+    asks = current[11] == ' '}
 end
 
 local function count(what, by)

@@ -122,6 +122,37 @@ def test_worker_is_kept_only_where_other_jobs_passed_the_head(cluster: Cluster) 
     assert made.kept
 
 
+def test_blocked_job_asks_for_a_look_at_once_while_none_is_reserved(cluster: Cluster) -> None:
+    with cluster.client.pubsub(ignore_subscribe_messages=True) as pubsub:
+        pubsub.subscribe(keys.LOW)
+
+        def asked() -> list[bytes]:
+            # The reply to a command of another connection comes after the messages that the command published.
+            cluster.client.ping()
+            messages = iter(lambda: pubsub.get_message(timeout=0.1), None)
+            return [message["data"] for message in messages if message["type"] == "message"]
+
+        pubsub.get_message(timeout=5)
+        assert look(cluster, TIMED) == {}
+        token = cluster.run("one", expecting(ONE, 512_000))
+        assert asked() == []
+        cluster.submit("wide", WIDE)
+        assert asked() == [b"reserve"]
+        assert look(cluster, TIMED)["reserved"] == 1
+        cluster.submit("wider", Request.of({"cpus": 4000, "memory": 20}).shape)
+        assert asked() == []
+        # The next job is blocked from the start of the reserved one on.
+        cluster.end("one", token)
+        assert (cluster.state("wide"), asked()) == ("admitted", [b"reserve"])
+        # Its time is unknown: another look would change nothing.
+        assert look(cluster, TIMED)["reserved"] == 0
+        cluster.submit("third", Request.of({"cpus": 3000, "memory": 10}).shape)
+        assert asked() == []
+        look(cluster, Rules(0))
+        cluster.submit("fourth", Request.of({"cpus": 2000, "memory": 10}).shape)
+        assert (asked(), cluster.client.hget(keys.EPOCH, "reserved")) == ([], None)
+
+
 def test_reservation_moves_when_its_worker_drains_or_dies(cluster: Cluster) -> None:
     cluster.run("one")
     cluster.register("x")
