@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from celery_capacity.routing.ledger import keys, snapshot
@@ -105,7 +105,7 @@ def amounts(beside: Reservation | None) -> dict[str, int] | None:
 
 
 @WRITTEN
-@ON_A_SERVER
+@settings(ON_A_SERVER, max_examples=900)
 @given(
     BACKLOG,
     capacities(st.integers(1, 6)),
@@ -150,7 +150,7 @@ def test_pass_over_a_reserved_worker_admits_what_the_policy_says(
 
 
 @WRITTEN
-@ON_A_SERVER
+@settings(ON_A_SERVER, max_examples=1_300)
 @given(BOOKS, REQUESTS, EXPECTED, REQUESTS, vectors(st.integers(0, 3)), st.booleans(), st.data())
 def test_new_job_goes_where_the_policy_says_beside_a_reservation(
     ledger: Ledger,

@@ -1,0 +1,116 @@
+"""The platform starts the jobs that the simulation starts, on the same workers, after each submission and each end.
+
+Expected times are hours, so the milliseconds that a test takes change no decision. No two of them are alike: of two
+equal ones, milliseconds would decide.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import Arrived, Ended
+from celery_capacity.routing.model.expected import expected_class
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
+from celery_capacity.routing.policy.expectations import Exact
+from celery_capacity.routing.policy.placement import Book, order
+from celery_capacity.routing.policy.reservation import Rules
+from celery_capacity.routing.policy.simulation import Simulation, Submission
+from celery_capacity.routing.recovery.reservations import Memory, renew_reservations
+from tests.contract.routing.ledger.test_admission import ON_A_SERVER, write
+from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, VIEW
+
+#: CPUs of the workers.
+WORKERS: Final = {"big": 8, "small": 4}
+#: Shortest expected time (ms), and the factor to the next one: more than a class of times.
+SHORTEST, STEP = 2**24, 1.5
+#: Most jobs of an example.
+MOST: Final = 14
+FIRST: Final = Token(1, 1)
+
+#: What happens: a job with CPUs, GPUs, a priority, and an expected time or none comes; or a running job ends.
+COMES: Final = st.tuples(
+    st.integers(1, 8),
+    st.sampled_from([0, 0, 0, 1]),
+    st.sampled_from([0, 0, 0, 5]),
+    st.sampled_from([True, True, False]),
+)
+EVENTS: Final = st.lists(st.one_of(COMES, COMES, st.integers(0, 20)), min_size=4, max_size=2 * MOST)
+
+
+class Both:
+    """A simulation and a ledger to which the same things happen."""
+
+    def __init__(self, ledger: Ledger, depth: int) -> None:
+        write(ledger, [])
+        capacities = {name: {"cpus": cpus, "gpus": 1, "slots": 20} for name, cpus in WORKERS.items()}
+        self.rules = Rules(depth, 10**15)
+        self.simulation = Simulation({n: Book(n, c, {}) for n, c in capacities.items()}, self.rules, Exact())
+        self.ledger, self.memory = ledger, Memory()
+        for name, capacity in capacities.items():
+            ledger.register(name, f"{name}-life", f"queue.{name}", Request.of(capacity).shape, VIEW)
+        self.look()
+        self.running: dict[str, str] = {}
+        self.jobs = 0
+
+    def look(self) -> None:
+        while renew_reservations(self.ledger, self.rules, self.memory).get("admitted"):
+            pass
+
+    def tick(self) -> None:
+        """Let the time be later than at the last event, in both."""
+        while (now := self.ledger.now_ms()) <= self.simulation.now:
+            pass
+        self.simulation.now = now
+
+    def come(self, cpus: int, gpus: int, priority: int, expected: int) -> None:
+        self.tick()
+        self.jobs += 1
+        job, request = f"job-{self.jobs:02}", Request.of({"cpus": cpus, "gpus": gpus})
+        entry = Submission(job, 0, expected, request, priority=priority)
+        self.simulation._submissions[job] = entry
+        self.simulation._submit(self.jobs, entry)
+        shape = f"{request.shape},~{expected_class(expected)}" if expected else request.shape
+        self.ledger.submit(job, shape, order(priority, self.jobs), MESSAGE)
+        self.look()
+
+    def end(self, number: int) -> None:
+        self.tick()
+        job = sorted(self.running)[number % len(self.running)]
+        worker = self.running.pop(job)
+        self.simulation._end(job, worker)
+        ended = [Ended(job, FIRST, Outcome("succeeded"))]
+        arrived = [Arrived(job, FIRST, "nonce")]
+        self.ledger.settle(worker, f"{worker}-life", arrived=arrived, most_losses=MOST_LOSSES)
+        self.ledger.settle(worker, f"{worker}-life", ended=ended, most_losses=MOST_LOSSES)
+        self.look()
+
+    def compare(self) -> None:
+        self.running = {job: worker for worker, jobs in self.simulation.held.items() for job in jobs}
+        held = {name: self.ledger.client.hkeys(keys.held(name)) for name in WORKERS}
+        assert {job.decode(): name for name, jobs in held.items() for job in jobs} == self.running
+
+
+@settings(ON_A_SERVER, max_examples=40)
+@given(EVENTS, st.permutations(range(MOST)), st.sampled_from([0, 1, 1, 2]))
+def test_platform_starts_what_the_simulation_starts(
+    ledger: Ledger, events: list[tuple[int, int, int, bool] | int], times: list[int], depth: int
+) -> None:
+    both = Both(ledger, depth)
+    for event in events:
+        if isinstance(event, tuple) and both.jobs < MOST:
+            cpus, gpus, priority, timed = event
+            both.come(cpus, gpus, priority, round(SHORTEST * STEP ** times[both.jobs]) if timed else 0)
+        elif isinstance(event, int) and both.running:
+            both.end(event)
+        both.compare()
+    while both.running:
+        both.end(0)
+        both.compare()
+    assert len(both.simulation.starts) == both.jobs
