@@ -66,6 +66,7 @@ ALTER TABLE runner OWNER TO platform_owner;
 ALTER TABLE declarations OWNER TO platform_owner;
 ALTER TABLE run_times OWNER TO platform_owner;
 ALTER TABLE run_times_read OWNER TO platform_owner;
+ALTER TABLE estimates OWNER TO platform_owner;
 ALTER TABLE quarantine OWNER TO platform_owner;
 ALTER TABLE alembic_version OWNER TO platform_owner;
 
@@ -91,7 +92,7 @@ GRANT SELECT, UPDATE ON authority TO platform_worker;
 GRANT SELECT, INSERT, UPDATE, DELETE ON cordons, pauses TO platform_worker;
 GRANT SELECT, INSERT ON operator_actions TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON runner, run_times_read TO platform_worker;
-GRANT SELECT, INSERT, UPDATE, DELETE ON run_times TO platform_worker;
+GRANT SELECT, INSERT, UPDATE, DELETE ON run_times, estimates TO platform_worker;
 GRANT SELECT, INSERT, DELETE ON quarantine TO platform_worker;
 GRANT SELECT ON alembic_version TO platform_worker;
 
@@ -117,7 +118,7 @@ GRANT SELECT (id, seq, name, state, epoch, attempt, step, losses, worker, incarn
   finished_at, revoked_at, error, needs, rated, not_before, progress, behind, reprioritized,
   expected_ms) ON jobs TO platform_dashboard;
 GRANT SELECT ON attempts, workers, cordons, pauses, operator_actions, authority, runner, declarations, dependencies,
-  rates, retries, infeasible, run_times, run_times_read, alembic_version TO platform_dashboard;
+  rates, retries, infeasible, run_times, run_times_read, estimates, alembic_version TO platform_dashboard;
 GRANT SELECT ON jobs_archive, attempts_archive TO platform_dashboard;
 GRANT SELECT (id, queue, reason, worker, seen_at) ON quarantine TO platform_dashboard;
 

@@ -101,6 +101,7 @@ COMMANDS: Final = (
     Lazy("jobs", "commands.jobs", "Look", "List jobs by state, task, worker, queue or age."),
     Lazy("job", "commands.job", "Look", "One job: times, worker, attempts, and why it waits."),
     Lazy("simulate", "commands.simulate", "Look", "When the jobs of a trace would start, in virtual time."),
+    Lazy("whatif", "planning.whatif", "Look", "How the backlog would empty with other workers."),
     Lazy("submit", "actions.submit", "Act", "Submit a job by the name of its task."),
     Lazy("wait", "actions.wait", "Act", "Wait until jobs have ended; the exit code says how."),
     Lazy("cancel", "actions.cancel", "Act", "Cancel jobs for good, and say what became of each."),

@@ -34,6 +34,7 @@ def command(context: click.Context, job_id: str, as_json: bool) -> None:
     ID is the id of the Celery task, or its first four characters or more, as `jobs` shows them.
     """
     from celery_capacity.platform.console import job_views
+    from celery_capacity.routing.forecast import starts
     from celery_capacity.routing.inspect import explain
     from celery_capacity.routing.ledger.connection import quick_client
     from celery_capacity.routing.store import queries
@@ -43,7 +44,9 @@ def command(context: click.Context, job_id: str, as_json: bool) -> None:
     with stores.engine.connect() as connection:
         if (file := queries.find(connection, job)) is None:
             raise unknown_jobs(connection, [job])  # it went meanwhile
-        why = explain.explain(quick_client(stores.redis), connection, job, stores.settings.most_losses)
+        settings, client = stores.settings, quick_client(stores.redis)
+        rules = starts.rules_of(settings)
+        why = explain.explain(client, connection, job, settings.most_losses, rules, settings.worker_ttl)
         call = _call(queries.find_message(connection, job))
     call["result"] = _result(context.obj.app, job) if file.job["state"] == State.SUCCEEDED else None
     if as_json:

@@ -46,6 +46,7 @@ def command(context: click.Context, worker: str | None, as_json: bool) -> None:
     """
     from celery_capacity.platform import health_checks
     from celery_capacity.platform.console import render
+    from celery_capacity.platform.console.estimates import errors_phrase
     from celery_capacity.routing.inspect import overview
     from celery_capacity.routing.ledger.connection import quick_client
 
@@ -81,6 +82,8 @@ def command(context: click.Context, worker: str | None, as_json: bool) -> None:
         console.print()
         if report is not None:
             render.invariants(console, report)
+            if report.estimates is not None:
+                console.print(f"estimated starts: {errors_phrase(report.estimates)}, of {report.estimates.compared}")
             console.print()
         if quarantined is not None and quarantined.messages:
             render.quarantine(console, quarantined)

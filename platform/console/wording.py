@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from celery_capacity.platform.console.estimates import start_sentence
 from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.model.amounts import CPUS, MEMORY, SLOTS, format_amount, format_cpus, format_memory
 from celery_capacity.routing.model.reasons import Reason
@@ -136,7 +137,7 @@ MEANINGS: Final = {
 
 
 def details(why: Explanation) -> list[str]:
-    """Say what the job lacks on each worker, and which running jobs would make room by their ends.
+    """Say what the job lacks on each worker, which running jobs would make room by their ends, and when it starts.
 
     A single worker is not listed: the first sentence of the explanation names it.
     """
@@ -150,6 +151,8 @@ def details(why: Explanation) -> list[str]:
         jobs, worker = why.unblocked_by.jobs, why.unblocked_by.worker
         ends = f"The end of job {jobs[0]}" if len(jobs) == 1 else f"The ends of the jobs {_listed(jobs)}"
         sentences.append(f"{ends} on {worker} would make room for it.")
+    if why.estimate is not None:
+        sentences.append(start_sentence(why.estimate))
     return sentences
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import redis as redispy
@@ -15,6 +15,8 @@ from redis.exceptions import RedisError
 from sqlalchemy import Connection, func, select
 
 from celery_capacity.routing.database import schema
+from celery_capacity.routing.forecast.cluster import TooLarge, live_books
+from celery_capacity.routing.forecast.starts import EstimatedStart, estimated_start
 from celery_capacity.routing.inspect import held_back, running_jobs, waiting
 from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.ledger import snapshot
@@ -25,6 +27,7 @@ from celery_capacity.routing.policy.feasibility import count_before, is_large_en
 from celery_capacity.routing.policy.missing import missing_on_each, unblocked_by
 from celery_capacity.routing.policy.pauses import Pauses
 from celery_capacity.routing.policy.placement import Admission, Book, Refusal, order
+from celery_capacity.routing.policy.reservation import Rules
 from celery_capacity.routing.store import backlog, controls, dependencies
 
 #: Most needed jobs that an explanation names.
@@ -39,14 +42,34 @@ MAX_LOSSES: Final = 3
 SHORT_OF_ROOM: Final = frozenset(
     {Reason.NO_ROOM, Reason.ALONE, Reason.TOO_LARGE, Reason.UNKNOWN_RESOURCE, Reason.NO_WORKER}
 )
+#: Reasons for which a start can be estimated: the job waits for nothing but room.
+ESTIMATED: Final = frozenset(
+    {
+        Reason.NO_ROOM,
+        Reason.ALONE,
+        Reason.RESERVED,
+        Reason.BEHIND_SHAPE,
+        Reason.CORDONED,
+        Reason.LEDGER_STANDS_BACK,
+    }
+)
+#: Seconds without a heartbeat after which Postgres no longer counts a worker, where the caller does not say.
+WORKER_TTL: Final = 60.0
 
 
 def explain(
-    client: redispy.Redis, connection: Connection, job: str, most_losses: int = MAX_LOSSES
+    client: redispy.Redis,
+    connection: Connection,
+    job: str,
+    most_losses: int = MAX_LOSSES,
+    rules: Rules | None = None,
+    worker_ttl: float = WORKER_TTL,
 ) -> Explanation | None:
     """Return why `job` is where it is; None where Postgres has no such job. At most seven round trips to Redis.
 
-    The archive is searched too. All jobs there have ended. `most_losses`: the setting of the workers.
+    The archive is searched too. All jobs there have ended. `most_losses` and `worker_ttl`: the settings of the workers.
+    With `rules`, those by which the workers start jobs, the start of a job that waits for room is estimated. That takes
+    up to some seconds where many jobs are before it.
     """
     row = _row(connection, job)
     if row is None:
@@ -62,14 +85,33 @@ def explain(
     if (pause := controls.pause_of(connection, row.queue, row.name)) is not None:
         return Explanation(job, state, Reason.PAUSED, request, row.declared, pause=pause)
     if connection.execute(select(schema.authority.c.authority)).scalar_one_or_none() == Store.POSTGRES:
-        return Explanation(job, state, Reason.LEDGER_STANDS_BACK, request, row.declared)
+        explanation = Explanation(job, state, Reason.LEDGER_STANDS_BACK, request, row.declared)
+        return replace(explanation, estimate=_estimated_by_rows(connection, job, row, rules, most_losses, worker_ttl))
     try:
         seen = _read_ledger(client, connection, job, row, most_losses)
     except RedisError:
         return Explanation(job, state, Reason.LEDGER_UNREACHABLE, request, row.declared)
     if seen is None:
         return Explanation(job, state, Reason.LEDGER_CLOSED, request, row.declared)
-    return _explain_waiting(connection, job, row, seen, most_losses)
+    explanation = _explain_waiting(connection, job, row, seen, most_losses)
+    if rules is None or explanation.why not in ESTIMATED:
+        return explanation
+    live = [book for book in seen.registered if book.worker in seen.live]
+    start = estimated_start(connection, job, (row.priority, row.seq), live, rules, most_losses)
+    return replace(explanation, estimate=start)
+
+
+def _estimated_by_rows(
+    connection: Connection, job: str, row: Any, rules: Rules | None, most_losses: int, worker_ttl: float
+) -> EstimatedStart | None:
+    """Estimate the start of a job while Postgres decides: each worker pulls what fits it, without reservations."""
+    if rules is None:
+        return None
+    try:
+        books = live_books(connection, worker_ttl)
+    except TooLarge:
+        return None
+    return estimated_start(connection, job, (row.priority, row.seq), books, Rules(depth=0), most_losses)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from celery_capacity.routing.forecast.starts import EstimatedStart
 from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.amounts import CPUS
 from celery_capacity.routing.model.reasons import Reason
@@ -56,6 +57,8 @@ class Explanation:
     pause: Pause | None = None
     #: the cordon of the worker that would take it
     cordon: Cordon | None = None
+    #: the estimated start of a job that waits for room; None where nobody asked for it
+    estimate: EstimatedStart | None = None
 
     @property
     def waits(self) -> bool:
@@ -73,6 +76,7 @@ class Explanation:
             "missing": [_missing(line) for line in self.missing],
             "pause": None if self.pause is None else self.pause.to_json(),
             "cordon": None if self.cordon is None else self.cordon.to_json(),
+            "estimate": None if self.estimate is None else self.estimate.to_json(),
         }
 
 

@@ -27,6 +27,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.forecast import record
+from celery_capacity.routing.forecast.record import Errors
 from celery_capacity.routing.inspect import audit, held_back
 from celery_capacity.routing.inspect.audit import Suspicion
 
@@ -68,6 +70,8 @@ class Report:
 
     at_rest: bool
     verdicts: tuple[Verdict, ...]
+    #: Errors of estimated starts so far; None where none has been compared.
+    estimates: Errors | None = None
 
     @property
     def holds(self) -> bool:
@@ -76,7 +80,8 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         verdicts = [{**asdict(verdict), "detail": list(verdict.detail)} for verdict in self.verdicts]
-        return {"at_rest": self.at_rest, "holds": self.holds, "verdicts": verdicts}
+        estimates = None if self.estimates is None else self.estimates.to_json()
+        return {"at_rest": self.at_rest, "holds": self.holds, "verdicts": verdicts, "estimates": estimates}
 
     def lines(self) -> list[str]:
         """Return the violations that are shown, a line for each."""
@@ -104,7 +109,8 @@ def check(
         time.sleep(PAUSE)
         again, resting = _read(engine, client, at_rest, write_within)
         suspicions &= again
-    return Report(resting, tuple(_verdict(name, suspicions, resting) for name in INVARIANTS))
+    verdicts = tuple(_verdict(name, suspicions, resting) for name in INVARIANTS)
+    return Report(resting, verdicts, _errors(engine))
 
 
 def _read(
@@ -121,6 +127,14 @@ def _read(
         raise StoreUnavailable(f"Redis does not answer: {error}") from error
     resting = rows.at_rest if at_rest is None else at_rest
     return audit.inspect(ledger, rows, resting, write_within) | held, resting
+
+
+def _errors(engine: Engine) -> Errors | None:
+    try:
+        with engine.connect() as connection:
+            return record.errors(connection)
+    except (DBAPIError, PoolTimeout) as error:
+        raise translate(error) from error
 
 
 def _verdict(name: str, suspicions: set[Suspicion], resting: bool) -> Verdict:

@@ -3,13 +3,16 @@
 The simulation makes the decisions that the platform makes, at the same moments, and none takes time. A submission looks
 for a worker, unless jobs of its shape wait already. An end fills the worker where it happened. Then the reservations
 are made anew, and workers that are free for others again are filled. Times are milliseconds.
+
+A simulation begins with empty workers, or with a copy of a cluster: the jobs that run there and those that wait.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from celery_capacity.routing.model.amounts import CPUS
@@ -22,6 +25,7 @@ from celery_capacity.routing.policy.reservation import (
     Reservation,
     Rules,
     after_start,
+    earliest_start,
     large_enough,
     passes,
     renew,
@@ -43,13 +47,29 @@ class Submission(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Start of a job in a simulation."""
+    """Start of a job in a simulation. `ended`: 0 for a job that stays."""
 
     job: str
     submitted: int
     started: int
     ended: int
     worker: str
+
+
+class Running(NamedTuple):
+    """A job that holds room on a worker at the beginning. `ends`: the time (ms) of its end, 0 where it stays."""
+
+    job: str
+    worker: str
+    held: Held
+    ends: int
+
+
+class Queued(NamedTuple):
+    """A job that waits at the beginning. `run`: its run time (ms), 0 where it stays once it has started."""
+
+    waiting: Waiting
+    run: int
 
 
 class Expectations(Protocol):
@@ -82,13 +102,41 @@ class Simulation:
     _events: list[tuple[int, int, int, str, str]] = field(default_factory=list)
     patience: Patience = field(default_factory=Patience)
     _looks: set[int] = field(default_factory=set)
+    #: Times at which workers end, of those whose end is known.
+    _worker_ends: dict[str, int] = field(default_factory=dict)
+    #: Memory of `_soonest`, which holds while no job starts or ends on a worker, and none overruns.
+    _changes: Counter[str] = field(default_factory=Counter)
+    _able: dict[str, list[str]] = field(default_factory=dict)
+    _room_at: dict[str, dict[str, tuple[int, int, int, int]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._worker_ends = {name: self.now + book.left for name, book in self.books.items() if book.left is not None}
 
     def run(self, submissions: Iterable[Submission]) -> None:
         """Run until all jobs that can start have ended."""
         ordered = sorted(submissions, key=lambda submission: submission.at)
         self._events = [(entry.at, _SUBMIT, seq, entry.job, "") for seq, entry in enumerate(ordered)]
         self._submissions = {entry.job: entry for entry in ordered}
+        self.advance()
+
+    def begin(self, running: Iterable[Running], backlog: Iterable[Queued]) -> None:
+        """Begin with these jobs. The books have the running ones allocated. The backlog comes in order, all at once."""
+        for job, worker, held, ends in running:
+            self._submissions[job] = Submission(job, held.admitted, ends - held.admitted, held.request)
+            self.held.setdefault(worker, {})[job] = held
+            if ends:
+                heapq.heappush(self._events, (ends, _END, 0, job, worker))
+        for waiting, run in backlog:
+            self._submissions[waiting.job] = Submission(waiting.job, self.now, run, waiting.request, waiting.task)
+            self._arrive(waiting)
+
+    def advance(self, until: str = "") -> None:
+        """Go on until a job has started, or until all jobs that can start have ended."""
+        seen = 0
         while self._events:
+            if until and any(start.job == until for start in self.starts[seen:]):
+                return
+            seen = len(self.starts)
             self.now, kind, seq, job, worker = heapq.heappop(self._events)
             if kind == _SUBMIT:
                 self._submit(seq, self._submissions[job])
@@ -104,29 +152,44 @@ class Simulation:
     def _submit(self, seq: int, entry: Submission) -> None:
         expected = expected_class(self.expectations.expected(entry))
         waiting = Waiting(entry.job, entry.request, order(entry.priority, seq), entry.task, RunTime(expected, expected))
-        queue = self._queues.get(waiting.shape)
+        self._arrive(waiting)
+
+    def _arrive(self, waiting: Waiting) -> None:
+        """Start a new job where it finds room, else let it wait."""
+        queue = self._queues.setdefault(shape := waiting.shape, [])
         # Where a job of the shape waits, a later one finds no room either.
-        worker = "" if queue and queue[0][0] < waiting.order else self._place(waiting)
+        behind = bool(queue) and queue[0][0] < waiting.order
+        worker = "" if behind else self._place(waiting)
         if worker:
             self._start(waiting, worker)
         else:
-            heapq.heappush(self._queues.setdefault(waiting.shape, []), (waiting.order, waiting.job, waiting))
-        if not worker or self._queues:
+            heapq.heappush(queue, (waiting.order, waiting.job, waiting))
+        if not queue:
+            del self._queues[shape]
+        # A job behind one of its shape changes no head.
+        if self._queues and not behind:
             self._reserve_anew()
 
     def _place(self, waiting: Waiting) -> str:
         """Return the worker for a new job: the best fit without a reservation, else one where the job passes."""
-        unreserved = [book for name, book in self.books.items() if name not in self.reservations]
-        reserved = [self.books[name] for name, entry in self.reservations.items() if passes(waiting, entry, self.now)]
+        unreserved = [self._book(name) for name in self.books if name not in self.reservations]
+        reserved = [self._book(name) for name, entry in self.reservations.items() if passes(waiting, entry, self.now)]
         for books in (unreserved, reserved):
-            decision = choose(waiting.request, books, max(len(books), CANDIDATES), task=waiting.task)
+            bound = waiting.run_time.bound
+            decision = choose(waiting.request, books, max(len(books), CANDIDATES), task=waiting.task, bound=bound)
             if isinstance(decision, Admission):
                 return decision.worker
         return ""
 
+    def _book(self, worker: str) -> Book:
+        """Return the book of a worker, with the rest of its life."""
+        book, ends = self.books[worker], self._worker_ends.get(worker)
+        return book if ends is None else replace(book, left=ends - self.now)
+
     def _end(self, job: str, worker: str) -> None:
         entry = self._submissions[job]
         self.books[worker] = self.books[worker].without(self.held[worker].pop(job).request)
+        self._changes[worker] += 1
         self.expectations.learn(entry)
         self._fill(worker)
         self._reserve_anew()
@@ -139,13 +202,15 @@ class Simulation:
     def _start(self, waiting: Waiting, worker: str) -> None:
         entry = self._submissions[waiting.job]
         self.books[worker] = self.books[worker].holding(waiting.request)
+        self._changes[worker] += 1
         self.held.setdefault(worker, {})[waiting.job] = Held(waiting.request, self.now, waiting.run_time.expected)
         left = after_start(waiting, self.reservations.pop(worker, None), self.now)
         if left is not None:
             self.reservations[worker] = left
-        end = self.now + entry.run
+        end = self.now + entry.run if entry.run else 0
         self.starts.append(Start(entry.job, entry.at, self.now, end, worker))
-        heapq.heappush(self._events, (end, _END, 0, entry.job, worker))
+        if end:
+            heapq.heappush(self._events, (end, _END, 0, entry.job, worker))
 
     def _fill(self, worker: str) -> None:
         """Start the waiting jobs that fit on a worker, in order, as `fill_or_keep` does."""
@@ -159,7 +224,7 @@ class Simulation:
             _, shape = heapq.heappop(tries)
             queue = self._queues[shape]
             waiting = queue[0][2]
-            book = self.books[worker]
+            book = self._book(worker)
             takes = book.open and book.takes(waiting) and fits(waiting.request, book) is None
             if takes and passes(waiting, self.reservations.get(worker), self.now):
                 self._leave(shape)
@@ -180,7 +245,7 @@ class Simulation:
         heads: list[Waiting] = []
         while firsts and len(heads) < self.rules.depth:
             _, _, waiting = heapq.heappop(firsts)
-            if large_enough(waiting, self.books.values()):
+            if any(self._outlives(name, self.now, waiting) for name in self._able_workers(waiting)):
                 heads.append(waiting)
         return heads
 
@@ -201,16 +266,60 @@ class Simulation:
 
     def _reservations(self, heads: Sequence[Waiting]) -> dict[str, Reservation]:
         """Return the reservations of these heads by worker."""
-        held = {worker: list(jobs.values()) for worker, jobs in self.held.items()}
         shapes = [entry.shape for entry in self.reservations.values() if entry.shape in self._queues]
         firsts = {shape: self._queues[shape][0][2] for shape in shapes}
-        books = list(self.books.values())
+        books = [self._book(name) for name in self._reservable(heads)]
+        held = {book.worker: list(self.held.get(book.worker, {}).values()) for book in books}
         renewed = renew(heads, books, held, self.now, self.rules, self.reservations, self.patience, firsts)
         for head in heads:
             self._look_at(self.patience.since(head, self.now) + self.rules.reserve_after)
         self.overruns += renewed.overruns
         self.keepings += renewed.keepings
         return renewed.reservations
+
+    def _reservable(self, heads: Sequence[Waiting]) -> Iterable[str]:
+        """Return workers among which `renew` finds the reservations that it would find among all."""
+        if any(self.now - self.patience.since(head, self.now) >= self.rules.reserve_after for head in heads):
+            return self.books
+        names = dict.fromkeys(self.reservations)
+        for head in heads:
+            # Each earlier head may take one of them.
+            names |= dict.fromkeys(name for _, _, name in heapq.nsmallest(len(heads), self._soonest(head)))
+        return names
+
+    def _soonest(self, head: Waiting) -> Iterator[tuple[int, int, str]]:
+        """Yield the workers where a head can start at a known time, with that time and the free CPUs."""
+        room_at = self._room_at.setdefault(head.shape, {})
+        for name in self._able_workers(head):
+            changes, until, start, free = room_at.get(name, (-1, 0, 0, 0))
+            if self.now >= until or changes != self._changes.get(name, 0):
+                start, until = self._start_at(head, name)
+                free = self.books[name].free(CPUS)
+                room_at[name] = (self._changes[name], until, start, free)
+            if start and (name not in self._worker_ends or self._outlives(name, start, head)):
+                yield start, free, name
+
+    def _able_workers(self, head: Waiting) -> list[str]:
+        """Return the workers that would have room for a job, were they empty, and live long enough at the beginning."""
+        able = self._able.get(shape := head.shape)
+        if able is None:
+            books = self.books.values()
+            # One by one: `large_enough` looks at some of many.
+            able = self._able[shape] = [book.worker for book in books if large_enough(head, [book])]
+        return able
+
+    def _outlives(self, worker: str, start: int, waiting: Waiting) -> bool:
+        """Return True if a worker lives until a job that starts then has ended."""
+        ends = self._worker_ends.get(worker)
+        return ends is None or start + waiting.run_time.bound <= ends
+
+    def _start_at(self, head: Waiting, worker: str) -> tuple[int, int]:
+        """Return the time of `earliest_start`, and the time from which that has to be asked anew."""
+        held = list(self.held.get(worker, {}).values())
+        start = earliest_start(head.request, self.books[worker], held, self.now)
+        if start == self.now:
+            return start, self.now + 1
+        return start, min((job.admitted + job.expected for job in held if job.expected), default=self.now + 1)
 
     def _look_at(self, time: int) -> None:
         if time > self.now and time not in self._looks:

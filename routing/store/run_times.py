@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from celery_capacity.routing.model.expected import CLASSES, class_number
+from celery_capacity.routing.model.expected import CLASSES, CLASSES_IN_DOUBLE, class_number
 from celery_capacity.routing.model.request import KNOWN_EVERYWHERE, split_suffix
 
 #: Share of the jobs of a task that run no longer than its learned time. A shorter time moves reservations, and a longer
@@ -42,6 +42,8 @@ MAX_KEPT: Final = 10_000
 MAX_USED: Final = 2000
 
 _DECAY: Final = 0.5 ** (1 / HALF_WEIGHT)
+#: The end of a class over its middle.
+_ABOVE_MIDDLE: Final = 2 ** (1 / CLASSES_IN_DOUBLE / 2)
 #: Task and request of a job: its name, and its shape without its run time.
 Kind = tuple[str, str]
 
@@ -74,6 +76,12 @@ class Histogram:
         sums = list(accumulate(self.weights.values()))
         summed = zip(self.weights, sums, strict=True)
         return next(CLASSES[rank] for rank, weight in summed if weight >= share * sums[-1])
+
+    @property
+    def mean_ms(self) -> int:
+        """Return the mean of the runs. Each counts as the middle of its class."""
+        total = sum(weight * CLASSES[rank] for rank, weight in self.weights.items())
+        return max(1, round(total / _ABOVE_MIDDLE / sum(self.weights.values())))
 
     @property
     def spread_ms(self) -> int:
@@ -176,3 +184,9 @@ _LEARNED: Final = text(
 def learned(connection: Connection) -> dict[Kind, int]:
     """Return the learned times in milliseconds, by task and request; those of the newest jobs, where they are many."""
     return {(row[0], row[1]): row[2] for row in connection.execute(_LEARNED, {"most": MAX_USED})}
+
+
+def means(connection: Connection, kinds: Iterable[Kind]) -> dict[Kind, int]:
+    """Return the mean run times in milliseconds of these tasks and requests, of those that are known."""
+    stored = _stored(connection, list(dict.fromkeys(kinds)))
+    return {kind: histogram.mean_ms for kind, histogram in stored.items() if histogram.expected_ms}

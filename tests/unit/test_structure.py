@@ -26,11 +26,11 @@ LAYERS = ("routing", "migrations", "workers", "platform")
 #: below all.
 FOLDERS = {
     "routing": (
-        "model", "policy", "config", "database", "ledger", "insert", "store", "recovery", "inspect",
+        "model", "policy", "config", "database", "ledger", "insert", "store", "recovery", "forecast", "inspect",
     ),
     "workers": (
         "dispatch", "process", "supervision", "broker", "submit", "results", "client", "membership", "retention",
-        "duties", "runner", "settle", "execute", "app",
+        "duties", "learning", "runner", "settle", "execute", "app",
     ),
 }  # fmt: skip
 #: Imported by nobody but Celery: it hands over to the app that a command names.

@@ -19,12 +19,14 @@ from sqlalchemy import Connection
 
 from celery_capacity.routing.database.postgres_errors import translated
 from celery_capacity.routing.errors import InvalidRequest, PlatformError, show
+from celery_capacity.routing.forecast.starts import rules_of
 from celery_capacity.routing.inspect.explain import explain
 from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.inspect.job_events import JobEvent
 from celery_capacity.routing.ledger.connection import quick_client
 from celery_capacity.routing.model.identifiers import check_job_id
 from celery_capacity.routing.model.states import FINAL, State
+from celery_capacity.routing.policy.reservation import Rules
 from celery_capacity.routing.store import queries
 from celery_capacity.workers.client import following
 from celery_capacity.workers.client.cancel import Cancellation, cancel
@@ -127,19 +129,19 @@ class Job:
         )
 
     def explain(self) -> Explanation:
-        """Return why the job is where it is, as an `Explanation`: its reason, position, what is missing on each worker.
+        """Return why the job is where it is, as an `Explanation`.
 
-        Raises as `now` does.
+        It has the reason, the position, what is missing on each worker, and the estimated start. Raises as `now` does.
         """
         with translated(), self._stores.engine.connect() as connection:
-            why = self._explain(connection)
+            why = self._explain(connection, rules_of(self._stores.settings))
         if why is None:
             raise self._unknown()
         return why
 
-    def _explain(self, connection: Connection) -> Explanation | None:
+    def _explain(self, connection: Connection, rules: Rules | None = None) -> Explanation | None:
         client, settings = quick_client(self._stores.redis), self._stores.settings
-        return explain(client, connection, self.id, settings.most_losses)
+        return explain(client, connection, self.id, settings.most_losses, rules, settings.worker_ttl)
 
     def _unknown(self) -> InvalidRequest:
         advice = "Its transaction may not be over."

@@ -40,9 +40,9 @@ from celery_capacity.workers.duties import (
     refill,
     replaced,
     reserve,
-    run_times,
     sweep,
 )
+from celery_capacity.workers.learning import estimates, run_times
 from celery_capacity.workers.membership.cold_ledger import open_ledger
 from celery_capacity.workers.process.service import OnDemandLookingService
 from celery_capacity.workers.process.spare_connections import close_spare
@@ -115,6 +115,7 @@ DUTIES: Final = (
     Duty("retention", archive.pause, archive.run_once, without=archive.run_once),
     Duty("replaced", sweep.pause, replaced.run_once, without=replaced.run_once),
     Duty("run_times", lambda s: s.sweep_interval, run_times.run_once, without=run_times.run_once),
+    Duty("estimates", lambda s: s.sweep_interval, estimates.run_once, without=estimates.run_once),
     Duty("keys", lambda s: s.sweep_interval, unique_keys.run_once, without=unique_keys.run_once),
     Duty(
         "former_workers",

@@ -28,6 +28,7 @@ TABLES = {
     "declarations",
     "operator_actions",
     "pauses",
+    "estimates",
     "run_times",
     "run_times_read",
     "quarantine",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from celery_capacity.routing.store import run_times
-from celery_capacity.workers.duties import run_times as duty
+from celery_capacity.workers.learning import run_times as duty
 from celery_capacity.workers.process.stores import Stores
 from tests.fixtures.stores.staged import Stage
 

@@ -1,0 +1,1 @@
+"""Commands that plan: the policy on a copy of the cluster."""

@@ -1,0 +1,118 @@
+"""The copy of the cluster for a question "what if", and its answers under both authorities."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import redis
+
+from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.forecast import cluster, whatif
+from celery_capacity.routing.forecast.whatif import Today, read_today
+from celery_capacity.routing.model.expected import RunTime
+from celery_capacity.routing.model.states import Store
+from celery_capacity.routing.policy.forecast import changed, outcome
+from celery_capacity.routing.policy.placement import Book
+from celery_capacity.routing.policy.reservation import Rules
+from tests.fixtures.stores.staged import Stage
+
+MINUTE = RunTime(76_109, 76_109)
+BIG = Book("big", {"cpus": 8000, "memory": 2**30, "slots": 10}, {})
+
+
+def today(stage: Stage, client: redis.Redis | None = None) -> Today:
+    stage.apply()
+    with stage.engine.connect() as connection:
+        return read_today(client or stage.redis, connection, stage.settings)
+
+
+def test_added_worker_empties_the_backlog_earlier(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    for _ in range(5):
+        stage.submit(cpus=4000, run_time=MINUTE)
+    copy = today(stage)
+    as_is, after = outcome(copy.cluster, copy.rules), outcome(changed(copy.cluster, [BIG]), copy.rules)
+    assert (as_is.workers, after.workers) == (1, 2)
+    assert as_is.empty_after is not None and as_is.empty_after > 3 * MINUTE.expected
+    assert after.empty_after is not None and MINUTE.expected // 2 < after.empty_after <= 2 * MINUTE.expected
+    assert after.waits.percentile(50) == 0
+    assert list(after.by_kind) == [("task", "cpus=4000,slots=1")]
+
+
+def test_removed_worker_ends_its_jobs_and_takes_no_more(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    stage.worker("b", cpus=2000)
+    stage.submit(cpus=4000, run_time=MINUTE)
+    stage.submit(cpus=2000, run_time=MINUTE)
+    stage.submit(cpus=4000, run_time=MINUTE)
+    stage.submit(cpus=2000, run_time=MINUTE)
+    copy = today(stage)
+    after = outcome(changed(copy.cluster, remove=["a"]), copy.rules)
+    assert (after.waits.never, len(after.waits.times), after.empty_after) == (1, 1, None)
+
+
+def test_unknown_run_times_are_the_median_of_the_known_ones(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    stage.submit(cpus=4000)
+    stage.submit(cpus=4000, run_time=MINUTE)
+    stage.submit(cpus=4000)
+    copy = today(stage)
+    assert (copy.guess, copy.cluster.guessed) == (MINUTE.expected, 2)
+    assert not outcome(copy.cluster, copy.rules).waits.never
+
+
+def test_jobs_stay_unknown_where_no_run_time_is_known(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    stage.submit(cpus=4000)
+    stage.submit(cpus=4000)
+    copy = today(stage)
+    assert (copy.guess, copy.cluster.guessed) == (0, 2)
+    assert outcome(copy.cluster, copy.rules).waits.never == 1
+
+
+def test_forecast_without_the_ledger_starts_jobs_without_reservations(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    stage.submit(cpus=4000, run_time=MINUTE)
+    stage.submit(cpus=4000, run_time=MINUTE)
+    stage.apply()
+    stage.sql("UPDATE authority SET authority = 'postgres'")
+    copy = today(stage, redis.Redis(port=1))
+    stage.sql("UPDATE authority SET authority = 'ledger'")
+    assert (copy.source, copy.rules, copy.tasks_known) == (Store.POSTGRES, Rules(0), False)
+    assert outcome(copy.cluster, copy.rules).empty_after
+
+
+def test_unreachable_ledger_leaves_the_tasks_of_workers_unknown(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    assert not today(stage, redis.Redis(port=1)).tasks_known
+    assert today(stage).tasks_known
+
+
+def test_paused_jobs_are_left_out_and_large_backlogs_cut(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.worker("a", cpus=4000)
+    for _ in range(4):
+        stage.submit(cpus=4000, run_time=MINUTE)
+    monkeypatch.setattr(whatif, "MAX_JOBS", 2)
+    copy = today(stage)
+    assert (len(copy.cluster.waiting), copy.cluster.beyond) == (2, 1)
+    stage.sql("INSERT INTO pauses (kind, name, made_by) VALUES ('task', 'task', 'test')")
+    assert not today(stage).cluster.waiting
+    stage.sql("DELETE FROM pauses")
+
+
+def test_too_large_a_cluster_is_refused(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.worker("a", cpus=4000)
+    monkeypatch.setattr(cluster, "MAX_WORKERS", 0)
+    with pytest.raises(InvalidRequest, match="too large for a forecast"):
+        today(stage)
+
+
+def test_cordoned_worker_admits_nothing_in_a_forecast(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    stage.submit(cpus=4000, run_time=MINUTE)
+    stage.submit(cpus=4000, run_time=MINUTE)
+    stage.sql("INSERT INTO cordons (worker, made_by) VALUES ('a', 'test')")
+    copy = today(stage)
+    stage.sql("DELETE FROM cordons")
+    assert outcome(copy.cluster, replace(copy.rules, depth=1)).waits.never == 1
