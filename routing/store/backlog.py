@@ -1,7 +1,7 @@
 """Rows that the ledger should know, in order: jobs that wait, are due, never arrived, or came too late.
 
 A job whose row is marked as revoked is left out: the sweep ends it, and until then nothing may start it.
-The functions only read, each on the caller's connection.
+The functions only read, but for `mark_behind` and `end_unfiled`, each on the caller's connection.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
+from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.request import filed_shape
+from celery_capacity.routing.model.states import State, Step
 from celery_capacity.routing.policy.placement import SUBMISSIONS, TOP_PRIORITY, order
 from celery_capacity.routing.policy.unknown_starts import losses_in_doubt
 
@@ -309,3 +311,21 @@ def accepted_between(connection: Connection, asked: Sequence[tuple[AcceptedGroup
 def still_accepted(connection: Connection, ids: Sequence[str]) -> frozenset[str]:
     """Return those of the named jobs whose rows are accepted."""
     return frozenset(connection.execute(_STILL_ACCEPTED, {"ids": list(ids)}).scalars()) if ids else frozenset()
+
+
+_DROP: Final = text(f"""
+UPDATE jobs SET state = :state, outbox = '{outbox.UNTOLD}', step = {Step.DROPPED.value}, finished_at = now(),
+  error = coalesce(:error, error) WHERE id = :id AND (state IN ('accepted', 'scheduled', 'replaced')
+  OR (state = 'waiting' AND (revoked_at IS NOT NULL OR behind IS NOT NULL
+    OR EXISTS (SELECT 1 FROM authority WHERE authority = 'postgres'))))
+  AND (CAST(:state AS text) <> 'failed' OR state IN ('accepted', 'waiting')) RETURNING id
+""")
+
+
+def end_unfiled(connection: Connection, job: str, state: State, error: str | None = None) -> bool:
+    """End a job that is not in the ledger in a final state; return False where it is there or has ended.
+
+    A waiting job is in the ledger, unless it stays behind, Postgres decides, or it was revoked while the ledger could
+    not be asked. No rebuild brings such a revoked job in.
+    """
+    return connection.execute(_DROP, {"id": job, "state": state.value, "error": error}).first() is not None

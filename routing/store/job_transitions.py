@@ -380,21 +380,3 @@ WHERE job_id = :job AND ended_at IS NULL AND (epoch, attempt) < (:epoch, :attemp
 def close_attempts(connection: Connection, job: str, before: Token, now_ms: int) -> None:
     """End the open attempts of a job before a token: newer ones were made, and the ends of these were lost."""
     connection.execute(_CLOSE, {"job": job, **before.columns(), "now": now_ms})
-
-
-_DROP: Final = text(f"""
-UPDATE jobs SET state = :state, outbox = '{outbox.UNTOLD}', step = {Step.DROPPED.value}, finished_at = now(),
-  error = coalesce(:error, error) WHERE id = :id AND (state IN ('accepted', 'scheduled', 'replaced')
-  OR (state = 'waiting' AND (revoked_at IS NOT NULL OR behind IS NOT NULL
-    OR EXISTS (SELECT 1 FROM authority WHERE authority = 'postgres'))))
-  AND (CAST(:state AS text) <> 'failed' OR state IN ('accepted', 'waiting')) RETURNING id
-""")
-
-
-def end_unfiled(connection: Connection, job: str, state: State, error: str | None = None) -> bool:
-    """End a job that is not in the ledger in a final state; return False where it is there or has ended.
-
-    A waiting job is in the ledger, unless it stays behind, Postgres decides, or it was revoked while the ledger could
-    not be asked. No rebuild brings such a revoked job in.
-    """
-    return connection.execute(_DROP, {"id": job, "state": state.value, "error": error}).first() is not None

@@ -46,7 +46,7 @@ def expire(app: Celery, stores: Stores) -> dict[str, int]:
 
 def _end(connection: Connection, job: str, state: State, error: str) -> bool:
     try:
-        return job_transitions.end_unfiled(connection, job, state, error)
+        return backlog.end_unfiled(connection, job, state, error)
     except OperationalError as problem:
         if not is_locked(problem):
             raise

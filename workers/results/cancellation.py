@@ -12,7 +12,7 @@ from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable
 from celery_capacity.routing.ledger.replies import Cancelled, CancelVerdict, LedgerClosed
 from celery_capacity.routing.model.states import State, Store
 from celery_capacity.routing.recovery import revocation, transition_log
-from celery_capacity.routing.store import dependencies, job_transitions
+from celery_capacity.routing.store import backlog, dependencies
 from celery_capacity.routing.store.dependencies import Opened
 from celery_capacity.routing.store.job_transitions import REVOKED
 from celery_capacity.workers.process.stores import Stores
@@ -110,16 +110,14 @@ def end_before_start(stores: Stores, job: str, state: State, error: str) -> bool
     with translated(f"job {job} was not ended: "), stores.engine.connect() as connection:
         current = read_authority(connection)
         if current.authority == Store.POSTGRES:
-            return job_transitions.end_unfiled(connection, job, state, error)
+            return backlog.end_unfiled(connection, job, state, error)
         stores.ledger.epoch = current.epoch
         cancelled = _cancel(stores, connection, job, state, error)
         if cancelled.entry is not None:
             # Write the entry here, since perhaps no worker lives that would.
             transition_log.apply_entry(stores.engine, stores.ledger, cancelled.entry)
             return True
-        ended = cancelled.verdict is CancelVerdict.MISSING and job_transitions.end_unfiled(
-            connection, job, state, error
-        )
+        ended = cancelled.verdict is CancelVerdict.MISSING and backlog.end_unfiled(connection, job, state, error)
         if ended:
             stores.sending.ask(lambda ledger: ledger.announce([job]))
         return ended

@@ -16,7 +16,7 @@ from celery_capacity.routing.ledger import scripts
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE
 from celery_capacity.routing.model.states import FINAL, TRANSITIONS, Event, State, Step
 from celery_capacity.routing.recovery import rebuild, reconcile
-from celery_capacity.routing.store import fencing, job_transitions
+from celery_capacity.routing.store import backlog, fencing, job_transitions
 from celery_capacity.workers import results
 
 NAMES: Final = scripts.names()
@@ -149,7 +149,7 @@ def test_the_statements_use_only_states_of_the_table() -> None:
 
 
 def test_the_statement_that_drops_a_job_guards_the_states_it_leaves() -> None:
-    guard = re.search(r"state IN \(([^)]*)\)", str(job_transitions._DROP))
+    guard = re.search(r"state IN \(([^)]*)\)", str(backlog._DROP))
     assert guard is not None
     states = {State(word) for word in re.findall(r"'(\w+)'", guard.group(1))}
     assert states == {state for state, _ in STATEMENTS["store._DROP"]}
@@ -176,7 +176,7 @@ BY_STATE: Final = {
     "dependencies._OPEN": "a job that waits for others",
     "fencing._GIVE_UP": "all attempts of an incarnation",
     "fencing._GIVE_UP_FREE": "all attempts of an incarnation",
-    "job_transitions._DROP": "a job that is not in the ledger",
+    "backlog._DROP": "a job that is not in the ledger",
     "replacements._END": "a job whose attempt has ended by a replacement",
     "revocation._MARK": "a mark on a job that may be held by any attempt",
 }

@@ -22,7 +22,7 @@ from celery_capacity.routing.ledger.replies import CancelVerdict, LedgerClosed, 
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.recovery import rebuild, reconcile, refill, resubmit
-from celery_capacity.routing.store import backlog, job_transitions
+from celery_capacity.routing.store import backlog
 from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.client import priorities
 from tests.fixtures.stores.headed import LEAST, SHAPE, Head
@@ -129,7 +129,7 @@ def test_job_that_stays_in_postgres_ends_there(stage: Head, end: State) -> None:
     stage.refill()
     assert stage.ledger.cancel(jobs[LEAST], end, "over").verdict is CancelVerdict.MISSING
     with stage.engine.connect() as connection:
-        assert job_transitions.end_unfiled(connection, jobs[LEAST], end)
+        assert backlog.end_unfiled(connection, jobs[LEAST], end)
     stage.worker("w", cpus=1000)
     stage.apply()
     stage.refill()

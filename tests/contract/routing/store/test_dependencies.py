@@ -31,7 +31,7 @@ from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome, State, Step
 from celery_capacity.routing.model.token import Token
-from celery_capacity.routing.store import claims, dependencies, fencing, job_transitions
+from celery_capacity.routing.store import backlog, claims, dependencies, fencing, job_transitions
 from celery_capacity.routing.store.job_transitions import Transition
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.context import WorkerContext
@@ -87,7 +87,7 @@ def send(app: Celery, **options: Any) -> str:
 
 def end_unfiled(stage: Stage, job: str) -> bool:
     with stage.engine.connect() as connection:
-        return job_transitions.end_unfiled(connection, job, State.CANCELLED)
+        return backlog.end_unfiled(connection, job, State.CANCELLED)
 
 
 def state(stage: Stage, job: str) -> str:

@@ -101,7 +101,7 @@ HOT: Final[dict[str, Callable[[Connection], object]]] = {
     "attempts of a worker": lambda c: claims.open_attempts(c, "life-7"),
     "ends, many": lambda c: job_transitions.apply(c, ends(500)),
     "locked rows": lambda c: job_transitions.free(c, [f"running-{n}" for n in range(1000)]),
-    "an unfiled end": lambda c: job_transitions.end_unfiled(c, "scheduled-7", State.CANCELLED),
+    "an unfiled end": lambda c: backlog.end_unfiled(c, "scheduled-7", State.CANCELLED),
     "revoked": lambda c: list(revocation.still_open(c)),
     "what stands": lambda c: revocation.standing(c, ["waiting-7", "running-7"]),
     "abandoned replacements": replacements.end_abandoned,
