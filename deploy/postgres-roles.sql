@@ -65,6 +65,9 @@ ALTER TABLE authority OWNER TO platform_owner;
 ALTER TABLE runner OWNER TO platform_owner;
 ALTER TABLE declarations OWNER TO platform_owner;
 ALTER TABLE run_times OWNER TO platform_owner;
+ALTER TABLE job_keys OWNER TO platform_owner;
+ALTER TABLE key_rates OWNER TO platform_owner;
+ALTER TABLE key_notes OWNER TO platform_owner;
 ALTER TABLE run_times_read OWNER TO platform_owner;
 ALTER TABLE estimates OWNER TO platform_owner;
 ALTER TABLE quarantine OWNER TO platform_owner;
@@ -93,6 +96,10 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON cordons, pauses TO platform_worker;
 GRANT SELECT, INSERT ON operator_actions TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON runner, run_times_read TO platform_worker;
 GRANT SELECT, INSERT, UPDATE, DELETE ON run_times, estimates TO platform_worker;
+-- Limits by key: rows come in by a trigger and functions with their owner's rights. Notes are taken away once followed.
+GRANT SELECT, UPDATE (phase) ON job_keys TO platform_worker;
+GRANT SELECT, UPDATE, DELETE ON key_notes TO platform_worker;
+GRANT SELECT, DELETE ON key_rates TO platform_worker;
 GRANT SELECT, INSERT, DELETE ON quarantine TO platform_worker;
 GRANT SELECT ON alembic_version TO platform_worker;
 
@@ -104,9 +111,13 @@ GRANT SELECT ON authority, rates, run_times TO platform_submitter;
 -- Constraints are made by functions with their owner's rights: whoever submits may hold its own new job back, and has
 -- no say in others.
 REVOKE ALL ON FUNCTION claim_key(text, text, double precision), gate_job(text, text[], boolean, timestamptz),
-  note_awaited_end(), open_rate(text, double precision, text, double precision, integer) FROM PUBLIC;
+  note_awaited_end(), open_rate(text, double precision, text, double precision, integer), file_job_keys(),
+  lines_of_key(text, integer), take_start(text, double precision),
+  open_lines(text[], double precision, integer), open_keys(text[], double precision, integer) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION claim_key(text, text, double precision), gate_job(text, text[], boolean, timestamptz),
-  open_rate(text, double precision, text, double precision, integer) TO platform_worker, platform_submitter;
+  open_rate(text, double precision, text, double precision, integer),
+  open_keys(text[], double precision, integer) TO platform_worker, platform_submitter;
+GRANT EXECUTE ON FUNCTION open_lines(text[], double precision, integer) TO platform_worker;
 
 -- A chord is noted in the same way while Redis is away.
 REVOKE ALL ON FUNCTION note_chord(text, integer, text) FROM PUBLIC;
@@ -116,9 +127,10 @@ GRANT EXECUTE ON FUNCTION note_chord(text, integer, text) TO platform_worker, pl
 GRANT SELECT (id, seq, name, state, epoch, attempt, step, losses, worker, incarnation, priority, request, shape, declared,
   queue, rerun, retries, nesting, root_id, parent_id, replaces, submitted_at, due_at, expires_at, admitted_at, started_at,
   finished_at, revoked_at, error, needs, rated, not_before, progress, behind, reprioritized,
-  expected_ms) ON jobs TO platform_dashboard;
+  expected_ms, key_limits) ON jobs TO platform_dashboard;
 GRANT SELECT ON attempts, workers, cordons, pauses, operator_actions, authority, runner, declarations, dependencies,
-  rates, retries, infeasible, run_times, run_times_read, estimates, alembic_version TO platform_dashboard;
+  rates, retries, infeasible, run_times, run_times_read, estimates, job_keys, key_rates, alembic_version
+  TO platform_dashboard;
 GRANT SELECT ON jobs_archive, attempts_archive TO platform_dashboard;
 GRANT SELECT (id, queue, reason, worker, seen_at) ON quarantine TO platform_dashboard;
 

@@ -44,7 +44,7 @@ Redis is gone, whatever the broker is          every worker says so in Postgres:
                                                from it, until Redis has answered for a while; then a new epoch
                                                is opened
 both stores, when a worker starts              the worker waits for them, and says for what
-the writer of an end that other jobs need      the end is noted for them in the same transaction; `due` lifts    1 s
+the writer of an end that other jobs wait for  the end is noted for them in the same transaction; `due` lifts    1 s
                                                their constraints
 none: Postgres always refuses a transition     its writer sets it aside, and marks the row                       at once
 a revoke: row marked, ledger not told          nothing brings a marked row in; sweep: a marked job that has not  10 s

@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 @click.option("--expires", metavar="SECONDS", type=click.FloatRange(min=0), help="Start no later than that.")
 @click.option("--unique", is_flag=True, help="Unless an equal job has not ended yet.")
 @click.option("--after", metavar="ID", type=Text(), multiple=True, help="When this job has succeeded; again for more.")
+@click.option("--limit", metavar="KEY=N", type=Text(), multiple=True, help="At most N jobs of KEY at once.")
+@click.option("--rate", metavar="KEY=RATE", type=Text(), multiple=True, help="A rate of starts of KEY, such as 10/m.")
 @click.option("--wait", is_flag=True, help="Wait for its end; the exit code says how it ended.")
 @timeout_option("With --wait: no longer than that.")
 @json_option
@@ -143,6 +145,11 @@ def _call(options: Mapping[str, Any]) -> dict[str, Any]:
         call["unique"] = True
     if options["after"]:
         call["after"] = list(options["after"])
+    if options["limit"]:
+        limits = (_of_key("--limit", value) for value in options["limit"])
+        call["limit"] = {key: parse_count_text(bound, f"--limit {key}") for key, bound in limits}
+    if options["rate"]:
+        call["rate"] = dict(_of_key("--rate", value) for value in options["rate"])
     return call
 
 
@@ -152,6 +159,16 @@ def _resource(value: str) -> tuple[str, int]:
         advice = "It must be a name and a number, such as licence=1."
         raise InvalidRequest(f"--resource {show(value)} is not valid", value=value, advice=advice)
     return name, parse_count_text(amount, f"--resource {name}")
+
+
+def _of_key(option: str, value: str) -> tuple[str, str]:
+    """Return a key and its bound. A key may have an equals sign in it."""
+    key, equals, bound = value.rpartition("=")
+    if not (key and equals and bound):
+        example = f"customer:42={'2' if option == '--limit' else '10/m'}"
+        advice = f"It must be a key and its bound, such as {example}."
+        raise InvalidRequest(f"{option} {show(value)} is not valid", value=value, advice=advice)
+    return key, bound
 
 
 def _declared(app: Celery, stores: Stores, task: str) -> dict[str, Any]:

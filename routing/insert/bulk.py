@@ -36,7 +36,7 @@ _COMMON: Final = tuple(column for column in COLUMNS if column.name not in _OWN)
 #: Values of a job from which the common columns are made.
 _KIND: Final = attrgetter(
     *("name", "shape", "priority", "declared", "queue", "retries", "nesting", "parent_id", "due_at", "expires_at"),
-    *("rerun", "replaces", "stamps", "expected_ms"),
+    *("rerun", "replaces", "stamps", "expected_ms", "key_limits"),
 )
 _COPY: Final = f"COPY jobs ({', '.join([*_OWN, *(column.name for column in _COMMON)])}) FROM STDIN"
 #: Characters that COPY's text form escapes.

@@ -75,7 +75,7 @@ def is_same_table(connection: Connection, table: JobsTable) -> bool:
 #: Types of the columns, by their names in Postgres: a caller's driver may ask for them.
 _TYPES: Final[Mapping[str, TypeEngine[Any]]] = {
     "text": Text(),
-    "jsonb": JSONB(),
+    "jsonb": JSONB(none_as_null=True),
     "bytea": LargeBinary(),
     "smallint": SmallInteger(),
     "bool": Boolean(),
@@ -100,7 +100,7 @@ def insert_jobs(connection: Connection, table: JobsTable, jobs: Sequence[NewJob]
     options = {"schema_translate_map": {None: table.schema}}
     rows = connection.execute(_INSERT, [_row(job) for job in jobs], execution_options=options).all()
     written = {row[0]: row[1] for row in rows}
-    ready = [job.id for job in jobs if job.due_at is None and job.id in written]
+    ready = [job.id for job in jobs if job.starts and job.id in written]
     for payload in ready if len(ready) <= MAX_NAMED else [""]:
         connection.execute(_NOTIFY, {"channel": CHANNEL, "payload": payload})
     return written
@@ -109,4 +109,4 @@ def insert_jobs(connection: Connection, table: JobsTable, jobs: Sequence[NewJob]
 def _row(job: NewJob) -> dict[str, Any]:
     row = columns.row(job)
     # SQLAlchemy makes the text of these columns itself.
-    return row | {name: row[name] and json.loads(row[name]) for name in ("request", "stamps")}
+    return row | {name: row[name] and json.loads(row[name]) for name in ("request", "stamps", "key_limits")}

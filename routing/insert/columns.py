@@ -34,7 +34,16 @@ def _same(name: str, type_: str) -> Column:
 
 
 def _state(job: NewJob) -> str:
-    return (State.ACCEPTED if job.due_at is None else State.SCHEDULED).value
+    return (State.ACCEPTED if job.starts else State.SCHEDULED).value
+
+
+def _due_at(job: NewJob) -> Any:
+    # A job with limits by key gets its time from these.
+    return job.due_at if job.key_limits is None else None
+
+
+def _not_before(job: NewJob) -> Any:
+    return None if job.key_limits is None else job.due_at
 
 
 COLUMNS: Final = (
@@ -51,12 +60,14 @@ COLUMNS: Final = (
     _same("nesting", "int"),
     _same("root_id", "text"),
     _same("parent_id", "text"),
-    _same("due_at", "timestamptz"),
+    Column("due_at", "timestamptz", _due_at),
     _same("expires_at", "timestamptz"),
     _same("rerun", "bool"),
     _same("replaces", "text"),
     _same("stamps", "jsonb"),
     _same("expected_ms", "bigint"),
+    _same("key_limits", "jsonb"),
+    Column("not_before", "timestamptz", _not_before),
 )
 NAMES: Final = ", ".join(column.name for column in COLUMNS)
 TYPES: Final = ", ".join(column.type for column in COLUMNS)

@@ -55,6 +55,7 @@ def _is_simple(job: NewJob) -> bool:
         and not (job.retries or job.nesting or job.parent_id or job.replaces or job.stamps)
         and job.due_at is None
         and job.expires_at is None
+        and job.key_limits is None
     )
 
 
@@ -121,7 +122,7 @@ class Inserter:
         self._doubted = True
 
     def _insert(self, job: NewJob, by: Publisher | None, tolerant: bool) -> Inserted:
-        if by is None and job.constraints is None and self._free.acquire(blocking=False):
+        if by is None and job.constraints is None and job.key_limits is None and self._free.acquire(blocking=False):
             try:
                 if self._doubted:
                     self._doubted = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -93,8 +93,8 @@ def insert_job(
     Nothing is written either where the attempt that publishes the job has lost its lease (`may_publish` tells).
     `in_transaction`: the caller has begun a transaction. Raises `NotMigrated`.
     """
-    if job.constraints is not None:
-        return _insert_constrained(connection, job, job.constraints, by)
+    if job.constraints is not None or job.key_limits is not None:
+        return _insert_constrained(connection, job, job.constraints or Constraints(), by)
     return _insert(connection, job, by, plain=in_transaction)
 
 
@@ -127,7 +127,7 @@ def inserted_by(row: Any, job: NewJob) -> Inserted:
     if confirmation is None:
         raise NotMigrated()
     epoch, _, authority = confirmation.partition(" ")
-    return Inserted(seq, int(epoch), Store(authority), job.due_at is None)
+    return Inserted(seq, int(epoch), Store(authority), job.starts)
 
 
 def confirmed(connection: Connection) -> Inserted:
@@ -194,6 +194,8 @@ _CONSTRAIN: Final = text("SELECT unknown, starts FROM gate_job(:job, CAST(:after
 OPEN_RATE: Final = text("SELECT open_rate(:name, :rate, :said, :burst, :most)")
 #: Jobs of a task that one call lets go.
 MAX_LET_GO: Final = 1000
+#: Statement by which limits by key let jobs go; returns their ids.
+OPEN_KEYS: Final = text("SELECT open_keys(CAST(:keys AS text[]), :burst, :most)")
 
 
 class _NotInserted(Exception):
@@ -220,16 +222,20 @@ def _insert_constrained(
                 if holder != job.id:
                     current = read_authority(connection)
                     raise _NotInserted(Inserted(None, current.epoch, current.authority, False, str(holder)))
-            state = State.SCHEDULED if waits or job.due_at is not None else State.ACCEPTED
+            state = State.SCHEDULED if waits or not job.starts else State.ACCEPTED
             inserted = _insert(connection, job, by, state, constrained=waits, plain=True)
             if inserted.seq is None:
                 raise _NotInserted(inserted)
             if waits:
                 inserted = _constrain(connection, job, constraints, inserted)
+            if job.key_limits is not None:
+                # Last, because this locks the keys until the commit, and before any lock of a rate.
+                inserted = replace(inserted, starts=job.id in open_keys(connection, [job], constraints.burst))
     except _NotInserted as why:
         return why.inserted
     if constraints.rate is not None:
-        return replace(inserted, starts=_goes_at_once(connection, job, constraints))
+        went = _goes_at_once(connection, job, constraints)
+        return inserted if job.key_limits is not None else replace(inserted, starts=went)
     return inserted
 
 
@@ -261,6 +267,16 @@ def _goes_at_once(connection: Connection, job: NewJob, constraints: Constraints)
         job.id
         in connection.execute(OPEN_RATE, {**rate, "burst": constraints.burst, "most": MAX_LET_GO}).scalars().all()
     )
+
+
+def open_keys(connection: Connection, jobs: Sequence[NewJob], burst: float = 1.0) -> set[str]:
+    """Let jobs go that the limits of these jobs' keys let start now; return their ids.
+
+    Other jobs that go in the place of these are due, and come as due jobs.
+    """
+    keys = sorted({key for job in jobs for key in json.loads(job.key_limits or "{}")})
+    values = {"keys": keys, "burst": burst, "most": MAX_LET_GO}
+    return set(connection.execute(OPEN_KEYS, values).scalars())
 
 
 @contextmanager

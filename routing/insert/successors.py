@@ -53,7 +53,9 @@ UPDATE jobs SET
   {_if_replaced("retries", ":retries")},
   {_if_replaced("nesting", ":nesting")},
   {_if_replaced("priority", "CASE WHEN reprioritized THEN priority ELSE :priority END")},
-  {_if_replaced("due_at", "CAST(:due_at AS timestamptz)")},
+  {_if_replaced("key_limits", "CAST(:key_limits AS jsonb)")},
+  {_if_replaced("due_at", "CASE WHEN CAST(:key_limits AS jsonb) IS NULL THEN CAST(:starts_at AS timestamptz) END")},
+  {_if_replaced("not_before", "CAST(:starts_at AS timestamptz)")},
   {_if_replaced("expires_at", "CAST(:expires_at AS timestamptz)")},
   {_if_replaced("step", str(Step.BACK.value))},
   {_unless_replaced("successor", ":message")},
@@ -65,10 +67,12 @@ UPDATE jobs SET
   {_unless_replaced("successor_retries", "CAST(:retries AS int)")},
   {_unless_replaced("successor_nesting", "CAST(:nesting AS int)")},
   {_unless_replaced("successor_priority", "CAST(:priority AS smallint)")},
-  {_unless_replaced("successor_due_at", "CAST(:due_at AS timestamptz)")},
+  {_unless_replaced("successor_key_limits", "CAST(:key_limits AS jsonb)")},
+  {_unless_replaced("successor_due_at", "CAST(:starts_at AS timestamptz)")},
   {_unless_replaced("successor_expires_at", "CAST(:expires_at AS timestamptz)")},
   state = CASE WHEN state <> '{State.REPLACED.value}' THEN state
-               WHEN CAST(:due_at AS timestamptz) IS NULL THEN '{State.ACCEPTED.value}'
+               WHEN CAST(:starts_at AS timestamptz) IS NULL AND CAST(:key_limits AS jsonb) IS NULL
+               THEN '{State.ACCEPTED.value}'
                ELSE '{State.SCHEDULED.value}' END
 WHERE id = :id AND state NOT IN ({_FINAL})
   AND (retries, nesting) < (:retries, :nesting)
@@ -81,7 +85,7 @@ RETURNING CASE WHEN successor IS NULL THEN '{State.REPLACED.value}' ELSE state E
 #: Columns of a job that its successor replaces, and those that tell one publish from another.
 _COLUMNS: Final = (
     *("id", "message", "name", "rerun", "shape", "queue", "request", "retries", "nesting", "priority"),
-    *("due_at", "expires_at", "expected_ms"),
+    *("expires_at", "expected_ms", "key_limits"),
 )
 
 
@@ -95,7 +99,7 @@ def put_successor(connection: Connection, job: NewJob) -> str | None:
     row = columns.row(job)
     state = connection.execute(
         _SUCCESSOR,
-        {**{name: row[name] for name in _COLUMNS}, "publisher": job.publisher},
+        {**{name: row[name] for name in _COLUMNS}, "starts_at": job.due_at, "publisher": job.publisher},
     ).scalar_one_or_none()
     return str(state) if state is not None else None
 
@@ -115,7 +119,7 @@ def publish_again(connection: Connection, job: NewJob, by: Publisher | None, *, 
     prior_state = put_successor(connection, job) if job.retries or job.nesting else None
     if prior_state == State.REPLACED:
         # The attempt ended long ago. This is the last step of its replacement, and the row goes on with it.
-        return Existing.ACCEPTED if job.due_at is None else Existing.IGNORED
+        return Existing.ACCEPTED if job.starts else Existing.IGNORED
     if prior_state is not None:
         return Existing.SUCCESSOR
     row = connection.execute(_IDENTITY, {"id": job.id}).one_or_none()
@@ -151,16 +155,17 @@ def publish_left(connection: Connection, left: str) -> list[str]:
         if inserted.seq is not None:
             if inserted.starts:
                 new.append(job.id)
-        elif inserted.same_as is None and put_successor(connection, job) == State.REPLACED and job.due_at is None:
+        elif inserted.same_as is None and put_successor(connection, job) == State.REPLACED and job.starts:
             new.append(job.id)
     return new
 
 
 # The first time there is no pause, then 1 s, 2 s, 4 s. Attempts that ended in another way are not counted.
 # The row still has its attempt: the transition that ends it comes next, and keeps the time that is set here. A job that
-# starts by a rate goes on under that rate again, not before this time. The link of a retry follows its new `seq`. No
-# other table has the `seq` of a running job: its rows in `dependencies` went before it started, only ended jobs are
-# repeated, and only ended jobs go to the archive.
+# starts by a rate goes on under that rate again, not before this time. So does a job with limits by key. The
+# link of a retry follows its new `seq`, and so do the rows of its keys, by a trigger. No other table has the `seq` of a
+# running job: its rows in `dependencies` went before it started, only ended jobs are repeated, and only ended jobs go
+# to the archive.
 _PUT_BEHIND: Final = text(f"""
 WITH x AS (
   SELECT j.id, j.seq, now() + make_interval(secs =>
@@ -173,8 +178,8 @@ WITH x AS (
     AND j.successor IS NULL
   ORDER BY j.id FOR NO KEY UPDATE OF j
 ), put AS (
-  UPDATE jobs SET seq = DEFAULT, due_at = CASE WHEN NOT jobs.rated THEN x.at END,
-    not_before = CASE WHEN jobs.rated THEN x.at ELSE jobs.not_before END
+  UPDATE jobs SET seq = DEFAULT, due_at = CASE WHEN NOT jobs.rated AND jobs.key_limits IS NULL THEN x.at END,
+    not_before = CASE WHEN jobs.rated OR jobs.key_limits IS NOT NULL THEN x.at ELSE jobs.not_before END
   FROM x WHERE jobs.id = x.id RETURNING x.seq AS prior, jobs.seq AS next
 )
 UPDATE retries SET seq = put.next FROM put WHERE retries.seq = put.prior

@@ -66,6 +66,13 @@ class NewJob:
     #: The job's stamped headers as JSON: {name: [values]}. None: it has none.
     stamps: str | None = None
     expected_ms: int = 0
+    #: Limits by key as JSON (`routing.store.key_limits`): {key: {most, per_second, said}}. None: it has none.
+    key_limits: str | None = None
+
+    @property
+    def starts(self) -> bool:
+        """Return True if the job may start at once, as far as its time and its keys go."""
+        return self.due_at is None and self.key_limits is None
 
 
 @dataclass(frozen=True, slots=True)

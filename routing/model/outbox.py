@@ -81,6 +81,8 @@ def _job_out(job: NewJob) -> dict[str, Any]:
     values[_CONSTRAINTS] = values.pop("constraints")
     # An older worker fails on another name. The class of the time is in the shape.
     del values["expected_ms"]
+    if job.key_limits is None:
+        del values["key_limits"]
     values["message"] = base64.b64encode(job.message).decode("ascii")
     for name in _TIMES:
         values[name] = values[name] and values[name].isoformat()

@@ -8,6 +8,7 @@ from typing import Final
 
 from sqlalchemy import Engine
 
+from celery_capacity.routing.insert import key_limits
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import LedgerFull
 from celery_capacity.routing.model.request import filed_shape
@@ -55,12 +56,14 @@ def go_on(engine: Engine, ledger: Ledger, applied: Sequence[Applied]) -> int:
     """Submit at once the jobs that may start after these ends; return how many the ledger took.
 
     Some have an attempt that ended with a due successor, such as a retry without a countdown. Others waited for one of
-    the ended jobs. Jobs that are cancelled by such an end are announced.
+    the ended jobs, or for one of its keys. Jobs that are cancelled by such an end are announced.
     """
     due, opened = [row.job for row in applied if row.due], dependencies.Opened()
     if any(row.awaited for row in applied):
         opened = dependencies.open_needs(engine)
         due += opened.due
+    if any(row.limited or row.awaited for row in applied):
+        due += key_limits.open_noted(engine)
     rows: list[Pending] = []
     if due:
         with engine.connect() as connection:

@@ -76,7 +76,7 @@ UPDATE jobs SET
   finished_at = CASE WHEN broken IS NOT NULL THEN clock_timestamp() END,
   error = coalesce(broken, jobs.error),
   outbox = CASE WHEN broken IS NOT NULL THEN '{UNTOLD}' END,
-  due_at = CASE WHEN broken IS NULL AND jobs.needs = met AND NOT jobs.rated
+  due_at = CASE WHEN broken IS NULL AND jobs.needs = met AND NOT jobs.rated AND jobs.key_limits IS NULL
     THEN coalesce(jobs.not_before, clock_timestamp()) END
 FROM sums
 WHERE jobs.id = sums.job AND jobs.seq = sums.job_seq AND jobs.state = '{State.SCHEDULED.value}' AND jobs.due_at IS NULL
@@ -130,7 +130,7 @@ def needs_of(connection: Connection, seq: int, most: int) -> list[str]:
 
 _HELD: Final = text("""
 SELECT name FROM rates WHERE EXISTS (SELECT 1 FROM jobs WHERE jobs.name = rates.name
-  AND rated AND state = 'scheduled' AND due_at IS NULL AND needs = 0) ORDER BY name
+  AND rated AND state = 'scheduled' AND due_at IS NULL AND needs = 0 AND key_limits IS NULL) ORDER BY name
 """)
 
 

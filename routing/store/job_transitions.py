@@ -68,7 +68,7 @@ END_LOST: Final = "its end was lost with the ledger"
 # attempts are in `attempts`. An attempt that ends while its row holds a successor does not end the job: the successor
 # runs. An attempt that ended its job itself (`routing.store.fencing`) has stored how: its worker's report adds only the
 # outbox. A revoked job that would go on (`routing.recovery.revocation`) stops there. A job that starts by a rate goes
-# on under that rate again.
+# on under that rate again, and one with limits by key under these. A replacement brings limits of its own.
 # The statement runs some 50 times a second, so each table is joined once, by its key, and the rows come as two texts:
 # Postgres parses, plans and evaluates each parameter of a prepared statement for itself; 23 arrays were a sixth of the
 # cost. Postgres expects 100 rows of such a text. LIMIT tells it the number, or makes it expect 10 in a generic plan.
@@ -89,7 +89,9 @@ WITH e AS (
     jobs.state NOT IN ({_FINAL}) AND jobs.successor IS NOT NULL AND e.step IN ({Step.ENDED.value}, {Step.BACK.value})
       AND e.state <> '{State.CANCELLED.value}' AND jobs.revoked_at IS NULL AS goes_on,
     jobs.state NOT IN ({_FINAL}) AND jobs.revoked_at IS NOT NULL AND (e.step = {Step.BACK.value} OR
-      (jobs.successor IS NOT NULL AND e.step = {Step.ENDED.value} AND e.state <> '{State.CANCELLED.value}')) AS stopped
+      (jobs.successor IS NOT NULL AND e.step = {Step.ENDED.value} AND e.state <> '{State.CANCELLED.value}')) AS stopped,
+    CASE WHEN jobs.successor IS NOT NULL AND jobs.successor_nesting > jobs.nesting THEN jobs.successor_key_limits
+      ELSE jobs.key_limits END AS next_limits
   FROM jobs JOIN e ON jobs.id = e.job
   WHERE (jobs.epoch, jobs.attempt, jobs.step) < (e.epoch, e.attempt, e.step) AND (jobs.state NOT IN ({_FINAL})
     OR (jobs.step = {Step.COMMITTED.value} AND (jobs.epoch, jobs.attempt) = (e.epoch, e.attempt)))
@@ -139,9 +141,12 @@ UPDATE jobs SET
   outbox = CASE WHEN stopped THEN '{outbox.UNTOLD}'
                  WHEN committed AND e.state NOT IN ({_FINAL}) THEN '{outbox.UNTOLD}'
                 WHEN NOT goes_on AND e.state IN ({_FINAL}) THEN nullif(e.outbox, '') END,
-  due_at = CASE WHEN NOT goes_on AND e.state <> '{State.SCHEDULED.value}' THEN jobs.due_at WHEN NOT jobs.rated
+  due_at = CASE WHEN NOT goes_on AND e.state <> '{State.SCHEDULED.value}' THEN jobs.due_at
+                WHEN NOT jobs.rated AND next_limits IS NULL
                 THEN coalesce(CASE WHEN goes_on THEN jobs.successor_due_at ELSE jobs.due_at END, now()) END,
-  not_before = CASE WHEN goes_on AND jobs.rated THEN jobs.successor_due_at ELSE jobs.not_before END,
+  not_before = CASE WHEN goes_on AND (jobs.rated OR next_limits IS NOT NULL) THEN jobs.successor_due_at
+                    ELSE jobs.not_before END,
+  key_limits = CASE WHEN goes_on THEN next_limits ELSE jobs.key_limits END,
   message = CASE WHEN goes_on THEN jobs.successor ELSE jobs.message END,
   shape = CASE WHEN goes_on THEN jobs.successor_shape ELSE jobs.shape END,
   queue = CASE WHEN goes_on THEN {_QUEUE_OF} ELSE jobs.queue END,
@@ -158,7 +163,7 @@ UPDATE jobs SET
   successor_nesting = CASE WHEN goes_on THEN NULL ELSE jobs.successor_nesting END
 FROM j AS e WHERE jobs.id = e.job
 RETURNING jobs.id, jobs.state, coalesce(jobs.due_at <= now(), false), jobs.replaces,
-  jobs.awaited AND jobs.finished_at IS NOT NULL
+  jobs.awaited AND jobs.finished_at IS NOT NULL, jobs.key_limits IS NOT NULL
 """,
 )
 
@@ -168,12 +173,14 @@ class Applied:
     """A row that a transition changed, or that an attempt had left to be inserted.
 
     `due`: submit it now. `awaited`: it has ended, and other jobs wait for that (`routing.store.dependencies`).
+    `limited`: it has limits by key, and others may start in its place (`routing.insert.key_limits`).
     """
 
     job: str
     state: str
     due: bool
     awaited: bool = False
+    limited: bool = False
 
 
 def _newest(transitions: Iterable[Transition]) -> list[Transition]:
@@ -270,7 +277,7 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
     # A row with an outbox is looked at when that is delivered.
     replacements.end_abandoned(connection, [row[3] for row in rows if row[3] and row[1] in FINAL])
     return [
-        *(Applied(row[0], row[1], row[1] == State.SCHEDULED and bool(row[2]), bool(row[4])) for row in rows),
+        *(Applied(row[0], row[1], row[1] == State.SCHEDULED and row[2], row[4], row[5]) for row in rows),
         *(Applied(job, State.ACCEPTED, True) for job in published),
     ]
 

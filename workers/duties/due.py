@@ -8,6 +8,7 @@ from celery import Celery
 
 from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.insert import key_limits
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.recovery import resubmit
 from celery_capacity.routing.store import backlog, dependencies
@@ -27,7 +28,7 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
     """End expired jobs, make jobs due whose constraints are met, and submit due jobs to the ledger.
 
     Counts: `expired` and `cancelled` jobs that ended, `opened` jobs whose constraints are met, jobs `let_go` by their
-    rate, `due` jobs submitted.
+    rate or their keys, `due` jobs submitted.
     """
     with stores.engine.connect() as connection:
         overdue = backlog.overdue(connection, MAX_ROWS)
@@ -51,8 +52,10 @@ def open_all(app: Celery, stores: Stores) -> dict[str, int]:
     Counts: `opened`, `cancelled`, `let_go`.
     """
     opened = lift_constraints(app, stores)
+    burst = burst_of(stores.settings)
     with stores.engine.connect() as connection:
-        let_go = dependencies.let_go(connection, burst_of(stores.settings))
+        let_go = dependencies.let_go(connection, burst)
+    let_go += len(key_limits.open_all(stores.engine, burst))
     return {
         "opened": len(opened.due) + len(opened.scheduled),
         "cancelled": len(opened.cancelled),

@@ -1,4 +1,4 @@
-"""Forget unique keys that keep no job out any more."""
+"""Forget keys that hold no job back any more: unique ones, and the pace of those with a rate."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Final
 
 from celery import Celery
 
+from celery_capacity.routing.insert import key_limits
 from celery_capacity.routing.store import dependencies
 from celery_capacity.workers.process.stores import Stores
 
@@ -15,7 +16,7 @@ FORGET_AFTER: Final = 300.0
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
-    """Forget unique keys that keep no job out any more. Counts: `forgotten` keys.
+    """Forget unique keys that keep no job out any more, and the pace of keys without jobs. Counts: `forgotten` keys.
 
     A pass looks at some of the keys: from a random digest on, and from the first key on. Keys are digests. So each key
     comes round, and kept keys hide no others.
@@ -23,4 +24,5 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
     with stores.engine.connect() as connection:
         forgotten = dependencies.forget_keys(connection, secrets.token_hex(32), FORGET_AFTER)
         forgotten += dependencies.forget_keys(connection, "", FORGET_AFTER)
+        forgotten += key_limits.forget_rates(connection, FORGET_AFTER)
     return {"forgotten": forgotten}

@@ -12,6 +12,7 @@ from typing import Any, Final
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_capacity.routing.database.postgres_errors import is_locked
+from celery_capacity.routing.insert import key_limits
 from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.reasons import Refusal
@@ -19,6 +20,7 @@ from celery_capacity.routing.model.states import Outcome, State, Step, Store
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.store import claims, dependencies, job_transitions, refused_transitions
 from celery_capacity.routing.store.claims import Became, Holder
+from celery_capacity.routing.store.dependencies import Opened
 from celery_capacity.routing.store.job_transitions import Applied, Transition
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.claim_writer import running
@@ -231,12 +233,13 @@ class PostgresEnds:
             logger.info("the workers were not told that there are jobs to take: %s", error)
 
     def _open_needs(self, applied: Sequence[Applied]) -> None:
-        """Bring in jobs that waited for these ends. A duty does so where this fails."""
-        if not any(change.awaited for change in applied):
+        """Bring in jobs that waited for these ends, or for a key of theirs. A duty does so where this fails."""
+        awaited = any(change.awaited for change in applied)
+        if not (awaited or any(change.limited for change in applied)):
             return
         try:
-            opened = dependencies.open_needs(self._transactions)
-            if opened.due:
+            opened = dependencies.open_needs(self._transactions) if awaited else Opened()
+            if [*opened.due, *key_limits.open_noted(self._transactions)]:
                 self._wake()
         except SQLAlchemyError as error:
             logger.info("left to the duties: %s", error)

@@ -315,7 +315,8 @@ def to_ledger(sender: Sender, jobs: Sequence[NewJob], committed: Committed, bega
     An error here leaves accepted rows, which the sweep brings in.
     """
     now = round(time.time() * 1000)
-    rows = [ledger_row(job, committed.seqs[job.id], now, began_ms) for job in jobs if job.due_at is None]
+    went = sender.open_keys(jobs)
+    rows = [ledger_row(job, committed.seqs[job.id], now, began_ms) for job in jobs if job.starts or job.id in went]
     confirmed = Inserted(None, committed.epoch, committed.authority)
     for start in range(0, len(rows), resubmit.CHUNK):
         if not sender.ask(confirmed, partial(Ledger.submit_many, rows=rows[start : start + resubmit.CHUNK])):

@@ -21,6 +21,7 @@ from celery_capacity.routing import format_versions
 from celery_capacity.routing.config.redaction import hidden
 from celery_capacity.routing.config.task_rules import RERUN
 from celery_capacity.routing.errors import InvalidRequest, MessageTooDeep, Unsupported, mask_url, show
+from celery_capacity.routing.insert import key_options
 from celery_capacity.routing.model import message as messages
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, LABEL
 from celery_capacity.routing.model.expected import (
@@ -142,6 +143,7 @@ class Encoder:
             check_body(message.body, headers.get("task"))
         wire = dict(headers)
         request = self._request(wire, message.queue)
+        limited = key_options.of_wire(wire, HEADER)
         constraints = self._rates.constraints(wire, HEADER, self._may_ask)
         check_time_limits(wire.get("timelimit"))
         run_time = run_time_of(wire, self.learned_of(wire.get("task"), request.shape, self._may_ask))
@@ -182,6 +184,7 @@ class Encoder:
             constraints=constraints,
             stamps=stamps_of(wire) if wire.get("stamped_headers") else None,
             expected_ms=run_time.expected,
+            key_limits=limited,
         )
 
     def _request(self, wire: dict[str, Any], queue: str) -> Request:
@@ -231,6 +234,7 @@ class Encoder:
             root_id=job,
             constraints=self._rates.constraints({"task": first.name, HEADER: {}}, HEADER, asks),
             expected_ms=first.expected_ms,
+            key_limits=first.key_limits,
         )
 
 

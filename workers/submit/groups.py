@@ -70,8 +70,9 @@ class Gathering:
     @property
     def repeats(self) -> bool:
         """Return True if there has been one message, which `repeat` can make again."""
-        # Constraints concern a job alone.
-        constrained = self.newest is None or self.newest.constraints is not None
+        # Constraints and limits concern a job alone.
+        first = self.newest
+        constrained = first is None or first.constraints is not None or first.key_limits is not None
         return self.count == 1 and self._make is not None and not constrained
 
     def repeat(self, job: str, args: Any) -> None:

@@ -28,6 +28,7 @@ from celery.local import maybe_evaluate
 
 from celery_capacity.routing.config.task_rules import RERUN
 from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.insert.key_options import declares as limited
 from celery_capacity.routing.model.identifiers import check_job_id
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.message import HEADER, PLATFORM_PREFIX, Template, decode
@@ -48,6 +49,7 @@ from celery_capacity.workers.submit.router import Router
 _OF_TASK: Final = attrgetter(
     *("__class__", "name", "_exec_options", "ignore_result", "time_limit", "soft_time_limit", "rate_limit"),
     *("_dump_pydantic_arguments", "cpus", "memory", "gpus", "resources", "expected", "rerun", "unique", "unique_for"),
+    *("limit", "rate"),
 )
 #: Attributes of the app's AMQP that its messages depend on. The serialiser and the like belong to the sender, which
 #: Celery makes once.
@@ -346,7 +348,7 @@ def _are_plain(options: Mapping[str, Any]) -> bool:
 def _is_plain_task(task: Any) -> bool:
     return (
         not task.name.startswith(_SPECIAL)
-        and not declares(task)
+        and not (declares(task) or limited(task))
         and {type(task.cpus), type(task.memory), type(task.gpus), type(task.expected)} <= _AMOUNTS
         and task.resources is None
         and task._dump_pydantic_arguments is None

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from celery_capacity.routing.config.task_rules import NO_RULES, RERUN, RequestRules
 from celery_capacity.routing.errors import InvalidRequest, PlatformError, show
+from celery_capacity.routing.insert import key_options
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.snapshot import text
@@ -90,6 +91,8 @@ class Router:
         registered = task if task is not None else self._tasks().get(name)
         if not constraints.OPTIONS.isdisjoint(options) or constraints.declares(registered):
             headers[HEADER] |= constraints.header_of(name, args, kwargs, options, registered)
+        if not key_options.OPTIONS.isdisjoint(options) or key_options.declares(registered):
+            headers[HEADER] |= key_options.header_of(name, args, kwargs, options, registered)
         options["headers"] = headers
         priority = options.get("priority")
         if priority is not None and (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, tzinfo
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.errors import LeaseLost
+from celery_capacity.routing.insert import single
 from celery_capacity.routing.inspect import backlog_limit
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import LedgerClosed
@@ -114,6 +115,21 @@ class Sender:
         row = ledger_row(job, inserted.seq, round(time.time() * 1000), began_ms)
         # For an attempt, tell the ledger at once: a worker's process may end as soon as its task has.
         self._stores.sending.add(Submission(inserted.epoch, row, len(job.message)), began, alone=alone)
+
+    def open_keys(self, jobs: Sequence[NewJob]) -> set[str]:
+        """Let those of these stored jobs go that their limits by key let start now; return their ids.
+
+        Others that go in their place are due, and a duty brings them. So it does with these, after an error here.
+        """
+        limited = [job for job in jobs if job.key_limits is not None]
+        if not limited:
+            return set()
+        try:
+            with self._stores.engine.connect() as connection:
+                return single.open_keys(connection, limited)
+        except SQLAlchemyError as error:
+            logger.info("%d jobs with limits by key are let go a little later: %s", len(limited), error)
+            return set()
 
     def refuse(self, inserted: Inserted, job: NewJob, by: Publisher) -> NoReturn:
         """Raise `LeaseLost`: an attempt that lost its lease publishes nothing."""

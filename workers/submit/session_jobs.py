@@ -200,7 +200,7 @@ def _after_commit(session: Session) -> None:
     if session.in_nested_transaction():
         return
     for stores, (sender, jobs) in _kept.pop(session, {}).items():
-        _bring_in(sender, stores, [job for job in jobs if job.due_at is None])
+        _bring_in(sender, stores, [job for job in jobs if job.starts])
 
 
 def _after_end(session: Session, transaction: Any) -> None:

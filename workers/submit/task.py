@@ -34,6 +34,10 @@ class PlatformTask:
     unique: bool | str | None = None
     #: Seconds after a submission in which an equal one is the same job, even if that job has ended.
     unique_for: float | None = None
+    #: Most jobs at once by key, such as {"customer:42": 2}, or a function of the arguments that returns this.
+    limit: Any = None
+    #: Rates of starts by key, such as {"customer:42": "10/m"}, or a function of the arguments that returns this.
+    rate: Any = None
     request: Any
 
     def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
