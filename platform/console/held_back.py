@@ -12,6 +12,7 @@ from celery_capacity.platform.console.text_type import Text
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from celery_capacity.routing.insert.key_lines import HeldBy, KeyLine
     from celery_capacity.routing.inspect.overview import Overview
     from celery_capacity.routing.store.controls import Cordon, Pause
     from celery_capacity.workers.client.controls import WorkerOrder
@@ -26,11 +27,11 @@ by_option: Final = click.option("--by", metavar="NAME", type=Text(), help="Who d
 
 
 def lines(overview: Overview) -> list[str]:
-    """Return a line for each pause and each cordon, as `cluster` shows them."""
+    """Return a line for each pause, each cordon and each key that jobs wait for, as `cluster` shows them."""
     live = {worker.name for worker in overview.workers}
     cordons = [f"{cordoned(order)}{'' if order.worker in live else ', is down'}" for order in overview.orders.cordons]
     more = [f"and {len(cordons) - MAX_CORDONS} more workers"] if len(cordons) > MAX_CORDONS else []
-    return [*map(paused, overview.orders.pauses), *cordons[:MAX_CORDONS], *more]
+    return [*map(paused, overview.orders.pauses), *cordons[:MAX_CORDONS], *more, *map(waited_for, overview.keys)]
 
 
 def show(console: Console, overview: Overview) -> None:
@@ -42,6 +43,27 @@ def show(console: Console, overview: Overview) -> None:
 def paused(pause: Pause) -> str:
     """Return "paused: queue render since 2026-05-04 12:00:00 by ann@host (disk full)"."""
     return f"paused: {pause.scope} {_since(pause)}"
+
+
+def waited_for(line: KeyLine) -> str:
+    """Return "limit of key customer:42: 2 jobs hold it, 1,200 wait"."""
+    holding = f"{line.holding:,} {'job holds' if line.holding == 1 else 'jobs hold'} it"
+    return f"limit of key {line.key}: {holding}, {'more than ' if line.more else ''}{line.waiting:,} wait"
+
+
+def why_key(key: HeldBy | None) -> str:
+    """Return the sentence for a job that the limit of a key holds back."""
+    if key is None:
+        return "The limit of one of its keys holds it back."
+    behind = f"It is number {key.place_in_line:,} of those that wait with equal limits."
+    if key.limit is None or key.holding < key.limit:
+        next_at = f", the next at {moment(key.next_at)}" if key.next_at is not None else ""
+        rate = f"The rate of its key {key.key} is {key.rate}{next_at}." if key.rate else ""
+        return f"{rate or f'Its key {key.key} has room, and it is about to start.'} {behind}"
+    more = f" and {key.holding - len(key.holders):,} more" if key.holding > len(key.holders) else ""
+    at_once = f"at most {key.limit:,} {'job' if key.limit == 1 else 'jobs'} at once"
+    holders = f"{', '.join(key.holders)}{more} {'holds' if key.holding == 1 else 'hold'} it"
+    return f"The limit of its key {key.key} is {at_once}, and {holders}. {behind}"
 
 
 def cordoned(cordon: Cordon) -> str:

@@ -331,6 +331,7 @@ def _reason(why: Explanation) -> str:
         f" {', '.join(why.needs)}.",
         Reason.RATE_LIMIT: f"The rate limit of its task is {why.rate}, in the whole cluster, and others come before"
         " it.",
+        Reason.KEY_LIMIT: held_back.why_key(why.key),
         Reason.ON_ITS_WAY: "It is stored and on its way to the ledger; a sweep brings what a sender left.",
         Reason.LEDGER_CLOSED: "The ledger is cold: nothing is admitted until its books are rebuilt.",
         Reason.LEDGER_UNREACHABLE: "Redis does not answer, so nothing is admitted.",

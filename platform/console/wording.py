@@ -108,6 +108,11 @@ MEANINGS: Final = {
         "the jobs that started have used up the rate, in the whole cluster",
         "wait, or set another one: `celery -A platform control rate_limit TASK 100/m`",
     ),
+    Reason.KEY_LIMIT: Meaning(
+        "The limit of its key … is …",
+        "as many jobs as it allows hold one of its keys, or have used up the rate of one",
+        "wait for an end of those that hold it ([how](../how-to/gates.md#run-at-most-so-many-jobs-of-a-key))",
+    ),
     Reason.ON_ITS_WAY: Meaning(
         "It is stored and on its way to the ledger",
         "its sender brings it, or died and the sweep brings it within 10 s",

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, func, select
 from celery_capacity.routing.database import schema
 from celery_capacity.routing.forecast.cluster import TooLarge, live_books
 from celery_capacity.routing.forecast.starts import EstimatedStart, estimated_start
+from celery_capacity.routing.insert import key_lines
 from celery_capacity.routing.inspect import held_back, running_jobs, waiting
 from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.ledger import snapshot
@@ -235,10 +236,12 @@ def _row(connection: Connection, job: str) -> Any:
 
 
 def _constrained(connection: Connection, job: str, row: Any, request: Request) -> Explanation:
-    """Explain a constrained job: other jobs, the time that it has then, or the rate of its task."""
+    """Explain a constrained job: other jobs, the time that it has then, one of its keys, or the rate of its task."""
     needs = dependencies.needs_of(connection, row.seq, SHOWN_NEEDS) if row.needs else []
     later = row.not_before if row.not_before is not None and row.not_before > row.now else None
+    key = None if row.needs or later else key_lines.held_by(connection, job)
     why = Reason.NEEDS_JOBS if row.needs else Reason.SCHEDULED if later else Reason.RATE_LIMIT
+    why = why if key is None else Reason.KEY_LIMIT
     rates = schema.rates.c
     rate = connection.execute(select(rates.said).where(rates.name == row.name)).scalar_one_or_none()
     return Explanation(
@@ -250,6 +253,7 @@ def _constrained(connection: Connection, job: str, row: Any, request: Request) -
         due_at=later,
         needs=tuple(needs),
         rate=rate if why is Reason.RATE_LIMIT else None,
+        key=key,
     )
 
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from celery_capacity.routing.forecast.starts import EstimatedStart
+from celery_capacity.routing.insert.key_lines import HeldBy
 from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.amounts import CPUS
 from celery_capacity.routing.model.reasons import Reason
@@ -48,6 +49,8 @@ class Explanation:
     needs: tuple[str, ...] = ()
     #: the rate of its task, as somebody wrote it
     rate: str | None = None
+    #: the key that holds it back
+    key: HeldBy | None = None
     #: the shortage on each of the closest workers, at most `SHOWN_WORKERS`, and the number of the other workers
     missing: tuple[Missing, ...] = ()
     more_missing: int = 0
@@ -73,6 +76,7 @@ class Explanation:
             "asked": _number(self.resource, self.asked),
             "free": _number(self.resource, self.free),
             "due_at": None if self.due_at is None else self.due_at.astimezone(UTC).isoformat(),
+            "key": None if self.key is None else self.key.to_json(),
             "missing": [_missing(line) for line in self.missing],
             "pause": None if self.pause is None else self.pause.to_json(),
             "cordon": None if self.cordon is None else self.cordon.to_json(),

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from celery_capacity.routing.insert import key_lines
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
@@ -27,17 +28,18 @@ BY_CORDON = frozenset({Reason.NO_WORKER, Reason.NO_ROOM, Reason.TOO_LARGE, Reaso
 
 
 def added(seen: _Overview, engine: Engine) -> _Overview:
-    """Return an overview with the cordons and pauses, which Postgres has.
+    """Return an overview with the cordons, the pauses and the keys that jobs wait for, which Postgres has.
 
     Where Postgres does not answer, return it as it is, since the values of the ledger need not wait.
     """
     try:
         with engine.connect() as connection:
             cordons, pauses = controls.cordons(connection), controls.pauses(connection)
+            waited_for = key_lines.waited_for(connection)
     except (DBAPIError, PoolTimeout):
         return seen
-    orders = Orders(pauses, tuple(cordons.values()))
-    return replace(seen, workers=tuple(_with_cordon(line, cordons) for line in seen.workers), orders=orders)
+    orders, lines = Orders(pauses, tuple(cordons.values())), tuple(_with_cordon(line, cordons) for line in seen.workers)
+    return replace(seen, workers=lines, orders=orders, keys=waited_for)
 
 
 def _with_cordon(line: Any, cordons: Mapping[str, Cordon]) -> Any:

@@ -23,6 +23,7 @@ from celery_capacity.routing.database import schema
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.database.postgres_errors import translate
 from celery_capacity.routing.errors import NotMigrated, mask_url
+from celery_capacity.routing.insert.key_lines import KeyLine
 from celery_capacity.routing.inspect import held_back
 from celery_capacity.routing.inspect.waiting import (
     BacklogLine,
@@ -79,6 +80,8 @@ class Overview:
     lapsed_cpus: int = 0
     #: what operators hold back, also of workers that are down
     orders: Orders = field(default_factory=Orders)
+    #: the keys that hold the most jobs back by their limits
+    keys: tuple[KeyLine, ...] = ()
     #: True if the memory of Redis is short, so that jobs which find no room stay in Postgres
     memory_short: bool = False
     #: The workers to show. The sums are over all workers.
@@ -147,6 +150,7 @@ class Overview:
             "next_after": last,
             "backlog": [line.to_json() for line in self.backlog],
             **self.orders.to_json(),
+            "keys": [line.to_json() for line in self.keys],
             "counters": dict(self.counters),
             "source": self.source.value,
             "unapplied": self.unapplied,

@@ -65,6 +65,8 @@ class Reason(Enum):
     NEEDS_JOBS = "needs-jobs"
     #: the jobs that started have used up the rate of the task
     RATE_LIMIT = "rate-limit"
+    #: other jobs hold one of its keys, or have used up the rate of one
+    KEY_LIMIT = "key-limit"
     #: the job is durable and not in the open ledger yet: its sender brings it, or died and the sweep brings it
     ON_ITS_WAY = "on-its-way"
     #: the ledger is cold, so nothing is admitted until its books are rebuilt
