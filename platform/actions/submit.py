@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 @click.option("--resource", metavar="NAME=N", type=Text(), multiple=True, help="A named resource; again for more.")
 @click.option("--expected", metavar="DURATION", type=Text(), help="Its expected run time, such as 90 or 10m.")
 @click.option("--queue", metavar="NAME", type=Text(), help="Its queue.")
+@click.option("--tenant", metavar="NAME", type=Text(), help="Its tenant.")
 @click.option("--priority", metavar="N", type=click.IntRange(0, 9), help="0 to 9, 9 first.")
 @click.option("--countdown", metavar="SECONDS", type=click.FloatRange(min=0), help="Start no earlier than that.")
 @click.option("--expires", metavar="SECONDS", type=click.FloatRange(min=0), help="Start no later than that.")
@@ -129,7 +130,7 @@ def _call(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of `send_task` that a command line has. Raises `InvalidRequest`."""
     call: dict[str, Any] = {
         name: options[name]
-        for name in ("memory", "queue", "priority", "countdown", "expires")
+        for name in ("memory", "queue", "tenant", "priority", "countdown", "expires")
         if options[name] is not None
     }
     if options["cpus"] is not None:

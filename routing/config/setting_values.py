@@ -22,6 +22,7 @@ ZERO = {
     "keep_archived": "ever",
     "shutdown_grace": "no limit",
     "fail_infeasible_after": "never",
+    "share_halves_in": "no past use",
 }
 
 _MODULE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")

@@ -68,6 +68,9 @@ class Settings:
         identifiers.check_worker_name,
         unit="name",
     )
+    tenant: str = _setting(
+        "PLATFORM_TENANT", "Tenant of the jobs that name none.", identifiers.check_tenant, "default", unit="name"
+    )
     cpus: int | None = _setting(
         "PLATFORM_CPUS", "CPUs that this worker publishes.", setting_values.positive_cpus, unit="CPUs", shown="detected"
     )
@@ -216,6 +219,9 @@ class Settings:
     )
     due_interval: float = _duration(
         "PLATFORM_DUE_INTERVAL", 1.0, "Between two looks for jobs that are due or expired, and for lost workers."
+    )
+    share_halves_in: float = _duration(
+        "PLATFORM_SHARE_HALF_LIFE", 600.0, "In which the past use of a tenant counts half. 0: past use does not count."
     )
     reserve_after: float = _duration(
         "PLATFORM_RESERVE_AFTER",

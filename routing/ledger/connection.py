@@ -129,7 +129,8 @@ class LedgerServer:
 
     def _load(self, *, flags: bool) -> dict[str, Script]:
         start_ms = round(self.settings.start_timeout * 1000)
-        return load(start_ms, self._tombstone_ms, self.settings.max_ledger_backlog, flags)
+        halves_in = self.settings.share_halves_in
+        return load(start_ms, self._tombstone_ms, self.settings.max_ledger_backlog, flags, halves_in)
 
     @property
     def ttl_ms(self) -> int:

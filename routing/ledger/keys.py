@@ -12,7 +12,7 @@
 | `ledger:job:<id>` | string | head and message of one job; a tombstone where the job ended |
 | `ledger:wait:<shape>` | sorted set | waiting job, order |
 | `ledger:shapes` | sorted set | shape that waits, order of its first job |
-| `ledger:shapes:<resource>` | sorted set | as `ledger:shapes`; each shape stands in one of these |
+| `ledger:shapes:<resource>` | sorted set | as `ledger:shapes`; each shape stands in one, or in `$<tenant>` |
 | `ledger:asks:<resource>` | sorted set | shape that waits, the CPUs or memory it asks for; -1 where it runs alone |
 | `ledger:kept` | hash | shape that must run alone or is reserved a worker, the worker that is kept for it |
 | `ledger:border` | sorted set | shape of which jobs stay in Postgres, the least order of these, or less |
@@ -22,6 +22,11 @@
 | `ledger:cordons` | hash | worker to which nothing is admitted, `cordoned` or `draining`; a channel of the same name |
 | `ledger:paused` | hash | `platform`, `queue:<name>` or `task:<name>`: a part of the backlog of which nothing starts |
 | `ledger:withheld` | set | paused shapes that are kept out of `ledger:shapes` |
+| `ledger:tenants` | hash | tenant with a rule, its weight, nominal share and quota: `2;cpus=16000;` |
+| `ledger:used` | hash | `<tenant>/<resource>`, the amount that the counted jobs of the tenant hold |
+| `ledger:past` | hash | tenant, its decayed past use, as a share |
+| `ledger:totals` | hash | resource, the capacity of all workers, while tenants are in use |
+| `ledger:tenant_heads` | sorted set | tenant of which jobs wait, order of its first one; not the default tenant |
 | `ledger:unclaimed` | sorted set | admitted job, time at which its message is delivered again (ms) |
 | `ledger:stream` | stream | transitions that Postgres does not have yet |
 | `ledger:carried` | set | jobs with an entry of an older epoch in the stream: nobody brings them in |
@@ -53,6 +58,7 @@ admitted, running, ended), `entry` (of the stream, not yet applied) and `noted` 
 the token `epoch` and `attempt`, `worker`, `incarnation`, `shape`, `order`, the times `admitted`, `started` and
 `submitted`, the `nonce` of its claim, `losses`, and the `digest` of its message. The last line has marks, as
 `name=value,`: `rerun` (0: it may not run again), `redelivered` (times), `successor` (Postgres holds one) and `revoked`.
+A held job is `counted` where the use of its tenant has its amounts.
 A tombstone has the marks `outcome` of the job's last attempt (none: the job was cancelled in the backlog), the state
 that the job `became`, and `final` unless the job goes on. Blanks behind the last line leave room, so that the head can
 be written again before its message.
@@ -90,6 +96,11 @@ KEYS: Final = {
     "cordons": "ledger:cordons",
     "paused": "ledger:paused",
     "withheld": "ledger:withheld",
+    "tenants": "ledger:tenants",
+    "used": "ledger:used",
+    "past": "ledger:past",
+    "totals": "ledger:totals",
+    "tenant_heads": "ledger:tenant_heads",
     "unclaimed": "ledger:unclaimed",
     "stream": "ledger:stream",
     "carried": "ledger:carried",
@@ -122,6 +133,11 @@ STAYING: Final = KEYS["staying"]
 CORDONS: Final = KEYS["cordons"]
 PAUSED: Final = KEYS["paused"]
 WITHHELD: Final = KEYS["withheld"]
+TENANTS: Final = KEYS["tenants"]
+USED: Final = KEYS["used"]
+PAST: Final = KEYS["past"]
+TOTALS: Final = KEYS["totals"]
+TENANT_HEADS: Final = KEYS["tenant_heads"]
 UNCLAIMED: Final = KEYS["unclaimed"]
 STREAM: Final = KEYS["stream"]
 CARRIED: Final = KEYS["carried"]

@@ -17,7 +17,7 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import SHAPES
 
 #: Kind and key of each control in the ledger (lua/epoch/set_controls.lua).
-CONTROLS: Final = {"cordon": keys.CORDONS, "pause": keys.PAUSED}
+CONTROLS: Final = {"cordon": keys.CORDONS, "pause": keys.PAUSED, "tenant": keys.TENANTS}
 
 
 class Repairs(LedgerServer):

@@ -29,7 +29,8 @@ from celery_capacity.routing.ledger.signatures import Signature
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, LABEL
 from celery_capacity.routing.model.states import Step
 from celery_capacity.routing.policy.amount_classes import CLASS_SPAN
-from celery_capacity.routing.policy.placement import CANDIDATES, MAX_ADMITTED, SHAPES
+from celery_capacity.routing.policy.placement import CANDIDATES, MAX_ADMITTED, SHAPES, SUBMISSIONS
+from celery_capacity.routing.policy.tenants import mean_time
 from celery_capacity.routing.policy.unknown_starts import FEWEST_LOSSES
 
 #: Candidates that a submit fetches first. It fetches the others only where none of these has room.
@@ -89,13 +90,16 @@ SHARED_TEXTS: Final = (
     ',"priority":0,"body_encoding":"base64"}}',
 )
 
+#: Tenants among which one script chooses: those whose waiting jobs come first. The next passes take the others' jobs.
+TENANTS_IN_TURN: Final = 256
+
 #: The folders of the operations.
 FOLDERS: Final = ("jobs", "workers", "backlog", "repair", "epoch")
 #: The files of `lua/lib`, with the functions that the operations share. A function stands behind those that it uses.
 LIBRARY: Final = (
     "values", "book", "times", "opening", "classes", "indexes", "candidates", "search", "job", "transitions", "border",
-    "queues", "reservation", "controls", "admit", "requeue", "batches", "admit_or_file", "held", "exclusive",
-    "shapes_to_try", "fill_pass",
+    "beside", "queues", "reservation", "controls", "tenants", "admit", "requeue", "batches", "admit_or_file", "held",
+    "turns", "exclusive", "shapes_to_try", "next_turn", "fill_pass",
 )  # fmt: skip
 _LUA: Final = files("celery_capacity.routing").joinpath("lua")
 
@@ -204,13 +208,16 @@ def _used(code: str, functions: dict[str, str]) -> list[str]:
 
 
 @lru_cache(maxsize=8)
-def load(start_ms: int, tombstone_ms: int, max_ledger_backlog: int, flags: bool) -> dict[str, Script]:
+def load(
+    start_ms: int, tombstone_ms: int, max_ledger_backlog: int, flags: bool, share_halves_in: float = 0.0
+) -> dict[str, Script]:
     """Return all scripts, by name.
 
     `start_ms`: milliseconds after which an unclaimed message is delivered again. `tombstone_ms`: milliseconds for which
     an ended job is remembered after Postgres has its end. `max_ledger_backlog`: waiting jobs that the ledger holds, 0
     for no limit. `flags`: True if the server reads the line `#!lua flags=...`. Redis 7 and Valkey do. Redis 6.2 takes
-    it for an error, and gets `BEFORE_FLAGS` instead.
+    it for an error, and gets `BEFORE_FLAGS` instead. `share_halves_in`: seconds in which the past use of a tenant
+    halves, 0 where it does not count.
     """
     values: dict[str, dict[str, Any]] = {
         "KEY": {name: repr(key) for name, key in KEYS.items()},
@@ -240,6 +247,9 @@ def load(start_ms: int, tombstone_ms: int, max_ledger_backlog: int, flags: bool)
             "share": max_ledger_backlog or UNLIMITED_SHARE,
             "least": LEAST_WAITING,
             "unlabelled": repr(LABEL + DEFAULT_QUEUE),
+            "submissions": SUBMISSIONS,
+            "tenants": TENANTS_IN_TURN,
+            "share_time": repr(mean_time(share_halves_in)),
         },
     }
     functions = _functions()

@@ -15,11 +15,14 @@ MAX_WORKER_NAME = 100
 MAX_RESOURCE_NAME = 64
 #: characters of a job's id
 MAX_JOB_ID = 255
+#: characters of a tenant's name
+MAX_TENANT_NAME = 64
 #: characters of a queue's name
 MAX_QUEUE_NAME = 100
 
 # Used with fullmatch only: "$" would let a newline at the end pass.
 _WORKER_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_WORKER_NAME}}}")
+_TENANT_NAME = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_TENANT_NAME}}}")
 _RESOURCE_NAME = re.compile(rf"[a-z0-9_.-]{{1,{MAX_RESOURCE_NAME}}}")
 
 
@@ -42,6 +45,17 @@ def check_resource_name(name: object, what: str = "resource name") -> str:
         f"{what} {show(name)} is not valid",
         value=name,
         advice=f"It must be 1 to {MAX_RESOURCE_NAME} characters of a-z 0-9 _ . - such as 'licence'.",
+    )
+
+
+def check_tenant(name: object, what: str = "tenant") -> str:
+    """Check a tenant's name: 1 to 64 letters, digits, ``.``, ``_`` and ``-``."""
+    if isinstance(name, str) and _TENANT_NAME.fullmatch(name):
+        return name
+    raise InvalidRequest(
+        f"{what} {show(name)} is not valid",
+        value=name,
+        advice=f"It must be 1 to {MAX_TENANT_NAME} characters of A-Z a-z 0-9 . _ - such as 'physics'.",
     )
 
 

@@ -44,10 +44,12 @@ SIGNS: Final = "?+$"
 _SUFFIX: Final = re.compile(rf",[{re.escape(SIGNS)}^~].*\Z", re.ASCII)
 _TIMES: Final = re.compile(r"(?:,\^(\d{1,12}))?,~(\d{1,12})\Z", re.ASCII)
 
+#: option of a task and a call, and key of the platform's header: the tenant of the job
+TENANT: Final = "tenant"
 #: options of a request that `@app.task(…)` and `apply_async(…)` accept
 REQUEST_OPTIONS = (CPUS, MEMORY, GPUS, "resources")
-#: the same, and the expected run time
-CALL_OPTIONS = (*REQUEST_OPTIONS, EXPECTED)
+#: the same, the expected run time and the tenant
+CALL_OPTIONS = (*REQUEST_OPTIONS, EXPECTED, TENANT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from celery_capacity.routing.model.amounts import ALONE
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.policy.placement import Book, Waiting, fits
+from celery_capacity.routing.policy.placement import SUBMISSIONS, Book, Waiting, fits
 from celery_capacity.routing.policy.reservation import Reservation, after_start, passes
+from celery_capacity.routing.policy.tenants import Sharing
 
 
 class Filling(NamedTuple):
@@ -27,6 +28,7 @@ def fill_or_keep(
     elsewhere: Collection[str] = (),
     reservation: Reservation | None = None,
     now: int = 0,
+    sharing: Sharing | None = None,
 ) -> Filling:
     """Fill a worker in one pass, or keep it for a shape; the shapes in `elsewhere` have a worker that is kept for them.
 
@@ -34,12 +36,16 @@ def fill_or_keep(
     also ends where the first waiting job must be alone and others run here: then the worker is kept for that job's
     shape.
 
+    With `sharing`, the tenant's turn comes before the order of submission, and quotas hold (`tenants`).
+
     A kept worker takes only the shape that it is kept for, once it is empty. When that shape no longer waits, or would
     not fit, the worker is kept no more.
     """
     if not book.admitting or book.over or not (book.kept or book.open):
         return Filling([], book.kept)
     queues: dict[str, list[Waiting]] = {}
+    if sharing is not None:
+        backlog = sharing.admissible(backlog)
     # Ties go by the job's id, as Redis breaks them by the member's bytes.
     for waiting in sorted(backlog, key=lambda waiting: (waiting.order, waiting.job)):
         queues.setdefault(waiting.shape, []).append(waiting)
@@ -56,19 +62,30 @@ def fill_or_keep(
     admitted: list[Waiting] = []
     while len(admitted) < most:
         possible = [
-            (queue[0].order, shape)
+            (_turn(queue[0], sharing), queue[0].order, shape)
             for shape, queue in looked_at.items()
-            if queue and _may_start(queue[0], book, elsewhere, reservation, now)
+            if queue
+            and _may_start(queue[0], book, elsewhere, reservation, now)
+            and (sharing is None or sharing.may_start(queue[0]))
         ]
         if not possible:
             break
-        shape = min(possible)[1]
+        shape = min(possible)[-1]
         if fits(looked_at[shape][0].request, book) is not None:
             return Filling(admitted, shape)
         waiting = looked_at[shape].popleft()
         admitted.append(waiting)
         book, reservation = book.holding(waiting.request), after_start(waiting, reservation, now)
+        sharing = sharing and sharing.holding(shape, waiting.request)
     return Filling(admitted, "")
+
+
+def _turn(waiting: Waiting, sharing: Sharing | None) -> tuple[int, int, int]:
+    """Return what comes before the order of a waiting job where tenants share the workers."""
+    if sharing is None:
+        return 0, 0, 0
+    borrows, level = sharing.turn(waiting.shape)
+    return waiting.order // SUBMISSIONS, int(borrows), level
 
 
 def _may_start(

@@ -33,11 +33,12 @@ from celery_capacity.routing.model.expected import (
     RunTime,
     within_limits,
 )
-from celery_capacity.routing.model.identifiers import check_job_id, check_queue_name
+from celery_capacity.routing.model.identifiers import check_job_id, check_queue_name, check_tenant
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.message import ETA, HEADER
 from celery_capacity.routing.model.nesting import JSON, check_body, check_value
-from celery_capacity.routing.model.request import Request, timed
+from celery_capacity.routing.model.request import TENANT, Request, timed
+from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, tenant_term
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit.canvas import REPLACES
 from celery_capacity.workers.submit.constraints import Rates
@@ -147,7 +148,7 @@ class Encoder:
         constraints = self._rates.constraints(wire, HEADER, self._may_ask)
         check_time_limits(wire.get("timelimit"))
         run_time = run_time_of(wire, self.learned_of(wire.get("task"), request.shape, self._may_ask))
-        shape = wire[HEADER]["shape"] = timed(request.shape, run_time)
+        shape = wire[HEADER]["shape"] = timed(request.shape + _term_of(wire[HEADER]), run_time)
         due_at, expires_at = (check_zoned(wire.get(what), what, self._zone) for what in ("eta", "expires"))
         # The broker's message is a doorbell: the row alone keeps the time, and the header tells it to the task.
         wire[HEADER].pop(ETA, None)
@@ -236,6 +237,11 @@ class Encoder:
             expected_ms=first.expected_ms,
             key_limits=first.key_limits,
         )
+
+
+def _term_of(carried: Mapping[str, Any]) -> str:
+    """Return the term of the tenant that the platform's header names. Raises `InvalidRequest`."""
+    return tenant_term(check_tenant(carried.get(TENANT, DEFAULT_TENANT)))
 
 
 def run_time_of(wire: Mapping[str, Any], learned: int = 0) -> RunTime:

@@ -48,8 +48,8 @@ from celery_capacity.workers.submit.router import Router
 #: Attributes of a task that Celery's own code and ours read for its message.
 _OF_TASK: Final = attrgetter(
     *("__class__", "name", "_exec_options", "ignore_result", "time_limit", "soft_time_limit", "rate_limit"),
-    *("_dump_pydantic_arguments", "cpus", "memory", "gpus", "resources", "expected", "rerun", "unique", "unique_for"),
-    *("limit", "rate"),
+    *("_dump_pydantic_arguments", "cpus", "memory", "gpus", "resources", "expected", "tenant", "rerun"),
+    *("unique", "unique_for", "limit", "rate"),
 )
 #: Attributes of the app's AMQP that its messages depend on. The serialiser and the like belong to the sender, which
 #: Celery makes once.
@@ -349,7 +349,7 @@ def _is_plain_task(task: Any) -> bool:
     return (
         not task.name.startswith(_SPECIAL)
         and not (declares(task) or limited(task))
-        and {type(task.cpus), type(task.memory), type(task.gpus), type(task.expected)} <= _AMOUNTS
+        and {type(task.cpus), type(task.memory), type(task.gpus), type(task.expected), type(task.tenant)} <= _AMOUNTS
         and task.resources is None
         and task._dump_pydantic_arguments is None
         and type(task)._get_exec_options is Task._get_exec_options

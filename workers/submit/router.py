@@ -20,8 +20,10 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.snapshot import text
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE
 from celery_capacity.routing.model.expected import EXPECTED, EXPECTED_MS, LIMITS, NO_LIMITS, Limits, parse_duration
+from celery_capacity.routing.model.identifiers import check_tenant
 from celery_capacity.routing.model.message import HEADER, PLATFORM_PREFIX
-from celery_capacity.routing.model.request import CALL_OPTIONS, REQUEST_OPTIONS, Request
+from celery_capacity.routing.model.request import CALL_OPTIONS, REQUEST_OPTIONS, TENANT, Request
+from celery_capacity.routing.policy.tenants import DEFAULT_TENANT
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit import constraints
 from celery_capacity.workers.submit.canvas import COORDINATING, UNLOCKING, called_by, mark_of
@@ -120,7 +122,9 @@ class Router:
         base, declared = self._base(name, carried, task)
         asks = not call.keys().isdisjoint(REQUEST_OPTIONS)
         header = {"shape": base.merged(call).shape, "declared": declared or asks}
-        header |= self._times(name, carried, task, call.get(EXPECTED))
+        header |= self._times(name, carried, task, call.get(EXPECTED)) | self._tenant(
+            name, carried, task, call.get(TENANT)
+        )
         return header if self._reruns(name, rerun, carried, task) else {**header, RERUN: False}
 
     def _base(self, name: str, carried: Any, task: Any) -> tuple[Request, bool]:
@@ -158,6 +162,22 @@ class Router:
         if registered is not None:
             return reruns(registered)
         return name not in self._never_again
+
+    def _tenant(self, name: str, carried: Any, task: Any, called: Any) -> dict[str, str]:
+        """Return the key of the header that names the tenant, none for the default tenant.
+
+        The first of these that has an answer decides: the call, the header of a retry, the task, `PLATFORM_TENANT`.
+        """
+        registered = task if task is not None else self._tasks().get(name)
+        if called is not None:
+            tenant = check_tenant(called, f"apply_async(tenant=...) of {name}: tenant")
+        elif isinstance(carried, Mapping):
+            tenant = check_tenant(carried.get(TENANT, DEFAULT_TENANT))
+        elif (declared := getattr(registered, TENANT, None)) is not None:
+            tenant = check_tenant(declared, f"the declaration of task {name}: tenant")
+        else:
+            tenant = self._stores.settings.tenant
+        return {} if tenant == DEFAULT_TENANT else {TENANT: tenant}
 
     def _times(self, name: str, carried: Any, task: Any, called: Any) -> dict[str, Any]:
         """Return the keys of the header about run times: the expected one, and time limits that only the task knows.

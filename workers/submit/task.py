@@ -28,6 +28,8 @@ class PlatformTask:
     resources: dict[str, int] | None = None
     #: Time that the job is expected to run: seconds, text such as "10m", or a timedelta.
     expected: float | str | timedelta | None = None
+    #: Tenant of its jobs, None for that of the process.
+    tenant: str | None = None
     #: False: the platform starts the job only once. An attempt that is lost with its worker or process ends the job.
     rerun: bool = True
     #: True: no two jobs with equal arguments at once. A text: no two jobs with this key at once.

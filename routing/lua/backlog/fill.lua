@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
 -- Does: admits to one worker the waiting jobs that fit on it, going on after a cursor of shapes.
 -- KEYS: none; by name: epoch, free, free_of, book, shapes, shapes_of, asks, wait, job, held, unclaimed, counters,
---   stream, view, allocated, allocated_cpus, kept, tasks, border, low, paused, withheld
+--   stream, view, allocated, allocated_cpus, kept, tasks, border, low, paused, withheld, past, tenant_heads, tenants,
+--   totals, used
 -- ARGV: epoch, run_id, worker, after (the cursor, -inf to begin)
 -- Replies: {ok, admitted, cursor ('' when done), freed (a worker that was kept for an admitted job, and is to be filled
 --   too; '': none)} | {cold} | {epoch, current}

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: looks for workers with room for the first jobs of waiting shapes, behind a cursor, and admits nothing.
--- KEYS: none; by name: epoch, shapes, free, free_of, book, kept, tasks, paused
+-- KEYS: none; by name: epoch, shapes, free, free_of, book, kept, tasks, paused, tenants, used
 -- ARGV: epoch, run_id, after (the order of the last shape looked at; '' to begin)
 -- Replies: {ok, cursor ('' when done), then for each shape that may have room: shape, worker ('': not all workers were
 --   looked at, or one is to be kept for its job)} | {cold} | {epoch, current}
@@ -12,7 +12,7 @@ local rows = redis.call('ZRANGEBYSCORE', KEY.shapes, from, '+inf', 'WITHSCORES',
 local reply = {'ok', ''}
 for i = 1, #rows, 2 do
   local shape, amounts = rows[i], amounts_of(rows[i])
-  local paused, book, seen, more = is_paused(facts.paused, shape), nil, 0, nil
+  local paused, book, seen, more = is_paused(facts.paused, shape) or is_over_quota(facts, shape, amounts), nil, 0, nil
   if not paused then
     book, seen, more = search(shape, amounts, epoch, now, 2 * LIMIT.few, '', '')
   end

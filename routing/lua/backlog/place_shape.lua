@@ -1,14 +1,14 @@
 #!lua flags=allow-oom
 -- Does: looks for a worker for the first waiting job of a shape, among the candidates after a cursor, and admits it.
 -- KEYS: none; by name: epoch, job, shapes, shapes_of, asks, free, free_of, book, wait, counters, stream, held,
---   unclaimed, view, allocated, allocated_cpus, kept, tasks, border, low, paused
+--   unclaimed, view, allocated, allocated_cpus, kept, tasks, border, low, paused, tenant_heads, tenants, used
 -- ARGV: epoch, run_id, shape, cursor_score, cursor_worker (both '' to begin)
 -- Replies: {admitted, job, worker, attempt, freed (a worker that was kept for this shape, and is to be filled; '':
 --   none)} | {more, cursor_score, cursor_worker, freed} | {none, freed} | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.candidates books are read, and LIMIT.most places without their waiting jobs are passed
 -- Repeat: harmless: the admitted job waits no longer, and the next one is looked at
 local now, amounts, id = clock(), amounts_of(shape), first_of(shape)
-if not id or is_paused(facts.paused, shape) then
+if not id or is_paused(facts.paused, shape) or is_over_quota(facts, shape, amounts) then
   return {'none', ''}
 end
 local book, _, cpus, worker = search(shape, amounts, epoch, now, LIMIT.candidates, cursor_score, cursor_worker)
@@ -20,7 +20,7 @@ for _ = 1, LIMIT.most do
   unqueue(shape, id)
   local job = read_job(id, true)
   if job and job.state == 'waiting' and job.message ~= '' then
-    job.epoch, job.attempt = epoch, int(tonumber(job.attempt) + 1)
+    job.epoch, job.attempt, job.counted = epoch, int(tonumber(job.attempt) + 1), facts.tenants and '1' or nil
     admit_job(id, job, job.message, book, now)
     allocate(book, amounts, 1)
     enter(book)

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: puts shapes that no pause holds back any more into the indexes of waiting shapes again.
--- KEYS: none; by name: epoch, paused, withheld, wait, border, low, shapes, shapes_of, asks
+-- KEYS: none; by name: epoch, paused, withheld, wait, border, low, shapes, shapes_of, asks, tenant_heads
 -- ARGV: epoch, run_id, then for each shape (at most LIMIT.shapes): shape
 -- Replies: {ok, resumed (number of shapes)} | {cold} | {epoch, current}
 -- Cost: at most eighteen commands a shape

@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
 -- Does: opens an epoch on books that were emptied before, for the caller's database in Postgres.
--- KEYS: none; by name: epoch, allocated, allocated_cpus, cordons, paused, withheld
+-- KEYS: none; by name: epoch, allocated, allocated_cpus, cordons, paused, withheld, tenants, used
 -- ARGV: opening (the new epoch), run_id, version (number of the newest action of an operator), then for each control:
---   kind (cordon or pause), name, value (as in set_controls)
+--   kind (cordon, pause or tenant), name, value (as in set_controls)
 -- Replies: {ok, now (ms)} | {epoch, current} where a newer one is open, or is being opened | {foreign, database} where
 --   the books are those of another database
 -- Cost: a command a control
@@ -23,13 +23,12 @@ end
 redis.call('SET', KEY.allocated, '0')
 redis.call('SET', KEY.allocated_cpus, '0')
 -- Nothing starts in this epoch that an operator holds back. Each worker finds its cordon when it registers.
-redis.call('UNLINK', KEY.cordons, KEY.paused, KEY.withheld)
+redis.call('UNLINK', KEY.cordons, KEY.paused, KEY.withheld, KEY.tenants, KEY.used)
 for i = EACH.first, #ARGV, EACH.step do
-  local key = ARGV[i + EACH.kind] == 'cordon' and KEY.cordons or KEY.paused
-  redis.call('HSET', key, ARGV[i + EACH.name], ARGV[i + EACH.value])
+  redis.call('HSET', control_key(ARGV[i + EACH.kind]), ARGV[i + EACH.name], ARGV[i + EACH.value])
 end
-mark_pauses()
-redis.call('HDEL', KEY.epoch, 'opening', 'waiting', 'stay', 'tight', 'reserved')
+redis.call('HDEL', KEY.epoch, 'opening', 'waiting', 'stay', 'tight', 'reserved', 'tenants')
+mark_controls()
 redis.call('HSET', KEY.epoch, 'epoch', opening, 'run_id', server_run, 'opened', int(now), 'rebuilding', '1',
   'format', LIMIT.format, 'controls', version)
 if database ~= '' then

@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
--- Does: makes cordons and pauses those of Postgres. A cordoned worker, and a paused part of the backlog, start nothing
---   from this step on.
--- KEYS: none; by name: epoch, cordons, paused, book, kept, free, free_of, view, allocated, allocated_cpus
+-- Does: makes cordons, pauses and rules of tenants those of Postgres. A cordoned worker, and a paused part of the
+--   backlog, start nothing from this step on.
+-- KEYS: none; by name: epoch, cordons, paused, tenants, book, kept, free, free_of, view, allocated, allocated_cpus
 -- ARGV: epoch, run_id, version (number of the newest action of an operator), last (1: the ledger has all of this
---   version now), then for each change: kind (cordon or pause), name (of the worker, or platform, queue and name, task
---   and name), value (its status, or 1; '': it is taken back)
+--   version now), then for each change: kind (cordon, pause or tenant), name (of the worker, or platform, queue and
+--   name, task and name, or of the tenant), value (its status, 1, or the rule; '': it is taken back)
 -- Replies: {ok} | {older} where the ledger has a newer version | {cold} | {epoch, current}
 -- Cost: at most ten commands a change, and one for each index of free CPUs in which a worker stands
 -- Repeat: harmless
@@ -13,7 +13,7 @@ if tonumber(version) < tonumber(redis.call('HGET', KEY.epoch, 'controls') or '0'
 end
 for i = EACH.first, #ARGV, EACH.step do
   local kind, name, value = ARGV[i + EACH.kind], ARGV[i + EACH.name], ARGV[i + EACH.value]
-  local key = kind == 'cordon' and KEY.cordons or KEY.paused
+  local key = control_key(kind)
   if value == '' then
     redis.call('HDEL', key, name)
   else
@@ -28,7 +28,7 @@ for i = EACH.first, #ARGV, EACH.step do
     redis.call('PUBLISH', KEY.cordons, name)
   end
 end
-mark_pauses()
+mark_controls()
 if last == '1' then
   redis.call('HSET', KEY.epoch, 'controls', version)
 end

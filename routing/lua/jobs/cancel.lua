@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Does: ends a waiting job, which was revoked, is past its expiry, or fits no registered worker.
 -- KEYS: none; by name: epoch, job, carried, wait, shapes, shapes_of, asks, counters, stream, kept, book, free, free_of,
---   view, allocated, allocated_cpus, border, low
+--   view, allocated, allocated_cpus, border, low, tenant_heads
 -- ARGV: epoch, run_id, id (of the job), state (cancelled, expired or failed), error_text
 -- Replies: {ended, entry, freed (a worker that was kept for this job, and is to be filled; '': none)}
 --   | {held, state, worker} | {over} | {missing} | {unsure} (the books are being rebuilt, so a worker may hold the job)

@@ -2,7 +2,8 @@
 -- Does: gives back the allocations of attempts that are over, stores their results, and admits to that worker the jobs
 --   that now fit.
 -- KEYS: none; by name: epoch, book, job, held, unclaimed, counters, stream, wait, shapes, shapes_of, asks, free,
---   free_of, view, allocated, allocated_cpus, kept, tasks, border, low, paused, withheld
+--   free_of, view, allocated, allocated_cpus, kept, tasks, border, low, paused, withheld, past, tenant_heads, tenants,
+--   totals, used
 -- ARGV: epoch, run_id, worker, incarnation, most_losses, admit (1: go on to admit, 0: this caller may not), nonce (not
 --   '': the worker is asking, so hand jobs over to it), then for each job: job, token, outcome (succeeded, failed,
 --   cancelled, expired, replaced, retried, requeued, handed_back, lost), error, outbox, told (1: the worker tells how
@@ -48,6 +49,7 @@ while i <= #ARGV do
       local final = outcome ~= 'retried' and outcome ~= 'requeued'
       state = final and outcome or 'scheduled'
       redis.call('HDEL', KEY.held .. worker, id)
+      give_use_back(job, now)
       if job.state == 'admitted' then
         redis.call('ZREM', KEY.unclaimed, id)
       end

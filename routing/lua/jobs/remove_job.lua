@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Does: takes a job out of the ledger for reconcile, because Postgres has ended it, or because it is entered anew.
 -- KEYS: none; by name: epoch, job, held, book, wait, shapes, shapes_of, asks, unclaimed, free, free_of, view,
---   allocated, allocated_cpus, kept, border, low
+--   allocated, allocated_cpus, kept, border, low, past, tenant_heads, totals, used
 -- ARGV: epoch, run_id, id (of the job), token (as reconcile read it), final (1: it may not come back, 0: it is entered
 --   anew)
 -- Replies: {ok, freed (the worker that held it, or was kept for it, and is to be filled; '': none)} | {changed}
@@ -26,6 +26,7 @@ else
     write_book(book)
     redis.call('HSET', KEY.book .. freed, 'unfilled', '1')
   end
+  give_use_back(job, clock())
 end
 if final == '1' then
   bury(id, job, nil, nil, true)

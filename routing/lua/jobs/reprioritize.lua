@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: gives jobs the places in the backlog that their new priorities make. The next attempt of a held job has it.
--- KEYS: none; by name: epoch, asks, border, job, left, low, shapes, shapes_of, wait
+-- KEYS: none; by name: epoch, asks, border, job, left, low, shapes, shapes_of, wait, tenant_heads
 -- ARGV: epoch, run_id, then for each job (at most LIMIT.shapes): job, order, behind (the shape under which it waits in
 --   Postgres alone, '': it does not)
 -- Replies: {ok, then for each job: moved | held | staying (in Postgres) | missing} | {cold} | {epoch, current}

@@ -1,8 +1,11 @@
 -- Admission of a job to a worker.
 
 -- Write that a job is admitted to a worker. `job` has epoch, attempt (the new one), shape, order, losses, submitted and
--- its message.
+-- its message. It is `counted` while tenants are in use.
 local function note_admission(id, job, book, now)
+  if job.counted then
+    count_use(job.shape, 1)
+  end
   job.state, job.worker, job.incarnation = 'admitted', book.worker, book.incarnation
   job.admitted, job.started = int(now), nil
   note(id, job, 'admitted', STEP.admitted, now)
@@ -30,6 +33,9 @@ end
 -- neither a way through the broker nor a claim is needed. Where the reply is lost, `hand_over_again` returns
 -- the job.
 local function hand_over(id, job, message, book, now, nonce, out)
+  if job.counted then
+    count_use(job.shape, 1)
+  end
   job.state, job.worker, job.incarnation, job.nonce = 'running', book.worker, book.incarnation, nonce
   job.admitted, job.started = int(now), int(now)
   note(id, job, 'running', STEP.running, now)

@@ -40,6 +40,10 @@ local function admit_or_file(id, job, message, digest, rerun, facts, now, batch)
     local paused = is_paused(facts.paused, job.shape)
     batch = {shape = job.shape, amounts = amounts_of(job.shape), paused = paused, looked = batch and batch.looked or 0,
       full = paused or redis.call('ZSCORE', KEY.shapes, job.shape)}
+    -- A batch is filed from the job on that would exceed the quota of its tenant.
+    if has_tenants(facts, job.shape) then
+      batch.rule, batch.used = quota_of(facts, job.shape)
+    end
     batch.border = facts.stay and redis.call('ZSCORE', KEY.border, job.shape)
   end
   if batch.border and not facts.fetched and tonumber(job.order) >= tonumber(batch.border) then
@@ -49,6 +53,9 @@ local function admit_or_file(id, job, message, digest, rerun, facts, now, batch)
   local cursor_score, cursor_worker, passing = '', '', ''
   -- A reserved worker may take a job that comes before all others of its shape.
   local first = not batch.full or (not batch.paused and tonumber(job.order) < tonumber(batch.full))
+  if not batch.full and batch.rule and is_beyond_quota(batch.rule, batch.used, batch.amounts) then
+    batch.full, first = job.order, false
+  end
   if not batch.full then
     local book = batch.book
     -- Use the worker of the last job as long as it has room for one more.
@@ -59,7 +66,7 @@ local function admit_or_file(id, job, message, digest, rerun, facts, now, batch)
     end
   end
   if not batch.full then
-    job.attempt = int(attempt + 1)
+    job.attempt, job.counted = int(attempt + 1), facts.tenants and '1' or nil
     note_admission(id, job, batch.book, now)
     local token, due, tag = token_of(job), int(now + LIMIT.start), tagged(message, id, job)
     if batch.messages then
@@ -71,6 +78,9 @@ local function admit_or_file(id, job, message, digest, rerun, facts, now, batch)
       batch.tokens, batch.due, batch.messages = {id, token}, {due, id}, {tag}
     end
     allocate(batch.book, batch.amounts, 1)
+    for name in pairs(batch.used or {}) do
+      batch.used[name] = batch.used[name] + (batch.amounts[name] or 0)
+    end
     return {'admitted', batch.book.worker, job.attempt}, batch
   end
   if not facts.fetched and is_beyond(batch, facts) then

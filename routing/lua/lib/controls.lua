@@ -23,8 +23,16 @@ local function holds_back(pauses, shape)
   return true
 end
 
--- Note in the epoch if there is a pause.
-local function mark_pauses()
+-- The hash in which a control of a kind stands.
+local function control_key(kind)
+  return kind == 'cordon' and KEY.cordons or kind == 'tenant' and KEY.tenants or KEY.paused
+end
+
+-- Note in the epoch if there is a pause, and if there is a rule of a tenant. Tenants stay in use until the next epoch.
+local function mark_controls()
+  if redis.call('EXISTS', KEY.tenants) == 1 then
+    redis.call('HSET', KEY.epoch, 'tenants', '1')
+  end
   local pauses = redis.call('HEXISTS', KEY.paused, 'platform') == 1 and 'all'
     or redis.call('EXISTS', KEY.paused) == 1 and '1'
   if pauses then

@@ -2,11 +2,11 @@
 
 -- Where a worker is kept for a job that must be alone: returns the row of that job's shape once the worker is empty, or
 -- true while others run there. Where it is reserved for another job, it stays so. Else it ends the keeping.
-local function kept_shape(book)
+local function kept_shape(book, sharing)
   local shape, head = book.kept, redis.call('ZSCORE', KEY.shapes, book.kept)
   local mine, row = redis.call('HGET', KEY.kept, shape) == book.worker, nil
   if mine and head and serves(book, shape) and fits_empty(book, amounts_of(shape)) and takes(book, shape)
-    and not is_paused(book.pauses, shape) then
+    and not is_paused(book.pauses, shape) and not (sharing and is_held_by_quota(sharing, shape, amounts_of(shape))) then
     if is_reserved(book) then
       read_reservation(book, head)
       return nil
@@ -30,7 +30,9 @@ end
 -- returns a worker to be filled, '' for none: it was kept until now for a job that this worker took.
 local function fill_pass(book, now, after, facts, admit)
   book.pauses = facts.paused
-  local kept_row = book.kept and book.lease > now and book.status == 'ready' and not over(book) and kept_shape(book)
+  local sharing = read_sharing(facts)
+  local is_kept = book.kept and book.lease > now and book.status == 'ready' and not over(book)
+  local kept_row = is_kept and kept_shape(book, sharing)
   if kept_row == true or not has_opening(book) or book.lease <= now or book.pauses == 'all' then
     -- A later release, or the heartbeat that opens the worker, fills it.
     if book.unfilled then
@@ -38,10 +40,10 @@ local function fill_pass(book, now, after, facts, admit)
     end
     return 0, '', ''
   end
-  local tries = open_tries(book, kept_row, after)
+  local tries = open_tries(book, kept_row, after, sharing)
   local admitted, dead, freed, cursor = 0, 0, '', ''
   while true do
-    local first = next_shape(tries, book)
+    local first = next_of(tries, book)
     if not first then
       cursor = tries.more and tries.cursor or ''
       break
@@ -51,7 +53,8 @@ local function fill_pass(book, now, after, facts, admit)
     -- worker is.
     local keep = alone and occupied and not book.kept and not is_kept_elsewhere(first.shape, first.amounts, book, now)
     local goes = book.kept and passes(book, first.shape, first.order, first.amounts, now) or not book.kept
-    if keep or (goes and not (alone and occupied) and fits(book, first.amounts)) then
+    local held_back = sharing and is_held_by_quota(sharing, first.shape, first.amounts)
+    if not held_back and (keep or goes and not (alone and occupied) and fits(book, first.amounts)) then
       -- A place without its waiting job costs as much as a place with it.
       if admitted + dead == LIMIT.most then
         cursor = after
@@ -66,10 +69,11 @@ local function fill_pass(book, now, after, facts, admit)
       local id = redis.call('ZPOPMIN', KEY.wait .. first.shape)[1]
       local job = id and read_job(id, true)
       if job and job.state == 'waiting' and job.message ~= '' then
-        job.epoch, job.attempt = book.epoch, int(tonumber(job.attempt) + 1)
+        job.epoch, job.attempt, job.counted = book.epoch, int(tonumber(job.attempt) + 1), sharing and '1' or nil
         admit(id, job, job.message)
         admitted = admitted + 1
         allocate(book, first.amounts, 1)
+        note_use(sharing, first.shape, first.amounts)
         if book.kept then
           note_start(book, first.shape, first.order, first.amounts, now)
         end

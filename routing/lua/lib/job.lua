@@ -72,8 +72,9 @@ end
 -- is while the new head has room before it. An admitted job gets such room, for its claim.
 local function write_job(id, job, expiry)
   local marks = ''
-  if job.final or job.rerun or job.successor or job.revoked or job.redelivered or job.outcome or job.became then
-    for _, name in ipairs({'rerun', 'redelivered', 'successor', 'revoked', 'outcome', 'became', 'final'}) do
+  if job.final or job.rerun or job.successor or job.revoked or job.redelivered or job.outcome or job.became
+      or job.counted then
+    for _, name in ipairs({'rerun', 'redelivered', 'successor', 'revoked', 'outcome', 'became', 'final', 'counted'}) do
       if job[name] then
         marks = marks .. name .. '=' .. job[name] .. ','
       end

@@ -1,20 +1,5 @@
 -- The queues of waiting shapes.
 
--- The index of waiting shapes in which a shape stands beside the whole index. For a queue it is the index of that
--- queue. In the default queue it is the index of the shape's first resource that not every worker has.
-local function shapes_beside(shape)
-  local label = label_of(shape)
-  if label then
-    return KEY.shapes_of .. label
-  end
-  for name in string.gmatch(shape, '([^=,]+)=') do
-    if has_index(name) then
-      return KEY.shapes_of .. name
-    end
-  end
-  return KEY.shapes_of .. LIMIT.unlabelled
-end
-
 -- Enter a shape into the indexes of asked amounts, by which a pass passes over shapes that ask for too much. A shape
 -- that must run alone stands before all others there: a worker on which it does not fit now may be kept for it.
 local function note_asked(shape)
@@ -46,6 +31,7 @@ local function file(shape, jobs, first, paused)
     end
     redis.call('ZADD', KEY.shapes, first, shape)
     redis.call('ZADD', shapes_beside(shape), first, shape)
+    note_head(shape)
   end
   if not head then
     note_asked(shape)
@@ -58,6 +44,7 @@ local function leave_indexes(shape)
   redis.call('ZREM', shapes_beside(shape), shape)
   redis.call('ZREM', KEY.asks .. 'cpus', shape)
   redis.call('ZREM', KEY.asks .. 'memory', shape)
+  note_head(shape)
 end
 
 -- Take a job out of the queue of its shape. The caller updates the place of the shape.
@@ -81,6 +68,7 @@ local function refile(shape)
   end
   redis.call('ZADD', KEY.shapes, order, shape)
   redis.call('ZADD', shapes_beside(shape), order, shape)
+  note_head(shape)
   return tonumber(order)
 end
 

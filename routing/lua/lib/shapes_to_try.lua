@@ -1,8 +1,12 @@
 -- The shapes that a pass over a worker tries, by their first jobs. They are read a few at a time: it is soon full.
 
 -- The lists in which the waiting shapes stand that a worker may take: those of its resources, and of the default queue.
--- Where few shapes wait, the whole index is one command instead of a hundred.
-local function lists_of(book)
+-- Where few shapes wait, the whole index is one command instead of a hundred. `all`: true for the whole index, false
+-- for the lists without the shapes of tenants, nil where no tenants are in use.
+local function lists_of(book, all)
+  if all then
+    return {{key = KEY.shapes}}
+  end
   local lists = {}
   for _, name in ipairs(resources_of(book)) do
     if has_index(name) then
@@ -12,7 +16,7 @@ local function lists_of(book)
   if not book.capacity['queue:'] then
     lists[#lists + 1] = {key = KEY.shapes_of .. LIMIT.unlabelled}
   end
-  if #lists > 1 and redis.call('ZCARD', KEY.shapes) <= LIMIT.shapes then
+  if all == nil and #lists > 1 and redis.call('ZCARD', KEY.shapes) <= LIMIT.shapes then
     return {{key = KEY.shapes}}
   end
   return lists
@@ -20,11 +24,12 @@ end
 
 -- Keep a shape among those to try, in the order of their first jobs.
 local function keep_shape(tries, row)
-  local place = #tries.shapes + 1
-  while place > 1 and row.order < tries.shapes[place - 1].order do
+  local shapes = tries.by_turns and turn_of(tries.sharing, tenant_of(row.shape)).shapes or tries.shapes
+  local place = #shapes + 1
+  while place > 1 and row.order < shapes[place - 1].order do
     place = place - 1
   end
-  table.insert(tries.shapes, place, row)
+  table.insert(shapes, place, row)
 end
 
 -- Look at a shape, and keep it if a job may start here now, or may have the worker kept for it. A shape whose first job
@@ -89,16 +94,6 @@ local function look_at_small(tries, book)
       return
     end
   end
-end
-
--- Open the shapes that a pass tries, behind a cursor. `kept_row`: the only one, for which the worker was kept.
-local function open_tries(book, kept_row, after)
-  local tries = {shapes = {}, seen = {}, looked = 0, after = after, cursor = after, more = not kept_row}
-  tries.lists = tries.more and lists_of(book)
-  if kept_row then
-    look_at(tries, book, kept_row[1], tonumber(kept_row[2]))
-  end
-  return tries
 end
 
 -- Take the next shape to try, or nil. A pass looks at so many shapes, and the next pass goes on behind its cursor.

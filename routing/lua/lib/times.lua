@@ -5,6 +5,11 @@ local function suffix_of(shape)
   return string.match(shape, ',([?+$^~].*)$')
 end
 
+-- The tenant of the jobs of a shape.
+local function tenant_of(shape)
+  return string.find(shape, ',$', 1, true) and string.match(shape, ',%$([^,]*)') or 'default'
+end
+
 -- The expected run time of the jobs of a shape in milliseconds, nil where it is unknown.
 local function expected_of(shape)
   return tonumber(string.match(shape, ',~(%d+)$') or nil)

@@ -19,10 +19,10 @@ end
 -- The reply that refuses this caller, or nil where it may act on these books. Also returns facts about the epoch for
 -- those that ask: `opened` (ms), `carries` ('1': jobs are carried over from an older one), `waiting` (jobs that wait
 -- here), `stay` ('1': others stay in Postgres), `tight` ('1': memory is short), `paused` (lib/controls.lua), `reserved`
--- (workers) and `asks` (lib/reservation.lua).
+-- (workers) and `asks` (lib/reservation.lua), `tenants` (lib/tenants.lua).
 local function refused(epoch, run_id)
   local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'format', 'database', 'opened', 'carries',
-    'waiting', 'stay', 'tight', 'paused', 'reserved')
+    'waiting', 'stay', 'tight', 'paused', 'reserved', 'tenants')
   local server_run, database = parted(run_id)
   -- A process of an older release may not act on books of a newer format. The jobs that it accepted wait in Postgres
   -- for a process that knows the format. That process finds books of an older format cold, and opens them anew.
@@ -37,7 +37,7 @@ local function refused(epoch, run_id)
   end
   return nil, {opened = current[5], carries = current[6], waiting = tonumber(current[7] or 0), stay = current[8],
     tight = current[9], paused = current[10], reserved = string.find(current[11] or '', '%S') and current[11],
-    asks = current[11] == ' '}
+    asks = current[11] == ' ', tenants = current[12]}
 end
 
 local function count(what, by)

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Does: repairs the queue of a shape for one job, and the indexes of shapes for the first job of the shape.
--- KEYS: none; by name: epoch, job, wait, shapes, shapes_of, asks, border, low, paused, withheld
+-- KEYS: none; by name: epoch, job, wait, shapes, shapes_of, asks, border, low, paused, withheld, tenant_heads
 -- ARGV: epoch, run_id, shape, id (of a job; '' when only the shape is looked at), seen (the resource in whose index the
 --   shape was seen; '': none)
 -- Replies: {ok, differed (1, else 0)} | {cold} | {epoch, current}

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Does: enters the jobs that a worker holds since an older epoch into the books of a new epoch.
 -- KEYS: none; by name: epoch, book, job, held, wait, shapes, shapes_of, asks, counters, stream, free, free_of, view,
---   allocated, allocated_cpus, kept, border, low
+--   allocated, allocated_cpus, kept, border, low, tenant_heads, used
 -- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, shape, order, admitted (ms), started (ms),
 --   nonce, losses, rerun (0: its first lost attempt ends it)
 -- Replies: {ok, freed (a worker that was kept for one of them, and is to be filled; '': none), then for each job:
@@ -33,12 +33,16 @@ for i = EACH.first, #ARGV, EACH.step do
     job = nil
   end
   if not job then
-    write_job(id, {state = 'running', epoch = token_epoch, attempt = token_attempt, worker = worker,
+    local counted = has_tenants(facts, shape) and '1' or nil
+    write_job(id, {state = 'running', counted = counted, epoch = token_epoch, attempt = token_attempt, worker = worker,
       incarnation = incarnation, shape = shape, order = order, admitted = admitted, started = started, nonce = nonce,
       losses = losses, rerun = rerun == '0' and rerun or nil})
     -- 0: the job stood there already, and only its own key was lost.
     if redis.call('HSET', KEY.held .. worker, id, token) == 1 then
       allocate(book, amounts_of(shape), 1)
+      if counted then
+        count_use(shape, 1)
+      end
     end
     count('adopted', 1)
   elseif token_of(job) ~= token or job.incarnation ~= incarnation or job.state == 'ended' then

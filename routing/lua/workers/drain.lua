@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Does: stops admission to a worker, and hands back the named jobs that were admitted to it and not started.
 -- KEYS: none; by name: epoch, book, held, job, unclaimed, counters, stream, wait, shapes, shapes_of, asks, free,
---   free_of, view, allocated, allocated_cpus, border, withheld
+--   free_of, view, allocated, allocated_cpus, border, withheld, past, tenant_heads, totals, used
 -- ARGV: epoch, run_id, worker, incarnation, then for each job (none at first, to stop admission before the list is
 --   read): job
 -- Replies: {ok, then for each job handed back: shape} | {unknown} | {cold} | {epoch, current}

@@ -2,7 +2,7 @@
 -- Does: closes a worker whose lease ran out. Once the grace is over too, it takes the named jobs back as new attempts,
 --   and removes the book of a worker that holds no job any more.
 -- KEYS: none; by name: epoch, book, held, job, unclaimed, missing, counters, stream, wait, shapes, shapes_of, asks,
---   free, free_of, leases, view, allocated, allocated_cpus, border, withheld
+--   free, free_of, leases, view, allocated, allocated_cpus, border, withheld, past, tenant_heads, totals, used
 -- ARGV: epoch, run_id, worker, grace (ms after the end of the lease, and after this script first saw that end: the
 --   clock may have been set meanwhile), most_losses, take (1: take back, 0: only say if it is time), ttl (ms: a lease
 --   with more time left was written before the clock was set back, and is shortened to this), then for each job: job

@@ -2,7 +2,7 @@
 -- Does: takes back running jobs that the lists of their worker have not named for so long. It looks only at the named
 --   jobs.
 -- KEYS: none; by name: epoch, book, held, missing, free, free_of, allocated, allocated_cpus, view, job, unclaimed,
---   counters, stream, wait, shapes, shapes_of, asks, border, withheld
+--   counters, stream, wait, shapes, shapes_of, asks, border, withheld, past, tenant_heads, totals, used
 -- ARGV: epoch, run_id, worker, incarnation, most_losses, missing_for (ms for which no list has named a job before it is
 --   taken back; 0: at once, because the list is known to be whole), then for each job that its list does not name: job
 -- Replies: {ok, then for each job taken back: shape} | {unknown} | {cold} | {epoch, current}
