@@ -60,6 +60,7 @@ ALTER FUNCTION open_rate(text, double precision, text, double precision, integer
 ALTER TABLE workers OWNER TO platform_owner;
 ALTER TABLE cordons OWNER TO platform_owner;
 ALTER TABLE pauses OWNER TO platform_owner;
+ALTER TABLE tenants OWNER TO platform_owner;
 ALTER TABLE operator_actions OWNER TO platform_owner;
 ALTER TABLE authority OWNER TO platform_owner;
 ALTER TABLE runner OWNER TO platform_owner;
@@ -91,8 +92,8 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON infeasible TO platform_worker;
 GRANT SELECT, UPDATE, DELETE ON chords TO platform_worker;
 GRANT SELECT, INSERT, DELETE ON chord_parts TO platform_worker;
 GRANT SELECT, UPDATE ON authority TO platform_worker;
--- Operators use this role too: `cordon`, `drain`, `pause`, `priority`.
-GRANT SELECT, INSERT, UPDATE, DELETE ON cordons, pauses TO platform_worker;
+-- Operators use this role too: `cordon`, `drain`, `pause`, `priority`, `tenant`.
+GRANT SELECT, INSERT, UPDATE, DELETE ON cordons, pauses, tenants TO platform_worker;
 GRANT SELECT, INSERT ON operator_actions TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON runner, run_times_read TO platform_worker;
 GRANT SELECT, INSERT, UPDATE, DELETE ON run_times, estimates TO platform_worker;
@@ -128,8 +129,8 @@ GRANT SELECT (id, seq, name, state, epoch, attempt, step, losses, worker, incarn
   queue, rerun, retries, nesting, root_id, parent_id, replaces, submitted_at, due_at, expires_at, admitted_at, started_at,
   finished_at, revoked_at, error, needs, rated, not_before, progress, behind, reprioritized,
   expected_ms, key_limits) ON jobs TO platform_dashboard;
-GRANT SELECT ON attempts, workers, cordons, pauses, operator_actions, authority, runner, declarations, dependencies,
-  rates, retries, infeasible, run_times, run_times_read, estimates, job_keys, key_rates, alembic_version
+GRANT SELECT ON attempts, workers, cordons, pauses, tenants, operator_actions, authority, runner, declarations,
+  dependencies, rates, retries, infeasible, run_times, run_times_read, estimates, job_keys, key_rates, alembic_version
   TO platform_dashboard;
 GRANT SELECT ON jobs_archive, attempts_archive TO platform_dashboard;
 GRANT SELECT (id, queue, reason, worker, seen_at) ON quarantine TO platform_dashboard;

@@ -112,6 +112,7 @@ COMMANDS: Final = (
     Lazy("drain", "actions.drain", "Hold back", "Let workers become empty, for maintenance."),
     Lazy("pause", "actions.pause", "Hold back", "Start nothing more of a queue, a task, or at all."),
     Lazy("resume", "actions.resume", "Hold back", "Start a queue, a task, or everything again."),
+    Lazy("tenant", "commands.tenant", "Hold back", "Share the workers: weights, nominal shares, quotas."),
     Lazy("verify", "commands.verify", "Maintain", "Check workers, totals, heartbeats, reads and the invariants."),
     Lazy("reconcile", "commands.reconcile", "Maintain", "Make Redis equal Postgres, and say what differed."),
     Lazy("db", "commands.db", "Maintain", "Make, upgrade or look at the tables in Postgres."),

@@ -119,6 +119,14 @@ class Repairs(LedgerServer):
         workers: Any = self._guard(lambda: self.client.hvals(keys.KEYS["kept"]))
         return sorted({worker.decode() for worker in workers})
 
+    def has_tenants(self) -> bool:
+        """Return True while tenants are in use: one has a rule, or a job named one."""
+        return bool(self._guard(lambda: self.client.hget(keys.EPOCH, "tenants")))
+
+    def age_shares(self, totals: Mapping[str, int]) -> None:
+        """Let the past use of tenants decay, and set the capacity of all workers, by resource."""
+        self._call("age_shares", [{"resource": name, "amount": amount} for name, amount in totals.items()])
+
     def set_controls(self, version: int, changes: Mapping[tuple[str, str], str], *, last: bool) -> bool:
         """Change controls, "" taking one back; return False where the ledger has those of a newer version.
 

@@ -131,12 +131,12 @@ class Sharing:
         tenant = tenant_of(shape)
         return self.borrows(tenant), self.level(tenant)
 
-    def holding(self, shape: str, request: Request) -> Sharing:
-        """Return the shares after a job of this shape started."""
+    def holding(self, shape: str, request: Request, number: int = 1) -> Sharing:
+        """Return the shares after so many jobs of this shape started."""
         tenant = tenant_of(shape)
         held = dict(self.used.get(tenant, {}))
         for name, amount in counted_amounts(request).items():
-            held[name] = held.get(name, 0) + amount
+            held[name] = held.get(name, 0) + number * amount
         return replace(self, used={**self.used, tenant: held})
 
     def releasing(self, shape: str, request: Request, run_ms: float, time_ms: float) -> Sharing:

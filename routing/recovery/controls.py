@@ -28,9 +28,13 @@ CHUNK: Final = 50
 
 
 def entries(current: Controls) -> dict[tuple[str, str], str]:
-    """Return the controls as the ledger has them: (cordon, worker) -> status, and (pause, field) -> 1."""
+    """Return the controls as the ledger has them.
+
+    These are (cordon, worker) -> status, (pause, field) -> 1, and (tenant, name) -> rule.
+    """
+    rules = {("tenant", tenant): rule.text for tenant, rule in current.rules.items()}
     cordons = {("cordon", worker): cordon.status for worker, cordon in current.cordons.items()}
-    return {**cordons, **{("pause", field_of(pause.scope)): "1" for pause in current.pauses}}
+    return {**rules, **cordons, **{("pause", field_of(pause.scope)): "1" for pause in current.pauses}}
 
 
 def field_of(scope: Scope) -> str:
@@ -66,13 +70,22 @@ def level(engine: Engine, ledger: Ledger) -> int:
         resumed = ledger.resume_shapes() if removed or is_old else 0
         if not ledger.set_controls(current.version, {}, last=True):
             return 0
-    if removed or resumed:
+    # Another rule of a tenant may let jobs start.
+    if removed or resumed or any(kind == "tenant" for kind, _ in changes):
         workers_with_room.fill_all(ledger)
     if any(kind == "pause" for kind, _ in changes):
         # A worker that is kept for a paused job is free for others.
         for worker in ledger.kept_workers():
             ledger.fill(worker)
     return len(rows)
+
+
+def refresh_shares(engine: Engine, ledger: Ledger) -> None:
+    """Let the past use of tenants decay, and tell the ledger the capacity of all workers, while tenants are in use."""
+    if ledger.has_tenants():
+        with engine.connect() as connection:
+            totals = controls.sharing(connection).total
+        ledger.age_shares(totals)
 
 
 @contextmanager

@@ -491,6 +491,7 @@ DRIVERS: Final[dict[str, tuple[Driver, ...]]] = {
     "note_successor": (among_strangers(lambda ledger: ledger.note_successor("stranger-1", MESSAGE)),),
     "set_total": (among_strangers(lambda ledger: ledger.set_total(0, 0)),),
     "set_waiting": (among_strangers(lambda ledger: ledger.set_waiting(0, 0)),),
+    "age_shares": (among_strangers(lambda ledger: ledger.age_shares({"cpus": 1000})),),
     "set_tight": (among_strangers(lambda ledger: ledger.set_tight(False)),),
     "set_controls": (among_strangers(lambda ledger: ledger.set_controls(9, CONTROLS, last=True)),),
     "resume_shapes": (among_strangers(resume_shapes),),

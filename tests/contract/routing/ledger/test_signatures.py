@@ -272,6 +272,7 @@ BINDINGS: Final = {
     ),
     "prune_held": Binding(lambda ledger: ledger.prune_held("w"), len(HELD), {("ok", "2"): "2"}),
     "prune_index": Binding(lambda ledger: ledger.prune_index("gpus", 5, 500), 0, {("ok", "7", "2"): "(7, 2)"}),
+    "age_shares": Binding(lambda ledger: ledger.age_shares({"cpus": 1000, "slots": 1}), 2, {("ok",): "None"}),
     "set_tight": Binding(lambda ledger: ledger.set_tight(True), 0, {("ok",): "None"}),
     "set_waiting": Binding(lambda ledger: ledger.set_waiting(1, 2), 0, {("ok",): "True", ("changed",): "False"}),
     "set_total": Binding(lambda ledger: ledger.set_total(1, 2), 0, {("ok",): "True", ("changed",): "False"}),

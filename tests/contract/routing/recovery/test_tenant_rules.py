@@ -1,0 +1,96 @@
+"""Rules of tenants are durable in Postgres, and the ledger obeys them from the copy on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.policy.tenants import Rule
+from celery_capacity.routing.recovery import controls as copies
+from celery_capacity.routing.store import controls
+from celery_capacity.workers.client.tenants import check_rule
+from celery_capacity.workers.process.stores import transactions
+from tests.fixtures.stores.staged import Stage
+
+
+def set_rule(stage: Stage, name: str, rule: Rule | None) -> None:
+    """Make or remove a rule, and copy it to the ledger."""
+    with transactions(stage.engine).begin() as connection:
+        controls.lock(connection)
+        if rule is None:
+            assert controls.remove_tenant(connection, name, "ann@desk")
+        else:
+            controls.set_tenant(connection, name, rule, "ann@desk")
+    copies.level(stage.engine, stage.ledger)
+
+
+def test_rule_reaches_the_ledger_and_leaves_it(stage: Stage) -> None:
+    rule = Rule(3, {"cpus": 2000}, {"cpus": 4000, "memory": 2**30}, 7)
+    set_rule(stage, "physics", rule)
+    with stage.engine.connect() as connection:
+        assert controls.tenant_rules(connection) == {"physics": rule}
+    assert stage.redis.hgetall(keys.TENANTS) == {b"physics": b"3;cpus=2000;cpus=4000,memory=1073741824"}
+    assert stage.redis.hget(keys.EPOCH, "tenants") == b"1"
+    set_rule(stage, "physics", None)
+    assert stage.redis.hgetall(keys.TENANTS) == {}
+    with stage.engine.connect() as connection:
+        actions = connection.execute(text("SELECT action, target, made_by FROM operator_actions ORDER BY seq")).all()
+    assert [tuple(action) for action in actions] == [
+        ("tenant", "tenant:physics", "ann@desk"),
+        ("remove-tenant", "tenant:physics", "ann@desk"),
+    ]
+
+
+def test_quota_files_a_job_beside_free_room_until_another_ends(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    set_rule(stage, "physics", Rule(quota={"slots": 1}))
+    first, second = (stage.submit(tenant="physics", cpus=1000) for _ in range(2))
+    other = stage.submit(cpus=1000)
+    assert [stage.row(job).state for job in (first, second, other)] == ["admitted", "waiting", "admitted"]
+    stage.start(first)
+    stage.end(first)
+    assert stage.row(second).state == "admitted"
+    finish(stage, second, other)
+
+
+def test_larger_quota_starts_waiting_jobs_at_once(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    set_rule(stage, "physics", Rule(quota={"slots": 1}))
+    first, second = (stage.submit(tenant="physics", cpus=1000) for _ in range(2))
+    assert stage.row(second).state == "waiting"
+    set_rule(stage, "physics", Rule(quota={"slots": 2}))
+    stage.apply()
+    assert stage.row(second).state == "admitted"
+    finish(stage, first, second)
+
+
+def finish(stage: Stage, *jobs: str) -> None:
+    for job in jobs:
+        stage.start(job)
+        stage.end(job)
+    assert stage.redis.hgetall(keys.USED) == {}
+
+
+def test_capacity_of_all_workers_is_told_while_tenants_are_in_use(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    copies.refresh_shares(stage.engine, stage.ledger)
+    assert stage.redis.hgetall(keys.TOTALS) == {}
+    job = stage.submit(tenant="physics", cpus=1000)
+    stage.redis.hset(keys.PAST, "physics", "0.5")
+    stage.redis.hset(keys.EPOCH, "aged", str(stage.ledger.now_ms() - 600_000))
+    copies.refresh_shares(stage.engine, stage.ledger)
+    left: Any = stage.redis.hget(keys.PAST, "physics")
+    assert float(left) == pytest.approx(0.25, rel=0.01)
+    assert stage.redis.hget(keys.TOTALS, "cpus") == b"4000"
+    assert stage.redis.hgetall(keys.USED) == {b"physics/cpus": b"1000", b"physics/slots": b"1"}
+    finish(stage, job)
+
+
+def test_nominal_share_above_the_quota_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="exceeds the quota"):
+        check_rule(Rule(nominal={"cpus": 2000}, quota={"cpus": 1000}))
+    assert check_rule(Rule(nominal={"cpus": 2000}, quota={"memory": 1})).weight == 1
