@@ -12,7 +12,7 @@ depends_on = None
 
 def upgrade() -> None:
     op.execute(
-        """
+        r"""
         CREATE TABLE tenants (
           name TEXT NOT NULL,
           weight INTEGER DEFAULT 1 NOT NULL,
@@ -30,6 +30,8 @@ def upgrade() -> None:
         COMMENT ON COLUMN tenants.quota IS 'amounts that its jobs never hold more of';
         COMMENT ON COLUMN tenants.max_waiting IS 'waiting jobs from which on a submission is refused; 0: no limit';
         COMMENT ON COLUMN tenants.made_by IS 'user@host of the operator, or the name that was given';
+        CREATE INDEX jobs_tenants ON jobs (substring(shape FROM ',\$([^,]+)'), (- priority), seq)
+          WHERE state IN ('accepted', 'waiting') AND shape LIKE '%,$%';
         COMMENT ON COLUMN operator_actions.action IS
           'cordon, uncordon, drain, pause, resume, priority, tenant or remove-tenant';
         COMMENT ON COLUMN operator_actions.target IS
@@ -39,4 +41,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.execute("DROP INDEX jobs_tenants")
     op.drop_table("tenants")

@@ -324,6 +324,10 @@ def _reason(why: Explanation) -> str:
         Reason.RESERVED: f"Only {why.worker} has room, and it is reserved for a job that comes before it.",
         Reason.BEHIND_SHAPE: "There is room, and jobs with the same request come before it.",
         Reason.ABOUT_TO_START: f"There is room on {why.worker or 'a worker'}: it is about to start.",
+        Reason.TENANT_QUOTA: f"Its tenant {why.tenant} has reached its quota of {why.resource}: it needs {asked},"
+        f" and {free} is left.",
+        Reason.TENANT_SHARE: f"No worker has room now, and tenant {why.tenant}, which is further below its share,"
+        " comes first.",
         Reason.PAUSED: held_back.why_paused(why.pause),
         Reason.CORDONED: held_back.why_cordoned(why.cordon, why.worker),
         Reason.SCHEDULED: f"It must not start before {moment(why.due_at)}.",

@@ -88,6 +88,16 @@ MEANINGS: Final = {
         "it is admitted at this moment, or by the next sweep",
         "nothing; if it stays so for more than 10 s, run `verify`",
     ),
+    Reason.TENANT_QUOTA: Meaning(
+        "Its tenant … has reached its quota of …",
+        "the running jobs of its tenant hold as much of a resource as the tenant may",
+        "wait for one of them, or raise the quota: `celery -A platform tenant set` ([how](../how-to/tenants.md))",
+    ),
+    Reason.TENANT_SHARE: Meaning(
+        "No worker has room now, and tenant … comes first",
+        "its tenant uses more of the workers beside its weight than another one whose jobs wait",
+        "wait, or change the weights: `celery -A platform tenant set` ([how](../how-to/tenants.md))",
+    ),
     Reason.PAUSED: Meaning(
         "… is paused since …",
         "an operator paused its queue, its task or everything",

@@ -71,6 +71,7 @@ class LedgerReading:
     cards: dict[str, JobCard] = field(default_factory=dict)
     in_stream: frozenset[str] = frozenset()
     allocated: tuple[int | None, str | None, int] = (None, None, 0)
+    use: dict[str, int] = field(default_factory=dict)
     unknown_keys: list[str] = field(default_factory=list)
     wrong_expiry: list[str] = field(default_factory=list)
 
@@ -174,6 +175,7 @@ def read_ledger(client: redispy.Redis) -> LedgerReading:
     job_ids.update(job for queue in ledger.waits.values() for job, _ in queue)
     for chunk in _chunks(sorted(job_ids)):
         ledger.cards.update(snapshot.read_cards(client, chunk))
+    ledger.use = indexes.read_use(client)
     _read_expiries(client, ledger)
     return ledger
 
@@ -313,6 +315,8 @@ def _queues(ledger: LedgerReading) -> Iterator[Suspicion]:
         *indexes.wrong_shapes(ledger.index_entries, first, withheld),
     ):
         yield Suspicion("I6", wrong)
+    if (held := indexes.use_of(ledger.cards.values())) != ledger.use:
+        yield Suspicion("I6", f"ledger:used is {ledger.use}, the jobs of the tenants hold {held}")
     total, shown, summed = ledger.allocated
     if total != summed:
         yield Suspicion("I6", f"ledger:allocated is {total}, the books have {summed}")

@@ -14,7 +14,7 @@ import redis as redispy
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, func, select
 
-from celery_capacity.routing.database import schema
+from celery_capacity.routing.database import schema, tenants
 from celery_capacity.routing.forecast.cluster import TooLarge, live_books
 from celery_capacity.routing.forecast.starts import EstimatedStart, estimated_start
 from celery_capacity.routing.insert import key_lines
@@ -29,6 +29,7 @@ from celery_capacity.routing.policy.missing import missing_on_each, unblocked_by
 from celery_capacity.routing.policy.pauses import Pauses
 from celery_capacity.routing.policy.placement import Admission, Book, Refusal, order
 from celery_capacity.routing.policy.reservation import Rules
+from celery_capacity.routing.policy.tenants import Sharing, tenant_of
 from celery_capacity.routing.store import backlog, controls, dependencies
 
 #: Most needed jobs that an explanation names.
@@ -85,6 +86,9 @@ def explain(
         return Explanation(job, state, simple, request, row.declared, worker=worker, due_at=due_at)
     if (pause := controls.pause_of(connection, row.queue, row.name)) is not None:
         return Explanation(job, state, Reason.PAUSED, request, row.declared, pause=pause)
+    sharing = tenants.sharing_in_use(connection)
+    if sharing is not None and (resource := sharing.exceeded(tenant_of(row.shape), request)):
+        return _over_quota(job, row, request, sharing, resource)
     if connection.execute(select(schema.authority.c.authority)).scalar_one_or_none() == Store.POSTGRES:
         explanation = Explanation(job, state, Reason.LEDGER_STANDS_BACK, request, row.declared)
         return replace(explanation, estimate=_estimated_by_rows(connection, job, row, rules, most_losses, worker_ttl))
@@ -95,6 +99,10 @@ def explain(
     if seen is None:
         return Explanation(job, state, Reason.LEDGER_CLOSED, request, row.declared)
     explanation = _explain_waiting(connection, job, row, seen, most_losses)
+    if sharing is not None and explanation.why is Reason.NO_ROOM:
+        first = tenants.tenant_before(connection, sharing, row.shape, row.priority)
+        if first is not None:
+            explanation = replace(explanation, why=Reason.TENANT_SHARE, tenant=first)
     if rules is None or explanation.why not in ESTIMATED:
         return explanation
     live = [book for book in seen.registered if book.worker in seen.live]
@@ -113,6 +121,23 @@ def _estimated_by_rows(
     except TooLarge:
         return None
     return estimated_start(connection, job, (row.priority, row.seq), books, Rules(depth=0), most_losses)
+
+
+def _over_quota(job: str, row: Any, request: Request, sharing: Sharing, resource: str) -> Explanation:
+    """Explain a job that the quota of its tenant holds back."""
+    tenant = tenant_of(row.shape)
+    left = sharing.rule(tenant).quota[resource] - sharing.used.get(tenant, {}).get(resource, 0)
+    return Explanation(
+        job,
+        State(row.state),
+        Reason.TENANT_QUOTA,
+        request,
+        row.declared,
+        resource=resource,
+        asked=request.get(resource),
+        free=left,
+        tenant=tenant,
+    )
 
 
 @dataclass(frozen=True, slots=True)

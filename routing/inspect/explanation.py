@@ -62,6 +62,8 @@ class Explanation:
     cordon: Cordon | None = None
     #: the estimated start of a job that waits for room; None where nobody asked for it
     estimate: EstimatedStart | None = None
+    #: the tenant that comes first, or whose quota is reached
+    tenant: str | None = None
 
     @property
     def waits(self) -> bool:
@@ -81,6 +83,7 @@ class Explanation:
             "pause": None if self.pause is None else self.pause.to_json(),
             "cordon": None if self.cordon is None else self.cordon.to_json(),
             "estimate": None if self.estimate is None else self.estimate.to_json(),
+            "tenant": self.tenant,
         }
 
 

@@ -70,9 +70,10 @@ def differences(connection: Connection, client: redispy.Redis) -> Iterator[str]:
     pipe = client.pipeline(transaction=True)
     pipe.hgetall(keys.CORDONS)
     pipe.hgetall(keys.PAUSED)
-    cordons, pauses = pipe.execute()
+    pipe.hgetall(keys.TENANTS)
+    cordons, pauses, rules = pipe.execute()
     stored = entries(controls.read(connection))
-    copied = {**_entries("cordon", cordons), **_entries("pause", pauses)}
+    copied = {**_entries("cordon", cordons), **_entries("pause", pauses), **_entries("tenant", rules)}
     for kind, name in sorted(stored.keys() | copied.keys()):
         ours, theirs = copied.get((kind, name)), stored.get((kind, name))
         if ours != theirs:

@@ -6,6 +6,7 @@ the places that differ from the books and the backlog.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import redis
 
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.ledger.snapshot import WorkerBook, text
+from celery_capacity.routing.ledger.snapshot import JobCard, WorkerBook, text
 from celery_capacity.routing.model.amounts import CPUS, MEMORY, ONLY_LABELLED
+from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.shape_indexes import asked_score, waits_beside
+from celery_capacity.routing.policy.tenants import counted_amounts, tenant_of
 
 #: The name of the index of all workers, beside the names of resources.
 WHOLE = ""
@@ -122,3 +125,19 @@ def _differing(wanted: Mapping[str, int], actual: Mapping[str, int]) -> Iterator
     for name in sorted(wanted.keys() | actual.keys()):
         if wanted.get(name) != actual.get(name):
             yield name, wanted.get(name), actual.get(name)
+
+
+def read_use(client: redis.Redis) -> dict[str, int]:
+    """Return what the counted jobs of each tenant hold, by tenant and resource, as the ledger has it."""
+    fields: Any = client.hgetall(keys.USED)
+    return {text(field): int(amount) for field, amount in fields.items() if int(amount)}
+
+
+def use_of(cards: Iterable[JobCard]) -> dict[str, int]:
+    """Return what the counted jobs among these hold, by tenant and resource."""
+    use: Counter[str] = Counter()
+    for card in cards:
+        if card.counted and not card.is_tombstone and card.shape:
+            for name, amount in counted_amounts(Request.from_shape(card.shape)).items():
+                use[f"{tenant_of(card.shape)}/{name}"] += amount
+    return {field: amount for field, amount in use.items() if amount}

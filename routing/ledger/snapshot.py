@@ -300,6 +300,8 @@ class JobCard:
     entry: str | None = None
     outcome: str | None = None
     final: bool = False
+    #: True if the use of its tenant has its amounts.
+    counted: bool = False
     #: The incarnation of its worker that holds the job.
     incarnation: str | None = None
 
@@ -362,6 +364,7 @@ def _card(fields: Mapping[str, str]) -> JobCard:
         entry=fields.get("entry"),
         outcome=fields.get("outcome"),
         final=fields.get("final") == "1",
+        counted=fields.get("counted") == "1",
         incarnation=fields.get("incarnation"),
     )
 

@@ -55,6 +55,10 @@ class Reason(Enum):
 
     #: there is room: the job is admitted at this moment, or by the next sweep
     ABOUT_TO_START = "about-to-start"
+    #: its tenant holds as much as its quota allows
+    TENANT_QUOTA = "tenant-quota"
+    #: no worker has room now, and jobs of tenants that are further below their share come first
+    TENANT_SHARE = "tenant-share"
     #: an operator paused the platform, its queue or its task
     PAUSED = "paused"
     #: a worker has room for it, and an operator has cordoned that worker

@@ -15,6 +15,7 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine
 
+from celery_capacity.routing.database import tenants
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.model.request import task_text
 from celery_capacity.routing.policy.pauses import Kind, Scope
@@ -84,7 +85,7 @@ def refresh_shares(engine: Engine, ledger: Ledger) -> None:
     """Let the past use of tenants decay, and tell the ledger the capacity of all workers, while tenants are in use."""
     if ledger.has_tenants():
         with engine.connect() as connection:
-            totals = controls.sharing(connection).total
+            totals = tenants.sharing(connection).total
         ledger.age_shares(totals)
 
 

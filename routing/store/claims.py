@@ -16,14 +16,17 @@ from typing import Any, Final
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import OperationalError
 
+from celery_capacity.routing.database import tenants
 from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.model.amounts import ALONE
 from celery_capacity.routing.model.request import KNOWN_EVERYWHERE, Request, run_time_of, terms_of
-from celery_capacity.routing.model.states import FINAL, Outcome, State, Step
+from celery_capacity.routing.model.states import FINAL, Outcome, Step
 from celery_capacity.routing.model.token import Token
+from celery_capacity.routing.policy.ends import became
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import MAX_ADMITTED, Book, Waiting, fits, held_by, order
+from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, Sharing
 from celery_capacity.routing.policy.unknown_starts import FEWEST_LOSSES, losses_in_doubt
 from celery_capacity.routing.store import fencing, job_transitions
 from celery_capacity.routing.store.controls import NOT_PAUSED
@@ -91,6 +94,9 @@ _CANDIDATES: Final = text(
     f" UNION ALL {_SELECT.format(_IS_DUE, NOT_PAUSED, _BOUND)}) AS c"
     " ORDER BY -priority, seq LIMIT :most"
 )
+#: Selections of the first jobs of one tenant that wait, by the index of tenants, and of the default tenant.
+_OF_TENANT: Final = text(_SELECT.format(f"{_WAITS} AND {tenants.OF_TENANT} = :tenant", NOT_PAUSED, _BOUND))
+_OF_DEFAULT: Final = text(_SELECT.format(f"{_WAITS} AND NOT ({tenants.NAMES_TENANT})", NOT_PAUSED, _BOUND))
 
 
 def candidates(
@@ -100,8 +106,11 @@ def candidates(
     without: Sequence[str] = (),
     tasks: Collection[str] | None = None,
     left: int | None = None,
+    tenant: str | None = None,
 ) -> list[Candidate]:
     """Return jobs that may start now, in the order of the backlog after a cursor, without these shapes.
+
+    `tenant`: only waiting jobs of this one.
 
     `tasks`: names of the tasks that the worker has registered, None where it takes any. `left`: milliseconds until the
     worker ends, None where no end is known.
@@ -115,10 +124,11 @@ def candidates(
         "left": left,
         "everywhere": [f"{beginning}%" for beginning in KNOWN_EVERYWHERE],
     }
-    return [Candidate(*row) for row in connection.execute(_CANDIDATES, values)]
+    statement = _CANDIDATES if tenant is None else _OF_DEFAULT if tenant == DEFAULT_TENANT else _OF_TENANT
+    return [Candidate(*row) for row in connection.execute(statement, {**values, "tenant": tenant})]
 
 
-def choose(book: Book, page: Sequence[Candidate], most_losses: int) -> list[Candidate]:
+def choose(book: Book, page: Sequence[Candidate], most_losses: int, sharing: Sharing | None = None) -> list[Candidate]:
     """Return the jobs of a page that this worker takes, in order.
 
     A worker that holds nothing takes a job that must be alone before all others. No worker is kept for such a job,
@@ -136,18 +146,29 @@ def choose(book: Book, page: Sequence[Candidate], most_losses: int) -> list[Cand
         for row in page
     ]
     elsewhere = {entry.shape for entry in waiting if entry.request.get(ALONE)}
-    return [by_id[entry.job] for entry in fill_or_keep(book, waiting, MAX_ADMITTED, elsewhere).admitted]
+    return [
+        by_id[entry.job] for entry in fill_or_keep(book, waiting, MAX_ADMITTED, elsewhere, sharing=sharing).admitted
+    ]
 
 
 def look(connection: Connection, book: Book, most_losses: int, passed: Collection[str] = ()) -> list[Candidate]:
     """Return the first jobs of the backlog that this worker takes, without those `passed`; empty where nothing fits.
 
-    The backlog is read page by page. A shape that did not fit is left out of all later pages.
+    The backlog is read page by page. A shape that did not fit is left out of all later pages. Where tenants are in use,
+    the first jobs of each are looked at together before.
     """
     after, without = START, set[str]()
+    sharing = tenants.sharing_in_use(connection)
+    if sharing is not None:
+        firsts: list[Candidate] = []
+        for tenant in tenants.waiting_tenants(connection):
+            firsts += candidates(connection, MAX_ADMITTED, START, (), book.tasks, book.left, tenant)
+        chosen = choose(book, [row for row in firsts if row.job not in passed], most_losses, sharing)
+        if chosen:
+            return chosen
     while True:
         page = candidates(connection, PAGE, after, sorted(without), book.tasks, book.left)
-        chosen = choose(book, [row for row in page if row.job not in passed], most_losses)
+        chosen = choose(book, [row for row in page if row.job not in passed], most_losses, sharing)
         if chosen or len(page) < PAGE:
             return chosen
         after = page[-1].position
@@ -224,27 +245,6 @@ def wake(connection: Connection) -> None:
 
 
 # -- how attempts end
-
-
-@dataclass(frozen=True, slots=True)
-class Became:
-    """Effect of the end of an attempt on its job. A job with a successor in Postgres goes on with that."""
-
-    state: State
-    step: Step
-    losses: int
-
-
-def became(outcome: Outcome, losses: int, most_losses: int, rerun: bool) -> Became:
-    """Return the effect of an end. `outcome` as in `replies.Ended`; `losses`: those of the attempts before."""
-    if outcome in (Outcome.RETRIED, Outcome.REQUEUED):
-        return Became(State.SCHEDULED, Step.BACK, losses)
-    if outcome in (Outcome.HANDED_BACK, Outcome.TAKEN_BACK):
-        return Became(State.ACCEPTED, Step.BACK, losses)
-    if outcome == Outcome.LOST:
-        again = rerun and losses + 1 < most_losses
-        return Became(State.ACCEPTED if again else State.LOST, Step.BACK if again else Step.ENDED, losses + 1)
-    return Became(State(outcome), Step.ENDED, losses)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,13 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
+from celery_capacity.routing.database import tenants
 from celery_capacity.routing.errors import storable
-from celery_capacity.routing.model.amounts import CPUS, canonical, from_people, to_people
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.amounts import CPUS, cpus_number
 from celery_capacity.routing.model.states import FINAL, State
 from celery_capacity.routing.policy.pauses import Kind, Scope, scopes_of
 from celery_capacity.routing.policy.placement import order
-from celery_capacity.routing.policy.tenants import Rule, Sharing
+from celery_capacity.routing.policy.tenants import Rule
 
 #: Key of the advisory lock of changes and of copies to the ledger: "controls" in ASCII.
 _LOCK: Final = int.from_bytes(b"controls")
@@ -116,7 +116,7 @@ def version(connection: Connection) -> int:
 def read(connection: Connection) -> Controls:
     """Return everything that is held back. The version is read first: what is newer than it is copied again."""
     newest = version(connection)
-    return Controls(newest, cordons(connection), pauses(connection), tenant_rules(connection))
+    return Controls(newest, cordons(connection), pauses(connection), tenants.tenant_rules(connection))
 
 
 def cordons(connection: Connection) -> dict[str, Cordon]:
@@ -166,13 +166,9 @@ def pause_of(connection: Connection, queue: str, task: str) -> Pause | None:
 # -- tenants
 
 
-def tenant_rules(connection: Connection) -> dict[str, Rule]:
-    """Return the rules of tenants, by name."""
-    rows = connection.execute(text("SELECT name, weight, nominal, quota, max_waiting FROM tenants ORDER BY name"))
-    return {
-        name: Rule(weight, from_people(nominal), from_people(quota), waiting)
-        for name, weight, nominal, quota, waiting in rows
-    }
+def people_of(amounts: Mapping[str, int]) -> dict[str, int | float]:
+    """Return amounts in the units of people, zeros included: a quota may be none of a resource."""
+    return {name: cpus_number(amount) if name == CPUS else amount for name, amount in sorted(amounts.items())}
 
 
 _SET_TENANT: Final = text("""
@@ -185,7 +181,7 @@ ON CONFLICT (name) DO UPDATE SET weight = excluded.weight, nominal = excluded.no
 
 def set_tenant(connection: Connection, name: str, rule: Rule, by: str) -> None:
     """Make a rule of a tenant. A rule that is there is replaced."""
-    nominal, quota = (to_people(canonical(amounts)) for amounts in (rule.nominal, rule.quota))
+    nominal, quota = people_of(rule.nominal), people_of(rule.quota)
     values = {"weight": rule.weight, "nominal": nominal, "quota": quota, "max_waiting": rule.max_waiting}
     stored = {**values, "name": name, "by": by, "nominal": json.dumps(nominal), "quota": json.dumps(quota)}
     connection.execute(_SET_TENANT, stored)
@@ -197,32 +193,6 @@ def remove_tenant(connection: Connection, name: str, by: str) -> bool:
     removed = connection.execute(text("DELETE FROM tenants WHERE name = :name"), {"name": name}).rowcount == 1
     log(connection, "remove-tenant", [f"tenant:{name}"] if removed else [], by)
     return removed
-
-
-#: Tenant of a row of `jobs`, null for the default one.
-TENANT: Final = r"substring(shape FROM ',\$([^,]+)')"
-_USE: Final = text("SELECT shape, count(*) FROM jobs WHERE state IN ('admitted', 'running') GROUP BY shape")
-_WAITING_OF: Final = text(
-    f"SELECT coalesce({TENANT}, 'default'), count(*) FROM jobs WHERE state IN ('accepted', 'waiting') GROUP BY 1"
-)
-_TOTALS: Final = text("""
-SELECT key, sum(value::text::numeric)::float FROM workers, jsonb_each(capacity)
-WHERE status = 'ready' AND jsonb_typeof(value) = 'number' GROUP BY key
-""")
-
-
-def sharing(connection: Connection) -> Sharing:
-    """Return the shares of tenants by Postgres: their rules, what their jobs hold, and the capacity of all workers."""
-    capacity = {name: round(amount * (1000 if name == CPUS else 1)) for name, amount in connection.execute(_TOTALS)}
-    use = Sharing(tenant_rules(connection), total=capacity)
-    for shape, number in connection.execute(_USE):
-        use = use.holding(shape, Request.from_shape(shape), number)
-    return use
-
-
-def waiting_by_tenant(connection: Connection) -> dict[str, int]:
-    """Return the number of jobs that wait, by tenant."""
-    return dict(connection.execute(_WAITING_OF).tuples().all())
 
 
 #: Condition on a row of `jobs`: no pause holds it back.

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+from celery_capacity.routing.database import tenants as stored
 from celery_capacity.routing.database.postgres_errors import translated
 from celery_capacity.routing.errors import InvalidRequest
-from celery_capacity.routing.model.amounts import canonical, to_people
 from celery_capacity.routing.model.identifiers import check_tenant
 from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, MAX_WEIGHT, PARTS, Rule, Sharing
 from celery_capacity.routing.store import controls
@@ -36,9 +36,7 @@ class TenantLine:
     ruled: bool
 
     def to_json(self) -> dict[str, Any]:
-        nominal, quota, used = (
-            to_people(canonical(amounts)) for amounts in (self.rule.nominal, self.rule.quota, self.used)
-        )
+        nominal, quota, used = map(controls.people_of, (self.rule.nominal, self.rule.quota, self.used))
         return {
             "name": self.name,
             "weight": self.rule.weight,
@@ -69,7 +67,7 @@ def set_tenant(stores: Stores, name: str, changes: dict[str, Any], *, by: str | 
     check_tenant(name)
     with translated("no rule was made: "), transactions(stores.engine).begin() as connection:
         controls.lock(connection)
-        before = controls.tenant_rules(connection).get(name)
+        before = stored.tenant_rules(connection).get(name)
         existing = before or Rule()
         fields = {key: getattr(existing, key) for key in ("weight", "nominal", "quota", "max_waiting")}
         controls.set_tenant(connection, name, check_rule(Rule(**{**fields, **changes})), operator(by))
@@ -103,7 +101,7 @@ def check_rule(rule: Rule) -> Rule:
 def tenants(stores: Stores) -> list[TenantLine]:
     """Return all tenants with a rule, or with jobs that wait or run, by name. Raises `StoreUnavailable`."""
     with translated(), stores.engine.connect() as connection:
-        sharing, waiting = controls.sharing(connection), controls.waiting_by_tenant(connection)
+        sharing, waiting = stored.sharing(connection), stored.waiting_by_tenant(connection)
     names = {DEFAULT_TENANT, *sharing.rules, *sharing.used, *waiting}
     return [_line(name, sharing, waiting.get(name, 0)) for name in sorted(names)]
 
@@ -117,5 +115,5 @@ def _line(name: str, sharing: Sharing, waiting: int) -> TenantLine:
 def _order(stores: Stores, name: str, before: bool) -> TenantOrder:
     applied = apply(stores)
     with translated(), stores.engine.connect() as connection:
-        sharing, waiting = controls.sharing(connection), controls.waiting_by_tenant(connection)
+        sharing, waiting = stored.sharing(connection), stored.waiting_by_tenant(connection)
     return TenantOrder(_line(name, sharing, waiting.get(name, 0)), before, applied)

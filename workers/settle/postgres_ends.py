@@ -18,8 +18,10 @@ from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.states import Outcome, State, Step, Store
 from celery_capacity.routing.model.token import Token
+from celery_capacity.routing.policy.ends import Became
+from celery_capacity.routing.policy.ends import became as became_of
 from celery_capacity.routing.store import claims, dependencies, job_transitions, refused_transitions
-from celery_capacity.routing.store.claims import Became, Holder
+from celery_capacity.routing.store.claims import Holder
 from celery_capacity.routing.store.dependencies import Opened
 from celery_capacity.routing.store.job_transitions import Applied, Transition
 from celery_capacity.workers.membership.context import WorkerContext
@@ -249,7 +251,7 @@ class PostgresEnds:
 
     def _transition(self, end: End, holding: Holding, row: Holder, now: int) -> Transition:
         ended = end.ended
-        became: Became = claims.became(ended.outcome, row.losses, self._settings.most_losses, row.rerun)
+        became: Became = became_of(ended.outcome, row.losses, self._settings.most_losses, row.rerun)
         back = became.step == Step.BACK and ended.outcome not in (Outcome.RETRIED, Outcome.REQUEUED)
         return replace(
             running(self._identity, holding),

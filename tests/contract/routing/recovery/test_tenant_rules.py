@@ -7,13 +7,18 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
+from celery_capacity.routing.database import tenants
 from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.inspect.explain import explain
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.reasons import Reason
+from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.tenants import Rule
 from celery_capacity.routing.recovery import controls as copies
-from celery_capacity.routing.store import controls
+from celery_capacity.routing.store import claims, controls
 from celery_capacity.workers.client.tenants import check_rule
 from celery_capacity.workers.process.stores import transactions
+from tests.fixtures.stores.books import MOST_LOSSES
 from tests.fixtures.stores.staged import Stage
 
 
@@ -32,7 +37,7 @@ def test_rule_reaches_the_ledger_and_leaves_it(stage: Stage) -> None:
     rule = Rule(3, {"cpus": 2000}, {"cpus": 4000, "memory": 2**30}, 7)
     set_rule(stage, "physics", rule)
     with stage.engine.connect() as connection:
-        assert controls.tenant_rules(connection) == {"physics": rule}
+        assert tenants.tenant_rules(connection) == {"physics": rule}
     assert stage.redis.hgetall(keys.TENANTS) == {b"physics": b"3;cpus=2000;cpus=4000,memory=1073741824"}
     assert stage.redis.hget(keys.EPOCH, "tenants") == b"1"
     set_rule(stage, "physics", None)
@@ -94,3 +99,44 @@ def test_nominal_share_above_the_quota_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="exceeds the quota"):
         check_rule(Rule(nominal={"cpus": 2000}, quota={"cpus": 1000}))
     assert check_rule(Rule(nominal={"cpus": 2000}, quota={"memory": 1})).weight == 1
+
+
+def test_pull_takes_the_first_job_of_the_tenant_below_its_share(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    # A flood of one tenant is longer than a page of rows.
+    for _ in range(claims.PAGE + 5):
+        stage.insert({"cpus": 1000}, tenant="flood")
+    modest, plain = stage.insert({"cpus": 1000}, tenant="modest"), stage.insert({"cpus": 1000})
+    with stage.engine.connect() as connection:
+        chosen = claims.look(connection, Book("w", {"cpus": 4000, "slots": 4}, {}), MOST_LOSSES)
+        assert {modest, plain} < {row.job for row in chosen}
+        assert len(chosen) == 4
+        with transactions(stage.engine).begin() as writing:
+            controls.set_tenant(writing, "flood", Rule(quota={"slots": 0}), "ann@desk")
+        chosen = claims.look(connection, Book("w", {"cpus": 4000, "slots": 4}, {}), MOST_LOSSES)
+        assert {row.job for row in chosen} == {modest, plain}
+        controls.remove_tenant(connection, "flood", "ann@desk")
+    stage.sql("UPDATE jobs SET revoked_at = now()")
+
+
+def test_waiting_job_says_that_a_quota_or_a_share_holds_it_back(stage: Stage) -> None:
+    stage.worker("a", cpus=2000)
+    set_rule(stage, "small", Rule(quota={"cpus": 500}))
+    running = [stage.submit(tenant="flood", cpus=1000) for _ in range(2)]
+    blocked, behind = stage.submit(tenant="small", cpus=1000), stage.submit(tenant="flood", cpus=1000)
+    modest = stage.submit(cpus=1000)
+    with stage.engine.connect() as connection:
+        whys = [explain(stage.redis, connection, job) for job in (blocked, behind, modest)]
+    assert [(why.why, why.tenant) for why in whys if why] == [
+        (Reason.TENANT_QUOTA, "small"),
+        (Reason.TENANT_SHARE, "default"),
+        (Reason.NO_ROOM, None),
+    ]
+    set_rule(stage, "small", None)
+    waiting = {*running, modest, blocked, behind}
+    while waiting:
+        job = next(job for job in sorted(waiting) if stage.row(job).state == "admitted")
+        stage.start(job)
+        stage.end(job)
+        waiting.remove(job)
+    finish(stage)

@@ -1,0 +1,91 @@
+"""Tenants by Postgres: their rules, what their jobs hold, and which of them wait."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import Connection, text
+
+from celery_capacity.routing.model.amounts import CPUS, from_people
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, Rule, Sharing, tenant_term
+
+
+def tenant_rules(connection: Connection) -> dict[str, Rule]:
+    """Return the rules of tenants, by name."""
+    rows = connection.execute(text("SELECT name, weight, nominal, quota, max_waiting FROM tenants ORDER BY name"))
+    return {
+        name: Rule(weight, from_people(nominal), from_people(quota), waiting)
+        for name, weight, nominal, quota, waiting in rows
+    }
+
+
+#: Tenant of a row of `jobs` that names one, and the condition that it does. The index jobs_tenants has both.
+OF_TENANT: Final = r"substring(shape FROM ',\$([^,]+)')"
+NAMES_TENANT: Final = "shape LIKE '%,$%'"
+_USE: Final = text("SELECT shape, count(*) FROM jobs WHERE state IN ('admitted', 'running') GROUP BY shape")
+_WAITING_OF: Final = text(
+    f"SELECT coalesce({OF_TENANT}, 'default'), count(*) FROM jobs WHERE state IN ('accepted', 'waiting') GROUP BY 1"
+)
+_TOTALS: Final = text("""
+SELECT key, sum(value::text::numeric)::float FROM workers, jsonb_each(capacity)
+WHERE status = 'ready' AND jsonb_typeof(value) = 'number' GROUP BY key
+""")
+
+
+def sharing(connection: Connection) -> Sharing:
+    """Return the shares of tenants by Postgres: their rules, what their jobs hold, and the capacity of all workers."""
+    capacity = {name: round(amount * (1000 if name == CPUS else 1)) for name, amount in connection.execute(_TOTALS)}
+    use = Sharing(tenant_rules(connection), total=capacity)
+    for shape, number in connection.execute(_USE):
+        use = use.holding(shape, Request.from_shape(shape), number)
+    return use
+
+
+_IN_USE: Final = text(f"""
+SELECT EXISTS (SELECT FROM tenants)
+  OR EXISTS (SELECT FROM jobs WHERE state IN ('accepted', 'waiting') AND {NAMES_TENANT})
+""")
+
+
+def sharing_in_use(connection: Connection) -> Sharing | None:
+    """Return the shares of tenants by Postgres; None where no tenant has a rule, and no waiting job names one."""
+    return sharing(connection) if connection.execute(_IN_USE).scalar_one() else None
+
+
+_WAITING_TENANTS: Final = text(f"""
+WITH RECURSIVE t (name) AS (
+  (SELECT {OF_TENANT} FROM jobs WHERE state IN ('accepted', 'waiting') AND {NAMES_TENANT} ORDER BY 1 LIMIT 1)
+  UNION ALL
+  SELECT (SELECT {OF_TENANT} FROM jobs WHERE state IN ('accepted', 'waiting') AND {NAMES_TENANT}
+          AND {OF_TENANT} > t.name ORDER BY 1 LIMIT 1) FROM t WHERE t.name IS NOT NULL
+)
+SELECT name FROM t WHERE name IS NOT NULL
+""")
+
+
+def waiting_tenants(connection: Connection) -> list[str]:
+    """Return the tenants of which jobs wait, and the default tenant, in as many steps in an index."""
+    return [DEFAULT_TENANT, *connection.execute(_WAITING_TENANTS).scalars()]
+
+
+_OF_PRIORITY: Final = text(f"""
+SELECT EXISTS (SELECT FROM jobs WHERE state IN ('accepted', 'waiting') AND priority = :priority
+  AND coalesce({OF_TENANT}, 'default') = :tenant)
+""")
+
+
+def tenant_before(connection: Connection, use: Sharing, shape: str, priority: int) -> str | None:
+    """Return the tenant whose waiting jobs of one priority come before those of a shape; None for none."""
+    turns = ((use.turn(tenant_term(tenant)), tenant) for tenant in waiting_tenants(connection))
+    for turn, tenant in sorted(turns):
+        if turn >= use.turn(shape):
+            break
+        if connection.execute(_OF_PRIORITY, {"tenant": tenant, "priority": priority}).scalar_one():
+            return tenant
+    return None
+
+
+def waiting_by_tenant(connection: Connection) -> dict[str, int]:
+    """Return the number of jobs that wait, by tenant."""
+    return dict(connection.execute(_WAITING_OF).tuples().all())
