@@ -126,7 +126,7 @@ class Settings:
         "PLATFORM_MAX_LEDGER_BACKLOG",
         "Waiting jobs that Redis holds, about; the others wait in Postgres, and are fetched in order. 0: no limit.",
         amounts.parse_count_text,
-        default=0,
+        default=10_000,
         unit="jobs",
     )
     backfill_depth: int = _setting(

@@ -80,6 +80,7 @@ def bring(connection: Connection) -> None:
     assert len(bulk.committed(connection, jobs).seqs) == 1000
 
 
+GROUP: Final = backlog.AcceptedGroup("cpus=1000,slots=1", "task", 0, 0, 9, 1, 9)
 #: Statements that run with each job, or time and again.
 HOT: Final[dict[str, Callable[[Connection], object]]] = {
     "many rows are brought": bring,
@@ -94,6 +95,9 @@ HOT: Final[dict[str, Callable[[Connection], object]]] = {
     "fetched before others": lambda c: backlog.fetch(c, {"cpus=1000,slots=1": (100, order(0, 1000))}),
     "fetched of many shapes": lambda c: backlog.fetch(c, {f"cpus={n},slots=1": (16, None) for n in range(64)}),
     "the next that stay": lambda c: backlog.next_orders(c, [f"cpus={n},slots=1" for n in range(64)]),
+    "groups of accepted jobs": backlog.accepted_groups,
+    "accepted jobs at a border": lambda c: backlog.accepted_between(c, [(GROUP, 7, 9)]),
+    "accepted still": lambda c: backlog.still_accepted(c, ["waiting-7"]),
     "accepted": lambda c: backlog.accepted(c, ["waiting-7"]),
     "overdue": lambda c: backlog.overdue(c, 1000),
     "pull": lambda c: claims.candidates(c, 100),
