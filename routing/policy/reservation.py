@@ -15,9 +15,10 @@ delay the start that is reserved for the blocked one.
 - **Keeping.** Expected times may be unknown or wrong. So a worker is kept for a head that has not started so long after
   the time that was first reserved for it, or after it became the head, where no time is known. It is a worker where the
   head would have room by now, had no job started since that time. So a head that waits for jobs which ran before it
-  costs the others nothing, however long these run. All jobs that ran there before the keeping will end one day. A later
-  job starts there only if it fits beside the head, together with all that started since. The worker stays the same
-  until the head starts.
+  costs the others nothing, however long these run. And by waiting the head has lost several times as much as the worker
+  loses by being idle, if each job there runs as long again as it has run. All jobs that ran there before the keeping
+  will end one day. A later job starts there only if it fits beside the head, together with all that started since. The
+  worker stays the same until the head starts.
 - **Overruns.** A job that runs longer than expected is expected to need an eighth more, and at least as long again as
   it is late. So the pause grows, and a wrong expectation is asked about ever more seldom.
 
@@ -33,13 +34,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
-from celery_capacity.routing.model.amounts import ALONE, CPUS
+from celery_capacity.routing.model.amounts import ALONE, CPUS, SLOTS
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.placement import CANDIDATES, Book, Waiting, fits
 
 #: Share of its expected time by which a job that overran is expected to go on at least: one in so many.
 OVERRUN_SHARE: Final = 8
 
+
+#: Loss of a head by waiting, over the loss of a worker that is idle for it, from which it is kept. Others wait, too.
+WORTH: Final = 4
 
 #: Milliseconds for which a head is blocked before a worker is kept for it.
 RESERVE_AFTER_MS: Final = 60_000
@@ -172,6 +176,25 @@ def has_passed(head: Waiting, book: Book, held: Iterable[Held], since: int) -> b
     return fits(head.request, book) is None
 
 
+def is_worth_keeping(head: Waiting, book: Book, held: Iterable[Held], now: int, since: int) -> bool:
+    """Return True if a job has lost more by waiting than a worker would lose by being idle until there is room.
+
+    Each job there is taken to run as long again as it has run. Losses are amounts times milliseconds, of the resource
+    of which the job asks for the largest share.
+    """
+    asked = [(amount / book.capacity.get(name, 1), name) for name, amount in head.request.amounts if name != ALONE]
+    name = max(asked, default=(0, SLOTS))[1]
+    idle = book.free(name)
+    lost = last = 0
+    for job in sorted(held, key=lambda job: -job.admitted):
+        if fits(head.request, book) is None:
+            break
+        age = now - job.admitted
+        lost, last = lost + idle * (age - last), age
+        idle, book = idle + job.request.get(name), book.without(job.request)
+    return (now - since) * head.request.get(name) >= WORTH * lost
+
+
 def keep(
     head: Waiting,
     books: Iterable[Book],
@@ -180,7 +203,7 @@ def keep(
     since: int,
     taken: Collection[str] = (),
 ) -> Reservation | None:
-    """Return the reservation of a worker that is kept for a job from now on, or None where nobody passed the job.
+    """Return the reservation of a worker that is kept for a job from now on, or None where no worker is worth it.
 
     `since`: the time from which the job waits too long. The worker is the one that `reserve` chooses of those where
     other jobs passed. Where no time is known, it is the one with the fewest CPUs missing, then the first by name.
@@ -188,7 +211,10 @@ def keep(
     able = [
         book
         for book in large_enough(head, books)
-        if book.worker not in taken and not book.kept and has_passed(head, book, held.get(book.worker, ()), since)
+        if book.worker not in taken
+        and not book.kept
+        and has_passed(head, book, held.get(book.worker, ()), since)
+        and is_worth_keeping(head, book, held.get(book.worker, ()), now, since)
     ]
     if not able:
         return None

@@ -13,6 +13,7 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import CANDIDATES, Book, Waiting, fits, order, shortages
 from celery_capacity.routing.policy.reservation import (
+    WORTH,
     Held,
     Reservation,
     after_start,
@@ -133,13 +134,21 @@ def test_candidates_are_those_with_the_most_free_cpus() -> None:
 
 def test_worker_is_kept_where_a_time_is_known_else_where_least_is_missing() -> None:
     books, held = cluster(running("a", 8, Held(need(8), 0, 90)), running("b", 9, Held(need(5), 0)))
-    kept = keep(HEAD, books, held, 10, 0)
+    kept = keep(HEAD, books, held, 10, -100)
     assert kept is not None
     assert (kept.worker, kept.kept, kept.since) == ("a", True, 10)
-    kept = keep(HEAD, books, held, 10, 0, {"a"})
+    kept = keep(HEAD, books, held, 10, -100, {"a"})
     assert kept is not None
     assert (kept.worker, kept.beside) == ("b", {"cpus": 1, "slots": 99})
-    assert keep(HEAD, books, held, 10, 0, {"a", "b"}) is None
+    assert keep(HEAD, books, held, 10, -100, {"a", "b"}) is None
+
+
+def test_worker_is_kept_once_waiting_costs_more_than_an_idle_worker() -> None:
+    book, held = running("w", 10, Held(need(5), 0), Held(need(3), 60))
+    # From 100 on, 2 CPUs would be idle for 40 ms, and 5 for another 60: 380. The head waits with 8.
+    assert fits(need(8), book) is not None
+    assert keep(Waiting("head", need(8), 0), [book], {"w": held}, 100, 100 - WORTH * 380 // 8) is not None
+    assert keep(Waiting("head", need(8), 0), [book], {"w": held}, 100, 101 - WORTH * 380 // 8) is None
 
 
 def test_kept_worker_counts_the_jobs_that_started_since() -> None:
