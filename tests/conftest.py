@@ -12,6 +12,7 @@ from hypothesis import settings
 pytest.register_assert_rewrite("tests.fixtures")
 
 pytest_plugins = [
+    "tests.fixtures.processes.packages",
     "tests.fixtures.grouping",
     "tests.fixtures.healing",
     "tests.fixtures.servers.given",
