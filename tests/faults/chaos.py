@@ -147,8 +147,8 @@ class Load:
             while not self._give_up.is_set():
                 try:
                     # A third of the jobs say how long they run, some of them wrongly.
-                    expected = {"expected": max(seconds, 0.01) * (1 + number % 2)} if number % 3 == 0 else {}
-                    oracle.send(self._submitter, seconds=seconds, cpus=cpus, **expected)
+                    lasts = max(seconds, 0.01) * (1 + number % 2) if number % 3 == 0 else None
+                    oracle.send(self._submitter, seconds=seconds, cpus=cpus, lasts=lasts)
                     break
                 except NotAccepted:
                     self.refused += 1

@@ -97,9 +97,10 @@ class Oracle:
         cpus: float = 1,
         how: str = "",
         expected: Iterable[str] = SUCCEEDS,
+        lasts: float | None = None,
         **options: Any,
     ) -> str:
-        """Submit a job and return its id.
+        """Submit a job and return its id. `lasts`: the run time that the call expects.
 
         The job is accepted when this returns. Raises the errors of `apply_async`.
         """
@@ -109,6 +110,8 @@ class Oracle:
         self._submitted[job] = time.monotonic()
         arguments = (str(self.trace), number, seconds, round(cpus * 1000), how)
         try:
+            if lasts is not None:
+                options["expected"] = lasts
             submitter.send(TASK, *arguments, cpus=cpus, task_id=job, **options)
         except NotAccepted:
             self._refused.add(job)

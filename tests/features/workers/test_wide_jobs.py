@@ -16,7 +16,8 @@ from tests.fixtures.waiting import until
 #: Seconds that a narrow job runs, and the number of narrow jobs. On two CPUs they would pass the wide one for 8 s.
 RUN: Final = 0.2
 NARROW: Final = 80
-QUICK: Final = {"PLATFORM_RESERVE_AFTER": "0.1"}
+#: Seconds after which a worker is kept for a blocked job.
+QUICK: Final = "0.1"
 
 
 class Stream:
@@ -53,14 +54,14 @@ def kept(platform: Platform) -> list[str]:
 
 @pytest.mark.parametrize("expected", [None, 0.01, "1d"], ids=["unknown", "too-short", "too-long"])
 def test_wide_job_starts_under_a_stream_of_narrow_ones(platform: Platform, submitter: Submitter, expected: Any) -> None:
-    platform.worker("a", cpus=2, pool="threads", **QUICK)
+    platform.worker("a", cpus=2, pool="threads", PLATFORM_RESERVE_AFTER=QUICK)
     stream = Stream(submitter, 2, expected)
     assert stream.passed() < len(stream.narrow)
     stream.cancel()
 
 
 def test_wide_job_starts_though_its_reserved_worker_died(platform: Platform, submitter: Submitter) -> None:
-    workers = {name: platform.worker(name, cpus=2, pool="threads", **QUICK) for name in ("a", "b")}
+    workers = {name: platform.worker(name, cpus=2, pool="threads", PLATFORM_RESERVE_AFTER=QUICK) for name in ("a", "b")}
     stream = Stream(submitter, 4, "1d")
     (reserved,) = until(lambda: kept(platform), "a worker is reserved")
     workers[reserved].kill()
@@ -69,7 +70,7 @@ def test_wide_job_starts_though_its_reserved_worker_died(platform: Platform, sub
 
 
 def test_wide_job_starts_though_the_ledger_was_lost(platform: Platform, submitter: Submitter) -> None:
-    platform.worker("a", cpus=2, pool="threads", **QUICK)
+    platform.worker("a", cpus=2, pool="threads", PLATFORM_RESERVE_AFTER=QUICK)
     stream = Stream(submitter, 2)
     epoch = platform.redis.hget(keys.EPOCH, "epoch")
     platform.redis.flushdb()

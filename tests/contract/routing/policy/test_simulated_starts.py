@@ -6,7 +6,7 @@ equal ones, milliseconds would decide.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,7 +93,8 @@ class Both:
 
     def compare(self) -> None:
         self.running = {job: worker for worker, jobs in self.simulation.held.items() for job in jobs}
-        held = {name: self.ledger.client.hkeys(keys.held(name)) for name in WORKERS}
+        client: Any = self.ledger.client
+        held: dict[str, list[bytes]] = {name: client.hkeys(keys.held(name)) for name in WORKERS}
         assert {job.decode(): name for name, jobs in held.items() for job in jobs} == self.running
 
 
