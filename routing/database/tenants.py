@@ -89,3 +89,20 @@ def tenant_before(connection: Connection, use: Sharing, shape: str, priority: in
 def waiting_by_tenant(connection: Connection) -> dict[str, int]:
     """Return the number of jobs that wait, by tenant."""
     return dict(connection.execute(_WAITING_OF).tuples().all())
+
+
+def max_waiting(connection: Connection, tenant: str) -> int:
+    """Return the number of jobs of a tenant that may wait, 0 for any number."""
+    statement = text("SELECT max_waiting FROM tenants WHERE name = :tenant")
+    return connection.execute(statement, {"tenant": tenant}).scalar_one_or_none() or 0
+
+
+_WAITING_UP_TO: Final = text(f"""
+SELECT count(*) FROM (SELECT FROM jobs WHERE state IN ('accepted', 'waiting') AND {NAMES_TENANT}
+  AND {OF_TENANT} = :tenant LIMIT :most) AS waiting
+""")
+
+
+def waiting_of(connection: Connection, tenant: str, most: int) -> int:
+    """Return the number of waiting jobs of a tenant other than the default one, or `most` where more wait."""
+    return int(connection.execute(_WAITING_UP_TO, {"tenant": tenant, "most": most}).scalar_one())

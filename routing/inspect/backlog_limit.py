@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from sqlalchemy import Connection, Engine, text
@@ -11,9 +12,11 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_capacity.routing.database.postgres_errors import translate
+from celery_capacity.routing.database.tenants import max_waiting, waiting_of
 from celery_capacity.routing.errors import BacklogFull
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.policy.tenants import NAMED_TENANT, tenant_of
 
 #: Seconds for which a process trusts a count of the backlog.
 COUNT_FOR: Final = 1.0
@@ -69,6 +72,52 @@ class BacklogLimit:
         except (OperationalError, PoolTimeout):
             # The insert that follows meets the same error, and reports it.
             return 0
+        except DBAPIError as error:
+            raise translate(error) from error
+
+
+@dataclass(slots=True)
+class _Count:
+    """Count of a tenant's waiting jobs. `since`: those that this process sent after it. `until`: when it is too old."""
+
+    limit: int
+    waiting: int
+    since: int
+    until: float
+
+
+class TenantLimit:
+    """The limits on the waiting jobs of tenants, as one process keeps them. Threads may share it.
+
+    A count is trusted as that of `BacklogLimit`. A job without a tenant is not looked at, and costs nothing.
+    """
+
+    def __init__(self, engine: Callable[[], Engine], clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._counts: dict[str, _Count] = {}
+
+    def check(self, shape: str) -> None:
+        """Raise `BacklogFull` where as many jobs of the shape's tenant wait as its rule allows."""
+        if NAMED_TENANT not in shape:
+            return
+        tenant, now = tenant_of(shape), self._clock()
+        count = self._counts.get(tenant)
+        if count is None or now >= count.until or count.waiting < count.limit <= count.waiting + count.since:
+            count = self._counts[tenant] = _Count(*self._ask(tenant), 0, now + COUNT_FOR)
+        if count.limit and count.waiting >= count.limit:
+            message = f"{count.limit} jobs or more of tenant {tenant} wait already"
+            raise BacklogFull(message, value=count.limit)
+        count.since += 1
+
+    def _ask(self, tenant: str) -> tuple[int, int]:
+        try:
+            with self._engine().connect() as connection:
+                limit = max_waiting(connection, tenant)
+                return limit, waiting_of(connection, tenant, limit) if limit else 0
+        except (OperationalError, PoolTimeout):
+            # The insert that follows meets the same error, and reports it.
+            return 0, 0
         except DBAPIError as error:
             raise translate(error) from error
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 DEFAULT_TENANT: Final = "default"
 #: Sign of a tenant's term in a shape.
 TENANT_SIGN: Final = "$"
+#: Beginning of a tenant's term, which no other part of a shape has.
+NAMED_TENANT: Final = f",{TENANT_SIGN}"
 #: Largest weight.
 MAX_WEIGHT: Final = 1_000_000
 #: Levels are compared in parts of a million, so that rounding decides no turn.

@@ -62,7 +62,7 @@ def retry(app: Celery, stores: Stores, job: str, *, again: bool = False) -> str:
     original = _read(stores, job)
     _check(job, original, again)
     new = _like(app, sender, job, original)
-    sender.check_backlog(None)
+    sender.check_backlog(None, new.shape)
     repeated = _insert(stores, new, job, original.seq, again)
     if repeated.retried_as is not None:
         raise _retried_already(job, repeated.retried_as)

@@ -146,7 +146,7 @@ class MessageCache:
                     app.backend.on_task_call(producer, job_id)
                 with sender.in_time():
                     job = self._fill(kind.first, kind.template, job_id, args, kwargs)
-                    sender.check_backlog(None)
+                    sender.check_backlog(None, job.shape)
                     sender.store(job, None)
         except PlatformError as error:
             self._stores.tally.refuse(error)

@@ -54,6 +54,7 @@ class Sender:
         self.rows = RowWriter(stores)
         self.encoder = Encoder(stores, self.rates, self._may_ask, default_queue, zone, accepted)
         self._backlog = backlog_limit.BacklogLimit(self._waiting, lambda: stores.engine)
+        self._tenants = backlog_limit.TenantLimit(lambda: stores.engine)
 
     def accept(self, body: Any, **message: Any) -> NewJob:
         """Accept a message as Celery publishes it, with the parameters of `Encoder.encode`.
@@ -69,22 +70,26 @@ class Sender:
         """Accept a message that is encoded already."""
         with self.in_time():
             job = self.encoder.job_of(message)
-            self.check_backlog(attempts.current())
+            self.check_backlog(attempts.current(), job.shape)
             self.store(job, attempts.current())
 
     def encode(self, body: Any, **message: Any) -> NewJob:
         """Return the job of a message, and write nothing. Raises as `Encoder.encode` does, and `BacklogFull`."""
         job = self.encoder.encode(body, **message)
-        self.check_backlog(attempts.current())
+        self.check_backlog(attempts.current(), job.shape)
         return job
 
     def in_time(self) -> deadlines.within:
         """Return the deadline for all questions of one job to Postgres, by the setting `store_timeout`."""
         return deadlines.within(self._stores.settings.store_timeout)
 
-    def check_backlog(self, attempt: Attempt | None) -> None:
-        """Raise `BacklogFull` where too many jobs wait. An attempt publishes as part of a job that was accepted."""
+    def check_backlog(self, attempt: Attempt | None, shape: str) -> None:
+        """Raise `BacklogFull` where too many jobs wait, of all or of the shape's tenant.
+
+        An attempt publishes as part of a job that was accepted.
+        """
         if attempt is None:
+            self._tenants.check(shape)
             self._backlog.check(self._stores.settings.max_backlog)
 
     def store(self, job: NewJob, attempt: Attempt | None) -> None:

@@ -193,8 +193,9 @@ class _Call:
         if self._fill is None or listens():
             self._gathering.repeat(job, args)
         else:
-            self._sender.check_backlog(self._attempt)
-            self._gathering.add(self._fill(job, args))
+            filled = self._fill(job, args)
+            self._sender.check_backlog(self._attempt, filled.shape)
+            self._gathering.add(filled)
 
     def _learn(self, args: Sequence[Any]) -> Callable[[str, Any], NewJob] | None:
         """Return the function that makes further jobs like the first one, None where Celery makes their messages."""

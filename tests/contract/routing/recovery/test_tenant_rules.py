@@ -8,7 +8,8 @@ import pytest
 from sqlalchemy import text
 
 from celery_capacity.routing.database import tenants
-from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.errors import BacklogFull, InvalidRequest
+from celery_capacity.routing.inspect.backlog_limit import COUNT_FOR, TenantLimit
 from celery_capacity.routing.inspect.explain import explain
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.reasons import Reason
@@ -140,3 +141,23 @@ def test_waiting_job_says_that_a_quota_or_a_share_holds_it_back(stage: Stage) ->
         stage.end(job)
         waiting.remove(job)
     finish(stage)
+
+
+def test_submission_is_refused_while_too_many_jobs_of_its_tenant_wait(stage: Stage) -> None:
+    now = [0.0]
+    limit = TenantLimit(lambda: stage.engine, lambda: now[0])
+    shape = stage.row(stage.insert({"cpus": 1000}, tenant="physics")).shape
+    limit.check(shape)
+    set_rule(stage, "physics", Rule(max_waiting=2))
+    # A count is trusted for a while.
+    limit.check(shape)
+    now[0] += COUNT_FOR
+    limit.check(shape)
+    stage.insert({"cpus": 1000}, tenant="physics")
+    with pytest.raises(BacklogFull, match="2 jobs or more of tenant physics wait"):
+        limit.check(shape)
+    limit.check(stage.row(stage.insert({"cpus": 1000})).shape)
+    set_rule(stage, "physics", None)
+    now[0] += COUNT_FOR
+    limit.check(shape)
+    stage.sql("UPDATE jobs SET revoked_at = now()")
