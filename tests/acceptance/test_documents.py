@@ -169,7 +169,7 @@ def test_every_command_that_is_shown_is_there_with_its_options(page: Path) -> No
         if match is None:
             continue
         words = shlex.split(match[1])
-        name = " ".join(words[:2]) if words[0] == "db" else words[0]
+        name = " ".join(words[:2]) if words[0] in ("db", "tenant") else words[0]
         if name in celery.commands and not isinstance(celery.commands[name], Lazy):
             if name == "flower":
                 continue  # Flower reads its options by itself

@@ -142,6 +142,11 @@ def used(redis_url: str) -> Iterator[Cluster]:
         ledger.client.zadd(keys.KEYS["left"], {ONE: order(0, 9999)})
         ledger.client.sadd(keys.LOW, ONE)
         ledger.client.hset(keys.STAYING, ONE, "1")
+        ledger.set_controls(2, {("tenant", "physics"): "2;;"}, last=True)
+        ledger.age_shares({"cpus": 4000})
+        ledger.client.hset(keys.PAST, "physics", "0.25")
+        ledger.client.hset(keys.USED, "physics/cpus", 0)
+        ledger.client.zadd(keys.TENANT_HEADS, {"physics": order(0, 9999)})
         yield cluster
 
 
