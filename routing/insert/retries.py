@@ -18,13 +18,14 @@ from celery_capacity.routing.model.states import FINAL, State
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """A job that is to be repeated, as its row has it. `retried_as`: its newest retry."""
+    """A job that is to be repeated, as its row has it. `retried_as`: its newest retry. `key_limits`: as JSON."""
 
     seq: int
     state: State
     replaces: str | None
     message: bytes
     retried_as: str | None
+    key_limits: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Repeated:
 _RETRIED_AS: Final = (
     "(SELECT r.job FROM retries r WHERE r.of_seq = jobs.seq ORDER BY r.made_at DESC, r.seq DESC LIMIT 1)"
 )
-_READ: Final = text(f"SELECT seq, state, replaces, message, {_RETRIED_AS} FROM jobs WHERE id = :job")
+_READ: Final = text(f"SELECT seq, state, replaces, message, {_RETRIED_AS}, key_limits::text FROM jobs WHERE id = :job")
 _ARCHIVED: Final = text("SELECT EXISTS (SELECT FROM jobs_archive WHERE id = :job)")
 _LOCK: Final = text("SELECT state FROM jobs WHERE id = :job AND seq = :seq FOR UPDATE")
 _NEWEST: Final = text("SELECT job FROM retries WHERE of_seq = :seq ORDER BY made_at DESC, seq DESC LIMIT 1")
@@ -57,7 +58,7 @@ ORDER BY seq
 def read_original(connection: Connection, job: str) -> Original | None:
     """Return a job that is to be repeated, None where there is no row of it."""
     row = connection.execute(_READ, {"job": job}).one_or_none()
-    return None if row is None else Original(row[0], State(row[1]), row[2], bytes(row[3]), row[4])
+    return None if row is None else Original(row[0], State(row[1]), row[2], bytes(row[3]), row[4], row[5])
 
 
 def is_archived(connection: Connection, job: str) -> bool:

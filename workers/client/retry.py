@@ -8,6 +8,7 @@ Celery's retries anew. Its callbacks and the later steps of its chain follow it.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any, Final
 
 from celery import Celery
@@ -126,7 +127,9 @@ def _like(app: Celery, sender: Sender, job: str, original: Original) -> NewJob:
     body = messages.body_of(envelope)
     content_type, encoding = envelope["content-type"], envelope["content-encoding"]
     with sender.in_time():
-        return sender.encoder.job_of(RawMessage(body, content_type, encoding, headers, queue, properties))
+        made = sender.encoder.job_of(RawMessage(body, content_type, encoding, headers, queue, properties))
+    # The message has no limits by key, and they concern each run of the job.
+    return replace(made, key_limits=original.key_limits)
 
 
 def _check_chord(app: Celery, job: str, message: bytes) -> None:

@@ -21,6 +21,7 @@ from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import resubmit
 from celery_capacity.routing.store.job_transitions import Applied
+from celery_capacity.workers.client.retry import retry
 from tests.fixtures.stores.authorities import Authority
 
 TASK: Final = "task"
@@ -165,6 +166,17 @@ def test_retry_lets_go_of_the_key_and_waits_for_it_again(cluster: Authority) -> 
     assert holders(cluster) == 1
     end(cluster, first)
     assert started(cluster) == [second]
+
+
+def test_job_that_an_operator_repeats_has_the_same_limits(cluster: Authority) -> None:
+    first, second = send(cluster), send(cluster)
+    assert started(cluster) == [first]
+    end(cluster, first, "failed")
+    repeated = retry(cluster.app, cluster.stores, first)
+    assert started(cluster) == [second]
+    end(cluster, second)
+    assert started(cluster) == [repeated]
+    end(cluster, repeated)
 
 
 def test_job_that_puts_itself_back_goes_behind(cluster: Authority) -> None:
