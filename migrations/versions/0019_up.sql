@@ -365,4 +365,10 @@ BEGIN
   ] LOOP
     EXECUTE format('ALTER FUNCTION %s SET search_path = %I, pg_temp', signature, current_schema());
   END LOOP;
+  -- A session plans them once. Beside few rows it would read all of them, and go on so when there are a million.
+  FOREACH signature IN ARRAY ARRAY[
+    'file_job_keys()', 'lines_of_key(text, integer)', 'open_lines(text[], double precision, integer)'
+  ] LOOP
+    EXECUTE format('ALTER FUNCTION %s SET enable_seqscan = off', signature);
+  END LOOP;
 END $$;
