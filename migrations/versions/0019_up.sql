@@ -365,10 +365,13 @@ BEGIN
   ] LOOP
     EXECUTE format('ALTER FUNCTION %s SET search_path = %I, pg_temp', signature, current_schema());
   END LOOP;
-  -- A session plans them once. Beside few rows it would read all of them, and go on so when there are a million.
+  -- A session plans them once. Beside few rows it would read and sort all of them, and go on so when there are a
+  -- million.
   FOREACH signature IN ARRAY ARRAY[
     'file_job_keys()', 'lines_of_key(text, integer)', 'open_lines(text[], double precision, integer)'
   ] LOOP
     EXECUTE format('ALTER FUNCTION %s SET enable_seqscan = off', signature);
+    EXECUTE format('ALTER FUNCTION %s SET enable_bitmapscan = off', signature);
+    EXECUTE format('ALTER FUNCTION %s SET enable_sort = off', signature);
   END LOOP;
 END $$;

@@ -383,6 +383,32 @@ def test_end_of_a_holder_reads_few_rows_of_a_long_line(engine: Engine) -> None:
         connection.exec_driver_sql("DELETE FROM jobs")
 
 
+#: Jobs of one line.
+_LINE: Final = """
+INSERT INTO jobs (id, name, state, shape, request, queue, message, key_limits)
+SELECT 'held-' || n, 'task', 'scheduled', 'cpus=1000,slots=1', '{}', 'celery', 'message', '{"key": {"most": 2}}'
+FROM generate_series(%s, %s) n
+"""
+_END: Final = """
+DELETE FROM jobs WHERE id = (SELECT job FROM job_keys WHERE key = 'key' AND phase = 'holds' LIMIT 1)
+"""
+
+
+def test_plans_made_beside_few_rows_stay_good_in_a_long_line(engine: Engine) -> None:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for first, last in ((1, 300), (301, 3000)):
+            connection.exec_driver_sql(_LINE, (first, last))
+            for _ in range(8):
+                connection.exec_driver_sql(_END)
+                connection.exec_driver_sql("BEGIN")
+                before = connection.exec_driver_sql(_READ).one()
+                connection.exec_driver_sql("SELECT open_keys(ARRAY['key'], 1, 500)")
+                read = connection.exec_driver_sql(_READ).one()
+                connection.exec_driver_sql("COMMIT")
+            assert (read[0] - before[0], read[1] - before[1] < 100) == (0, True)
+        connection.exec_driver_sql("DELETE FROM jobs")
+
+
 STEPS: Final = strategies.lists(
     strategies.tuples(
         strategies.sampled_from(
