@@ -304,7 +304,7 @@ class Simulation:
         able = self._able.get(shape := head.shape)
         if able is None:
             books = self.books.values()
-            # One by one: `large_enough` looks at some of many.
+            # Each book is judged alone, since `large_enough` looks at some of many.
             able = self._able[shape] = [book.worker for book in books if large_enough(head, [book])]
         return able
 
