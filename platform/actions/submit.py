@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from celery_capacity.routing.model.amounts import (
 )
 from celery_capacity.routing.model.expected import parse_duration
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy.labels import PLACEMENTS, parse_where, split_condition
 from celery_capacity.workers.process.exit_codes import Exit
 
 if TYPE_CHECKING:
@@ -52,6 +53,15 @@ if TYPE_CHECKING:
 @click.option("--gpus", metavar="N", type=Text(), help="GPUs.")
 @click.option("--resource", metavar="NAME=N", type=Text(), multiple=True, help="A named resource; again for more.")
 @click.option("--expected", metavar="DURATION", type=Text(), help="Its expected run time, such as 90 or 10m.")
+@click.option("--where", metavar="CONDITION", type=Text(), multiple=True, help="Labels of its worker; again for more.")
+@click.option("--worker", metavar="NAME", type=Text(), help="The only worker that may run it.")
+@click.option("--exclusive", is_flag=True, help="It has its worker alone.")
+@click.option(
+    "--placement",
+    metavar="KIND",
+    type=click.Choice(PLACEMENTS),
+    help="pack or spread, over the workers with room.",
+)
 @click.option("--queue", metavar="NAME", type=Text(), help="Its queue.")
 @click.option("--tenant", metavar="NAME", type=Text(), help="Its tenant.")
 @click.option("--priority", metavar="N", type=click.IntRange(0, 9), help="0 to 9, 9 first.")
@@ -130,7 +140,7 @@ def _call(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of `send_task` that a command line has. Raises `InvalidRequest`."""
     call: dict[str, Any] = {
         name: options[name]
-        for name in ("memory", "queue", "tenant", "priority", "countdown", "expires")
+        for name in ("memory", "worker", "placement", "queue", "tenant", "priority", "countdown", "expires")
         if options[name] is not None
     }
     if options["cpus"] is not None:
@@ -142,6 +152,10 @@ def _call(options: Mapping[str, Any]) -> dict[str, Any]:
         call["expected"] = options["expected"]
     if options["resource"]:
         call["resources"] = dict(map(_resource, options["resource"]))
+    if options["where"]:
+        call["where"] = _where(options["where"])
+    if options["exclusive"]:
+        call["exclusive"] = True
     if options["unique"]:
         call["unique"] = True
     if options["after"]:
@@ -152,6 +166,20 @@ def _call(options: Mapping[str, Any]) -> dict[str, Any]:
     if options["rate"]:
         call["rate"] = dict(_of_key("--rate", value) for value in options["rate"])
     return call
+
+
+def _where(conditions: Sequence[str]) -> dict[str, str]:
+    """Return the conditions of a command line by their keys. Raises `InvalidRequest`."""
+    where: dict[str, str] = {}
+    for text in conditions:
+        key, value = split_condition(text, "--where")
+        if key in where:
+            raise InvalidRequest(
+                f"--where names {key} twice", value=text, advice="Give one condition for each label, as 'disk in a,b'."
+            )
+        where[key] = value
+    parse_where(where)
+    return where
 
 
 def _resource(value: str) -> tuple[str, int]:

@@ -31,6 +31,7 @@ from celery_capacity.routing.model.amounts import (
 from celery_capacity.routing.model.expected import duration_text
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.states import Store
+from celery_capacity.routing.policy.labels import labels_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,6 +65,7 @@ LONGEST_BAR: Final = 24
 BLOCKED: Final = {
     Reason.NO_TASK: "no worker knows their task",
     Reason.NO_QUEUE: "no worker serves their queue",
+    Reason.NO_LABEL: "no worker has such labels",
     Reason.UNKNOWN_RESOURCE: "no worker has such a resource",
     Reason.TOO_LARGE: "larger than every worker",
 }
@@ -176,6 +178,7 @@ def _workers(console: Console, workers: Sequence[WorkerLine], resources: Sequenc
         **dict.fromkeys(("worker", "status", "CPUs", *names[1:], "heartbeat"), True),
         "left": any(worker.left is not None for worker in workers),
         "queues": any(queues_of(worker.capacity) != [DEFAULT_QUEUE] for worker in workers),
+        "labels": any(worker.labels for worker in workers),
     }
     header = [name for name, shown in columns.items() if shown]
     rows = [list(compress(_worker(worker, resources, silent_after), columns.values())) for worker in workers]
@@ -236,6 +239,7 @@ def _worker(worker: WorkerLine, resources: Sequence[str], silent_after: float) -
         _heartbeat(worker.heartbeat_age, silent_after),
         age(worker.left),
         ", ".join(queues_of(worker.capacity)),
+        labels_text(worker.labels).replace(",", ", "),
     )
 
 
@@ -317,8 +321,11 @@ def _reason(why: Explanation) -> str:
         Reason.NO_ROOM: f"No worker has room now: {why.worker} is left to a job that must run alone."
         if why.resource == ALONE
         else f"No worker has room now: it needs {asked}, and {why.worker}, which comes closest, has {free} free.",
-        Reason.ALONE: "One more lost attempt would end it, so it runs alone on a worker, and none that it fits is"
-        " empty." + (f" {why.worker} takes nothing else until it is." if why.worker else ""),
+        Reason.NO_LABEL: f"No worker is as it asks: {why.where}."
+        + (f" The workers have {why.labels}." if why.labels else ""),
+        Reason.ALONE: ("It asks" if why.exclusive else "One more lost attempt would end it, so it has")
+        + " to run alone on a worker, and none that it fits is empty."
+        + (f" {why.worker} takes nothing else until it is." if why.worker else ""),
         Reason.NO_TIME: f"No worker that it fits lives long enough: it may run for {duration_text(why.asked or 0)},"
         f" and {why.worker}, which lives longest, has {duration_text(why.free or 0)} left.",
         Reason.RESERVED: f"Only {why.worker} has room, and it is reserved for a job that comes before it.",

@@ -68,6 +68,11 @@ MEANINGS: Final = {
         "start a worker that [lives longer](../how-to/run-times.md#end-a-worker-at-a-known-time), or give the job a"
         " shorter `expected` or `time_limit`",
     ),
+    Reason.NO_LABEL: Meaning(
+        "No worker is as it asks",
+        "no registered worker has the labels, or the name, that `where` or `worker` of the job asks for",
+        "start a worker with such [labels](../how-to/labels.md), or ask for others",
+    ),
     Reason.RESERVED: Meaning(
         "Only … has room, and it is reserved for a job that comes before it",
         "a [wider job](policy.md#when-does-a-wide-job-get-its-turn) waits for room there, and this one would delay it",
@@ -79,8 +84,8 @@ MEANINGS: Final = {
         "nothing",
     ),
     Reason.ALONE: Meaning(
-        "One more lost attempt would end it, so it runs alone on a worker",
-        "two of its workers died; the next attempt runs without neighbours",
+        "It asks to run alone on a worker; or: one more lost attempt would end it, so it has to",
+        "the job is `exclusive`; or two of its workers died, and the next attempt runs without neighbours",
         "nothing: a worker is kept for it, and empties",
     ),
     Reason.ABOUT_TO_START: Meaning(

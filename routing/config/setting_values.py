@@ -15,6 +15,7 @@ from sqlalchemy.exc import ArgumentError
 from celery_capacity.routing.errors import InvalidRequest, show
 from celery_capacity.routing.model import amounts, identifiers
 from celery_capacity.routing.model.expected import parse_duration
+from celery_capacity.routing.policy.labels import parse_labels, parse_placement
 
 #: times that may be 0, each with the meaning of that
 ZERO = {
@@ -80,6 +81,16 @@ def resources(value: str, env: str) -> dict[str, int]:
     if len(counts) > most:
         raise _wrong(env, value, f"{env} may name at most {most} resources.")
     return counts
+
+
+def labels(value: str, env: str) -> dict[str, str]:
+    """Return labels, from `key=value` separated by commas."""
+    return parse_labels(value, env)
+
+
+def placement(value: str, env: str) -> str:
+    """Return `pack` or `spread`."""
+    return parse_placement(value.strip(), env)
 
 
 def modules(value: str, env: str) -> tuple[str, ...]:

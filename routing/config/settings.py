@@ -100,6 +100,12 @@ class Settings:
         unit="counts, like licence=3,scratch=200",
         shown="none",
     )
+    labels: Mapping[str, str] = _setting(
+        "PLATFORM_LABELS", "Labels of this worker.", setting_values.labels, default={}, unit="a=1,b=2", shown="none"
+    )
+    placement: str = _setting(
+        "PLATFORM_PLACEMENT", "Placement of jobs.", setting_values.placement, default="pack", unit="pack or spread"
+    )
     default_cpus: int = _setting(
         "PLATFORM_DEFAULT_CPUS",
         "CPUs of a job that does not say.",

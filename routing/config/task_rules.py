@@ -11,6 +11,7 @@ that fits counts, in the order of the file. Its amounts replace those that the t
     memory = "512MiB"
     resources = { licence = 1 }
     expected = "10m"
+    where = { arch = "aarch64" }
     rerun = false
 """
 
@@ -25,7 +26,8 @@ from typing import Any, Final
 
 from celery_capacity.routing.errors import InvalidRequest, SettingsError, show
 from celery_capacity.routing.model.expected import EXPECTED, parse_duration
-from celery_capacity.routing.model.request import REQUEST_OPTIONS, Request
+from celery_capacity.routing.model.request import CALL_OPTIONS, PLACE_OPTIONS, REQUEST_OPTIONS, Request
+from celery_capacity.routing.policy.labels import ANYWHERE, Place, place_of_options
 
 #: Setting that names the file.
 ENV: Final = "PLATFORM_REQUESTS"
@@ -34,7 +36,7 @@ RERUN: Final = "rerun"
 #: Task names whose rule is remembered at once; bounded, since anybody may send by any name.
 MAX_NAMES: Final = 4096
 #: Keys that a table may have.
-KEYS: Final = (*REQUEST_OPTIONS, EXPECTED, RERUN)
+KEYS: Final = (*CALL_OPTIONS, RERUN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +44,14 @@ class Rule:
     """Rule of the file for tasks whose names fit `pattern`.
 
     `rerun` is None where the table does not say. So is `expected_ms`, the time that such a job is expected to run.
+    `location`: where the job may run, as far as the table says.
     """
 
     pattern: str
     options: Mapping[str, Any]
     rerun: bool | None = None
     expected_ms: int | None = None
+    location: Place = ANYWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,13 @@ def _rule(pattern: str, table: Any, where: str, wrong: list[str]) -> Rule:
             expected_ms = parse_duration(table[EXPECTED])
         except InvalidRequest as error:
             wrong.append(f"{where}: {error}")
+    location = ANYWHERE
+    for key in PLACE_OPTIONS:
+        try:
+            location = location.over(place_of_options({key: table.get(key)}))
+        except InvalidRequest as error:
+            wrong.append(f"{where}: {error}")
     rerun = table.get(RERUN)
     if rerun is not None and not isinstance(rerun, bool):
         wrong.append(f"{where}: {RERUN} = {show(rerun)} must be true or false.")
-    return Rule(pattern, options, rerun, expected_ms)
+    return Rule(pattern, options, rerun, expected_ms, location)

@@ -31,7 +31,8 @@ attempts: Final = _table("attempts", f"job_id {_ATTEMPT}")
 jobs_archive: Final = _table("jobs_archive", f"{_JOB} message_bytes archived_at")
 attempts_archive: Final = _table("attempts_archive", f"job_seq {_ATTEMPT}")
 workers: Final = _table(
-    "workers", "incarnation name capacity status hostname pid version started_at seen_at left_at ledger_lost_at ends_at"
+    "workers",
+    "incarnation name capacity status hostname pid version started_at seen_at left_at ledger_lost_at ends_at labels",
 )
 retries: Final = _table("retries", "seq job of_seq of_job made_at")
 quarantine: Final = _table("quarantine", "id raw queue reason worker seen_at")

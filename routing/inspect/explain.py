@@ -22,9 +22,10 @@ from celery_capacity.routing.inspect import held_back, running_jobs, waiting
 from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.ledger import snapshot
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request, filed_shape, run_time_of, split_shape
+from celery_capacity.routing.model.request import Request, filed_shape, run_time_of, split_shape, terms_of
 from celery_capacity.routing.model.states import FINAL, HOLDING, State, Store
 from celery_capacity.routing.policy.feasibility import count_before, is_large_enough, judge, kind_of, kinds_of
+from celery_capacity.routing.policy.labels import place_of, words_of_labels
 from celery_capacity.routing.policy.missing import missing_on_each, unblocked_by
 from celery_capacity.routing.policy.pauses import Pauses
 from celery_capacity.routing.policy.placement import Admission, Book, Refusal, order
@@ -189,22 +190,23 @@ def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, 
     pauses = Pauses(frozenset(pause.scope for pause in controls.pauses(connection)))
     startable = {filed: number for filed, number in seen.before.items() if not pauses.hold_back(filed)}
     bound = run_time_of(seen.filed).bound
-    decision = judge(seen.held, seen.registered, ahead, task, bound)
+    terms, location = terms_of(seen.filed), place_of(seen.filed)
+    decision = judge(seen.held, seen.registered, ahead, task, bound, terms)
     refusal = None if isinstance(decision, Admission) else decision
     why = Reason.ABOUT_TO_START if refusal is None else refusal.reason
     if state is State.ACCEPTED and why in (Reason.ABOUT_TO_START, Reason.BEHIND_SHAPE):
         why = Reason.ON_ITS_WAY
     live = [book for book in seen.registered if book.worker in seen.live]
-    cordon = held_back.cordon_in_the_way(connection, seen.held, live, task, bound, refusal)
+    cordon = held_back.cordon_in_the_way(connection, seen.filed, live, refusal)
     if cordon is not None:
         why, refusal = Reason.CORDONED, Refusal(Reason.CORDONED, worker=cordon.worker)
-    missing = missing_on_each(seen.held, seen.registered, task, bound) if why in SHORT_OF_ROOM else []
-    large = _large_workers(request, seen.registered, task)
+    missing = missing_on_each(seen.held, seen.registered, task, bound, terms) if why in SHORT_OF_ROOM else []
+    large = _large_workers(request, seen.registered, task, terms)
     unblocking = None
     if why in (Reason.NO_ROOM, Reason.ALONE):
         workers = [line.worker for line in missing if line.admits and line.worker in large][:LOOKED_AT]
         running = running_jobs.on_workers(connection, workers, most_losses)
-        unblocking = unblocked_by(seen.held, seen.registered, running, task, bound)
+        unblocking = unblocked_by(seen.held, seen.registered, running, task, bound, terms)
     return Explanation(
         job,
         state,
@@ -224,20 +226,23 @@ def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, 
         more_missing=max(0, len(missing) - SHOWN_WORKERS),
         unblocked_by=unblocking,
         cordon=cordon,
+        where=str(location) or None,
+        exclusive=bool(location.exclusive),
+        labels=words_of_labels([book.labels for book in seen.registered], terms) if why is Reason.NO_LABEL else None,
     )
 
 
 def _like(filed: str, before: Mapping[str, int]) -> int:
-    """Return how many of these jobs have the request and the task of a filed shape, whatever run time is expected."""
-    request, task, _ = split_shape(filed)
-    return sum(number for other, number in before.items() if split_shape(other)[:2] == (request, task))
+    """Return how many of these jobs are like a filed shape, whatever run time is expected."""
+    kind = (*split_shape(filed)[:2], terms_of(filed))
+    return sum(number for other, number in before.items() if (*split_shape(other)[:2], terms_of(other)) == kind)
 
 
-def _large_workers(request: Request, registered: Sequence[Book], task: str) -> set[str]:
-    """Return the workers that know the task, and would have room for the request if they were empty."""
+def _large_workers(request: Request, registered: Sequence[Book], task: str, terms: str) -> set[str]:
+    """Return the workers that may run the task there, and would have room for the request if they were empty."""
     kinds = kinds_of(registered)
     large = {kind_of(book) for book in kinds if book.knows(task) and is_large_enough(request, book)}
-    return {book.worker for book in registered if kind_of(book) in large}
+    return {book.worker for book in registered if kind_of(book) in large and book.allows(terms)}
 
 
 def _row(connection: Connection, job: str) -> Any:

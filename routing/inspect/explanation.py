@@ -64,6 +64,12 @@ class Explanation:
     estimate: EstimatedStart | None = None
     #: the tenant that comes first, or whose quota is reached
     tenant: str | None = None
+    #: the labels and the worker that it asks for, in words; None for none
+    where: str | None = None
+    #: True: the job itself asks to be alone on its worker
+    exclusive: bool = False
+    #: the values that workers have of the labels that no worker has as asked, in words
+    labels: str | None = None
 
     @property
     def waits(self) -> bool:

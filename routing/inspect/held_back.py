@@ -14,7 +14,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from celery_capacity.routing.insert import key_lines
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, run_time_of, split_shape, terms_of
 from celery_capacity.routing.model.states import WorkerStatus
 from celery_capacity.routing.policy.placement import Admission, Book, Refusal, survey
 from celery_capacity.routing.recovery.controls import entries
@@ -24,7 +24,9 @@ from celery_capacity.routing.store.controls import Cordon, Orders
 _Overview = TypeVar("_Overview", bound=Any)
 
 #: Reasons of the policy that a cordon may be behind.
-BY_CORDON = frozenset({Reason.NO_WORKER, Reason.NO_ROOM, Reason.TOO_LARGE, Reason.ALONE, Reason.NO_TIME})
+BY_CORDON = frozenset(
+    {Reason.NO_WORKER, Reason.NO_ROOM, Reason.TOO_LARGE, Reason.ALONE, Reason.NO_TIME, Reason.NO_LABEL}
+)
 
 
 def added(seen: _Overview, engine: Engine) -> _Overview:
@@ -51,14 +53,15 @@ def _with_cordon(line: Any, cordons: Mapping[str, Cordon]) -> Any:
 
 
 def cordon_in_the_way(
-    connection: Connection, request: Request, books: Iterable[Book], task: str, bound: int, refusal: Refusal | None
+    connection: Connection, filed: str, books: Iterable[Book], refusal: Refusal | None
 ) -> Cordon | None:
     """Return the cordon of a worker that would take a job now, while no other worker takes it; None for none."""
     if refusal is None or refusal.reason not in BY_CORDON:
         return None
     cordons = controls.cordons(connection)
     opened = [replace(book, admitting=True) for book in books if book.worker in cordons]
-    decision = survey(request, opened, 0, task, bound) if opened else None
+    request, bound = Request.from_shape(filed), run_time_of(filed).bound
+    decision = survey(request, opened, 0, split_shape(filed).task, bound, terms_of(filed)) if opened else None
     return cordons[decision.worker] if isinstance(decision, Admission) else None
 
 

@@ -46,8 +46,9 @@ from celery_capacity.routing.inspect.worker_lines import (
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.amounts import CPUS, MEMORY, SLOTS, is_named
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, terms_of
 from celery_capacity.routing.model.states import State, Store
+from celery_capacity.routing.policy.labels import named_worker
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.store import quarantine
 from celery_capacity.routing.store.controls import Orders
@@ -232,8 +233,17 @@ def from_ledger(client: redispy.Redis, page: Page = WHOLE, engine: Engine | None
                 lapsed += book.allocated.get(CPUS, 0)
                 silent += [book.to_policy(head.now)] if head.is_registered(book) else []
         backlog = read_backlog(client, head, replies, {line.catalogue for line in lines})
-        # Empty workers are judged, so one of each capacity is enough.
-        kinds = {(tuple(line.capacity.items()), line.status): line for line in lines}
+        # Empty workers are judged, so one of each capacity is enough, and the workers that a line names.
+        named = {named_worker(line.terms) for line in backlog}
+        kinds = {
+            (
+                tuple(line.capacity.items()),
+                tuple(line.labels.items()),
+                line.status,
+                line.name if line.name in named else "",
+            ): line
+            for line in lines
+        }
         return Overview(
             source=Store.LEDGER,
             at=datetime.fromtimestamp(head.now / 1000, UTC),
@@ -271,7 +281,12 @@ def from_postgres(connection: Connection, ttl: float = WORKER_TTL) -> Overview:
         .order_by(func.max(jobs.priority).desc(), func.min(jobs.seq))
     )
     backlog = merged(
-        BacklogLine(Request.from_shape(row.shape), row.waiting, max(0.0, (now - row.oldest).total_seconds()))
+        BacklogLine(
+            Request.from_shape(row.shape),
+            row.waiting,
+            max(0.0, (now - row.oldest).total_seconds()),
+            terms=terms_of(row.shape),
+        )
         for row in queues
     )
     judged = blocked_first(backlog, [line.to_policy() for line in registered])

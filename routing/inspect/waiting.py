@@ -18,13 +18,16 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.admission import shape_held
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request, filed_shape, split_shape
-from celery_capacity.routing.policy.feasibility import judge, kinds_of
+from celery_capacity.routing.model.request import Request, filed_shape, split_shape, terms_of
+from celery_capacity.routing.policy.feasibility import judge, kinds_of, with_named
+from celery_capacity.routing.policy.labels import place_of
 from celery_capacity.routing.policy.placement import SUBMISSIONS, TOP_PRIORITY, Book, Refusal, order
 from celery_capacity.routing.store import backlog
 
 #: Reasons that time does not change: somebody must start another worker, or cancel the jobs.
-BLOCKING: Final = frozenset({Reason.NO_TASK, Reason.NO_QUEUE, Reason.UNKNOWN_RESOURCE, Reason.TOO_LARGE})
+BLOCKING: Final = frozenset(
+    {Reason.NO_TASK, Reason.NO_QUEUE, Reason.NO_LABEL, Reason.UNKNOWN_RESOURCE, Reason.TOO_LARGE}
+)
 #: The first and the last order of each priority, as text. The first job between them is the oldest of the priority.
 _ORDERS: Final = tuple(
     (str(order(priority, 0)), str(order(priority, 0) + SUBMISSIONS - 1)) for priority in range(TOP_PRIORITY + 1)
@@ -49,11 +52,14 @@ class BacklogLine:
     oldest: float | None
     unknown_task: str = ""
     blocked: Reason | None = None
+    #: terms of its shapes that say where it may run
+    terms: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "queue": self.request.queue,
             "request": self.request.to_people(),
+            "where": str(place_of(self.terms)) or None,
             "waiting": self.waiting,
             "oldest_seconds": None if self.oldest is None else round(self.oldest, 3),
             "unknown_task": self.unknown_task or None,
@@ -84,16 +90,16 @@ def read_backlog(
     heads = snapshot.parse_jobs(client, {job: next(answers) for job in jobs})
     submitted = {job: time for job, fields in heads.items() if (time := int(fields.get("submitted", 0))) > 0}
     unknown = {name for name in names if sum(int(next(answers)) for _ in catalogues) == 0}
-    lines: dict[tuple[str, str], BacklogLine] = {}
+    lines: dict[tuple[str, str, str], BacklogLine] = {}
     for shape, filed, firsts in queues:
         waiting = filed + head.staying.get(shape, 0)
         asked, name, _ = split_shape(shape)
         task = name if name in unknown else ""
         times = [submitted[job] for job in firsts if job in submitted]
         oldest = max(0.0, (head.now - min(times)) / 1000) if times else None
-        key = (task, asked)
+        key = (task, asked, terms_of(shape))
         if waiting:
-            line = BacklogLine(Request.from_shape(asked), waiting, oldest, unquote(task))
+            line = BacklogLine(Request.from_shape(asked), waiting, oldest, unquote(task), terms=key[2])
             lines[key] = _together(lines[key], line) if key in lines else line
     return tuple(lines.values())
 
@@ -103,31 +109,33 @@ def blocked_first(lines: Iterable[BacklogLine], registered: Iterable[Book]) -> t
 
     Empty workers are judged. So one worker of each capacity is enough, however many there are.
     """
-    kinds = kinds_of(registered)
-    judged = [replace(line, blocked=_blocked(line, kinds)) for line in lines]
+    books = list(registered)
+    kinds = kinds_of(books)
+    judged = [replace(line, blocked=_blocked(line, with_named(kinds, books, line.terms))) for line in lines]
     return tuple(sorted(judged, key=lambda line: (line.blocked is None, not line.unknown_task)))
 
 
 def _blocked(line: BacklogLine, books: Sequence[Book]) -> Reason | None:
     if line.unknown_task:
         return Reason.NO_TASK
-    decision = judge(line.request, books)
+    decision = judge(line.request, books, terms=line.terms)
     return decision.reason if isinstance(decision, Refusal) and decision.reason in BLOCKING else None
 
 
 def merged(lines: Iterable[BacklogLine]) -> tuple[BacklogLine, ...]:
-    """Return the lines with one for each request: jobs of one request wait in a queue for each class of run times."""
-    by_request: dict[Request, BacklogLine] = {}
+    """Return the lines with one for each request and place: its jobs wait in a queue for each class of run times."""
+    by_request: dict[tuple[Request, str], BacklogLine] = {}
     for line in lines:
-        before = by_request.get(line.request)
-        by_request[line.request] = line if before is None else _together(before, line)
+        before = by_request.get((line.request, line.terms))
+        by_request[line.request, line.terms] = line if before is None else _together(before, line)
     return tuple(by_request.values())
 
 
 def _together(first: BacklogLine, second: BacklogLine) -> BacklogLine:
     """Return the line of two tasks with one request."""
     ages = [line.oldest for line in (first, second) if line.oldest is not None]
-    return BacklogLine(first.request, first.waiting + second.waiting, max(ages, default=None), first.unknown_task)
+    waiting = first.waiting + second.waiting
+    return replace(first, waiting=waiting, oldest=max(ages, default=None))
 
 
 def _firsts(replies: Iterator[Any]) -> list[str]:

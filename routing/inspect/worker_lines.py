@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -57,11 +57,13 @@ class WorkerLine:
     cordon: Cordon | None = None
     #: seconds until it ends, None where no end is known
     left: float | None = None
+    #: its labels, by key
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def to_policy(self) -> Book:
         """Return the worker as the policy sees it; its tasks are judged elsewhere."""
         admitting = self.status == WorkerStatus.READY
-        return Book(self.name, self.capacity, self.allocated, admitting=admitting)
+        return Book(self.name, self.capacity, self.allocated, admitting=admitting, labels=self.labels)
 
     def to_json(self) -> dict[str, Any]:
         age = self.heartbeat_age
@@ -77,6 +79,7 @@ class WorkerLine:
             "allocated_slots": self.allocated.get(SLOTS, 0),
             "named": named_amounts(self.capacity, self.allocated),
             "queues": amounts.queues_of(self.capacity),
+            "labels": dict(self.labels),
             "hostname": self.hostname,
             "pid": self.pid,
             "incarnation": self.incarnation,
@@ -111,6 +114,7 @@ def ledger_line(now: int, book: snapshot.WorkerBook, view: Sequence[Any]) -> Wor
         version=version,
         catalogue=book.catalogue,
         left=None if book.ends is None else max(0, book.ends - now) / 1000,
+        labels=book.labels,
     )
 
 
@@ -128,4 +132,5 @@ def row_line(row: Any, now: datetime, allocated: Mapping[str, int]) -> WorkerLin
         started_at=row.started_at.astimezone(UTC).isoformat(timespec="milliseconds"),
         version=row.version,
         left=None if row.ends_at is None else max(0.0, (row.ends_at - now).total_seconds()),
+        labels=row.labels,
     )

@@ -40,6 +40,7 @@ from celery_capacity.routing.model.envelope import digest_of
 from celery_capacity.routing.model.request import task_text
 from celery_capacity.routing.model.states import State, WorkerStatus
 from celery_capacity.routing.model.token import Token
+from celery_capacity.routing.policy.labels import labels_text
 
 #: Messages that one script delivers again, so that admission never waits long for it.
 REDELIVER_CHUNK: Final = 100
@@ -243,12 +244,14 @@ class Ledger(Held, Elections):
         *,
         tasks: Collection[str] | None = None,
         left_ms: int | None = None,
+        labels: Mapping[str, str] | None = None,
         admit: bool = True,
     ) -> Filled | Taken:
         """Open a worker's book, or return `Taken` where the name belongs to another incarnation.
 
         `capacity` has the form of a shape. `tasks`: names of the tasks that the worker has registered, None where it
-        takes any. `left_ms`: milliseconds until the worker ends, None where no end is known. With the status `closed`,
+        takes any. `left_ms`: milliseconds until the worker ends, None where no end is known. `labels`: by key. With the
+        status `closed`,
         nothing is admitted before the next `renew`. Without `admit`, this caller admits nothing.
         """
         names = " ".join(sorted(map(task_text, tasks or ())))
@@ -265,6 +268,7 @@ class Ledger(Held, Elections):
             names=names,
             status=status,
             left="" if left_ms is None else left_ms,
+            labels=labels_text(labels or {}),
         )
         if reply.head == "taken":
             return Taken(reply["incarnation"], reply.number("lease_left"), reply.number("held"))

@@ -8,7 +8,7 @@ once more, so that a change between the reading and the script does no harm.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from celery_capacity.routing.ledger.signatures import Group, Reply
 from celery_capacity.routing.model.request import split_shape
 from celery_capacity.routing.model.states import HOLDING
 from celery_capacity.routing.model.token import Token
+from celery_capacity.routing.policy.labels import labels_text
 
 #: Entries of a list that one script looks at. Each may be put back into the backlog, in some ten commands.
 PAGE: Final = 100
@@ -130,9 +131,13 @@ class Held(Admission):
             reply = self._call(script, groups, worker=worker, counted=self._held_sum(worker), **values)
         return reply
 
-    def reserve_book(self, worker: str, incarnation: str, capacity: str) -> bool:
+    def reserve_book(
+        self, worker: str, incarnation: str, capacity: str, labels: Mapping[str, str] | None = None
+    ) -> bool:
         """Open a closed book for a worker that has not registered in this epoch; return False where it has a book."""
-        return self._counted("reserve_book", worker=worker, incarnation=incarnation, capacity=capacity).head == "ok"
+        text = labels_text(labels or {})
+        reply = self._counted("reserve_book", worker=worker, incarnation=incarnation, capacity=capacity, labels=text)
+        return reply.head == "ok"
 
     # -- taking back ---------------------------------------------------------------------------------------------
 

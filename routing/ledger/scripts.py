@@ -97,9 +97,9 @@ TENANTS_IN_TURN: Final = 256
 FOLDERS: Final = ("jobs", "workers", "backlog", "repair", "epoch")
 #: The files of `lua/lib`, with the functions that the operations share. A function stands behind those that it uses.
 LIBRARY: Final = (
-    "values", "book", "times", "opening", "classes", "indexes", "candidates", "search", "job", "transitions", "border",
-    "beside", "queues", "reservation", "controls", "tenants", "admit", "requeue", "batches", "admit_or_file", "held",
-    "turns", "exclusive", "shapes_to_try", "next_turn", "fill_pass",
+    "values", "book", "labels", "times", "opening", "classes", "indexes", "candidates", "spread", "search", "job",
+    "transitions", "border", "beside", "queues", "reservation", "controls", "tenants", "admit", "requeue", "batches",
+    "admit_or_file", "held", "turns", "exclusive", "shapes_to_try", "next_turn", "fill_pass",
 )  # fmt: skip
 _LUA: Final = files("celery_capacity.routing").joinpath("lua")
 

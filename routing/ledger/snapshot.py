@@ -19,6 +19,7 @@ import redis
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.states import WorkerStatus
 from celery_capacity.routing.model.token import NO_ATTEMPT, Token
+from celery_capacity.routing.policy.labels import labels_of_text
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Reservation
 
@@ -97,6 +98,8 @@ class WorkerBook:
     catalogue: str = ""
     cordoned: str = ""
     ends: int | None = None
+    #: Its labels, by key.
+    labels: Mapping[str, str] = field(default_factory=dict)
     #: Reservation of a worker that is kept for a job which need not be alone, None for another worker.
     reservation: Reservation | None = None
 
@@ -119,7 +122,9 @@ class WorkerBook:
         tasks = catalogues.get(self.catalogue) if catalogues is not None else None
         left = None if self.ends is None else self.ends - now
         reserved_at = self.reservation.at if self.reservation else None
-        return Book(self.worker, self.capacity, self.allocated, admitting, self.kept, tasks, left, reserved_at)
+        return Book(
+            self.worker, self.capacity, self.allocated, admitting, self.kept, tasks, left, reserved_at, self.labels
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +234,7 @@ def parse_book(worker: str, reply: Any) -> WorkerBook | None:
         catalogue=text(rest.get("tasks", "")),
         cordoned=text(rest.get("cordoned", "")),
         ends=int(rest["ends"]) if "ends" in rest else None,
+        labels=labels_of_text(text(rest["labels"])) if "labels" in rest else {},
         reservation=_reservation(worker, rest) if "kept_at" in rest else None,
     )
 
@@ -267,7 +273,7 @@ class _BookLayout:
 #: Fields of a book that are read, beside amounts.
 _BOOK_FIELDS: Final = frozenset(
     {
-        *("epoch", "incarnation", "status", "cordoned", "queue", "lease", "shrunk", "tasks", "ends"),
+        *("epoch", "incarnation", "status", "cordoned", "queue", "lease", "shrunk", "tasks", "ends", "labels"),
         *("kept", "kept_at", "kept_since", "kept_order", "beside"),
     }
 )

@@ -50,6 +50,8 @@ class Reason(Enum):
     NO_TIME = "no-time"
     #: only a worker that is reserved for an earlier job has room
     RESERVED = "reserved"
+    #: no worker has the labels, or the name, that it asks for
+    NO_LABEL = "no-label"
 
     # -- of the way to the policy
 

@@ -48,8 +48,10 @@ _TIMES: Final = re.compile(r"(?:,\^(\d{1,12}))?,~(\d{1,12})\Z", re.ASCII)
 TENANT: Final = "tenant"
 #: options of a request that `@app.task(…)` and `apply_async(…)` accept
 REQUEST_OPTIONS = (CPUS, MEMORY, GPUS, "resources")
-#: the same, the expected run time and the tenant
-CALL_OPTIONS = (*REQUEST_OPTIONS, EXPECTED, TENANT)
+#: options of a task, a call and a rule that say where a job may run
+PLACE_OPTIONS = ("where", "worker", "exclusive", "placement")
+#: all of these, the expected run time and the tenant
+CALL_OPTIONS = (*REQUEST_OPTIONS, EXPECTED, TENANT, *PLACE_OPTIONS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from celery_capacity.routing.model.amounts import ALONE, CPUS, format_amount, is_label
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request, split_shape
+from celery_capacity.routing.model.request import Request, split_shape, terms_of
+from celery_capacity.routing.policy.labels import named_worker, place_of, words_of_labels
 from celery_capacity.routing.policy.placement import Admission, Book, Refusal, fits, shortages, survey
 
 
@@ -20,7 +21,8 @@ class Shortfall:
     """The resource for which no registered worker could hold a request: millicores, bytes or pieces.
 
     `largest`: the capacity of `worker`, "" and 0 where no worker publishes the resource. `combined`: some workers have
-    enough of each resource, and none has enough of all; then `worker` is the one that comes closest.
+    enough of each resource, and none has enough of all; then `worker` is the one that comes closest. Where the reason
+    is `NO_LABEL`, `resource` is the place that is asked for, and `labels` those of the workers, in words.
     """
 
     reason: Reason
@@ -29,9 +31,13 @@ class Shortfall:
     largest: int = 0
     worker: str = ""
     combined: bool = False
+    labels: str = ""
 
     def __str__(self) -> str:
         """Return the shortfall in words: "asks for 128 CPUs; the largest registered worker has 96 CPUs (worker-07)"."""
+        if self.reason is Reason.NO_LABEL:
+            has = f"; the registered workers have {self.labels}" if self.labels else ""
+            return f"asks for {self.resource}, and no registered worker is such a one{has}"
         asked = f"asks for {format_amount(self.resource, self.asked)}"
         if not self.worker:
             return f"{asked}; no registered worker publishes {self.resource}"
@@ -45,12 +51,16 @@ def is_large_enough(request: Request, book: Book) -> bool:
     return fits(request, replace(book, allocated={}, kept="")) is None
 
 
-def find_shortfall(request: Request, registered: Iterable[Book]) -> Shortfall | None:
-    """Return the reason why no registered worker could ever hold a request, None where one could.
+def find_shortfall(request: Request, registered: Iterable[Book], terms: str = "") -> Shortfall | None:
+    """Return the reason why no registered worker could ever hold a request with these terms, None where one could.
 
     Without a worker that serves the request's queue nothing is judged: return None.
     """
-    serving = [replace(book, allocated={}, kept="") for book in registered if book.serves(request)]
+    every = [replace(book, allocated={}, kept="") for book in registered if book.serves(request)]
+    serving = [book for book in every if book.allows(terms)]
+    if every and not serving:
+        labels = words_of_labels([book.labels for book in every], terms)
+        return Shortfall(Reason.NO_LABEL, str(place_of(terms)), 0, labels=labels)
     if not serving or any(fits(request, book) is None for book in serving):
         return None
     amounts = [(name, amount) for name, amount in request.amounts if name != ALONE and not is_label(name)]
@@ -69,31 +79,31 @@ def find_shortfall(request: Request, registered: Iterable[Book]) -> Shortfall | 
 
 
 def judge(
-    request: Request, registered: Iterable[Book], ahead: int = 0, task: str = "", bound: int = 0
+    request: Request, registered: Iterable[Book], ahead: int = 0, task: str = "", bound: int = 0, terms: str = ""
 ) -> Admission | Refusal:
     """Return the decision over all registered workers, with the best reason there is.
 
     `ahead`: jobs of the same request and task that wait before this one. `bound`: milliseconds after which the job has
-    ended, 0 for unknown. A request that no worker could ever hold is
-    refused as such, also while no worker admits anything. Where only workers that admit nothing now are large enough,
-    the refusal is `NO_WORKER` and names the first of them.
+    ended, 0 for unknown. A request that no worker could ever hold is refused as such, also while no worker admits
+    anything. Where only workers that admit nothing now are large enough, the refusal is `NO_WORKER` and names the first
+    of them.
     """
     books = list(registered)
     knowing = [book for book in books if book.knows(task)]
-    kinds = kinds_of(knowing)
-    never = find_shortfall(request, kinds)
+    kinds = with_named(kinds_of(knowing), knowing, terms)
+    never = find_shortfall(request, kinds, terms)
     if never is not None:
         return Refusal(never.reason, never.resource, never.asked, never.largest, never.worker)
-    large = [book for book in kinds if is_large_enough(request, book)]
+    large = [book for book in kinds if book.allows(terms) and is_large_enough(request, book)]
     if large and not any(book.admitting for book in large):
         return Refusal(Reason.NO_WORKER, worker=min(book.worker for book in large))
-    return survey(request, books, ahead, task, bound)
+    return survey(request, books, ahead, task, bound, terms)
 
 
 def kind_of(book: Book) -> Hashable:
-    """Return the kind of a worker: its capacity, its tasks, and if it admits jobs."""
+    """Return the kind of a worker: its capacity, its tasks, its labels, and if it admits jobs."""
     tasks = None if book.tasks is None else frozenset(book.tasks)
-    return tuple(book.capacity.items()), book.admitting, tasks
+    return tuple(book.capacity.items()), book.admitting, tasks, tuple(book.labels.items())
 
 
 def kinds_of(books: Iterable[Book]) -> list[Book]:
@@ -116,11 +126,19 @@ def count_before(waiting: Mapping[str, int], registered: Iterable[Book]) -> int:
     `waiting`: the number of these jobs by the shape under which they are filed. A job that no registered worker could
     ever take holds up no other, and does not count.
     """
-    kinds = kinds_of(registered)
-    return sum(number for filed, number in waiting.items() if number > 0 and _can_start(filed, kinds))
+    books = list(registered)
+    kinds = kinds_of(books)
+    return sum(number for filed, number in waiting.items() if number > 0 and _can_start(filed, kinds, books))
 
 
-def _can_start(filed: str, kinds: Sequence[Book]) -> bool:
+def _can_start(filed: str, kinds: Sequence[Book], books: Sequence[Book]) -> bool:
     shape, task, _ = split_shape(filed)
-    request = Request.from_shape(shape)
-    return any(book.knows(task) and is_large_enough(request, book) for book in kinds)
+    request, terms = Request.from_shape(shape), terms_of(filed)
+    possible = (book for book in with_named(kinds, books, terms) if book.allows(terms))
+    return any(book.knows(task) and is_large_enough(request, book) for book in possible)
+
+
+def with_named(kinds: Sequence[Book], books: Iterable[Book], terms: str) -> Sequence[Book]:
+    """Return a book of each kind, and before them the book of the worker that these terms name."""
+    name = named_worker(terms)
+    return kinds if not name else [*(book for book in books if book.worker == name), *kinds]

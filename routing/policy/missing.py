@@ -65,13 +65,17 @@ class Unblocking:
     jobs: tuple[str, ...]
 
 
-def missing_on_each(request: Request, books: Iterable[Book], task: str = "", bound: int = 0) -> list[Missing]:
+def missing_on_each(
+    request: Request, books: Iterable[Book], task: str = "", bound: int = 0, terms: str = ""
+) -> list[Missing]:
     """Return what each worker that may take the request lacks, the closest worker first.
 
-    Workers that do not know the task, do not serve the queue, or end within the `bound` of the job (ms) are left out.
+    Workers that do not know the task, do not serve the queue, end within the `bound` of the job (ms), or that its
+    `terms` do not allow, are left out.
     The closest worker admits jobs, lacks the fewest resources, then has the most free CPUs, then comes first by name.
     """
-    possible = [book for book in books if book.knows(task) and book.serves(request) and book.lasts(bound)]
+    knowing = [book for book in books if book.knows(task) and book.serves(request)]
+    possible = [book for book in knowing if book.lasts(bound) and book.allows(terms)]
     possible.sort(key=lambda book: (not book.admitting, len(shortages(request, book)), -book.free(CPUS), book.worker))
     return [_missing(request, book) for book in possible]
 
@@ -92,17 +96,18 @@ def unblocked_by(
     running: Mapping[str, Sequence[Running]],
     task: str = "",
     bound: int = 0,
+    terms: str = "",
 ) -> Unblocking | None:
     """Return the smallest set of running jobs on one worker whose ends make room; None where no such set is known.
 
     `running`: the jobs of each worker that is to be looked at. `bound`: milliseconds after which the job has ended, 0
-    for unknown. A worker that ends before is left out. Of equally small sets the one whose jobs are the oldest is
-    taken, then the worker that comes first by name.
+    for unknown. A worker that ends before, or that the `terms` do not allow, is left out. Of equally small sets the one
+    whose jobs are the oldest is taken, then the worker that comes first by name.
     """
     best: tuple[int, list[float], str, tuple[str, ...]] | None = None
     for book in sorted(books, key=lambda book: book.worker):
         jobs = running.get(book.worker)
-        takes = book.admitting and book.knows(task) and book.lasts(bound)
+        takes = book.admitting and book.knows(task) and book.lasts(bound) and book.allows(terms)
         if not jobs or not takes or not is_large_enough(request, book):
             continue
         chosen = _smallest(request, book, jobs)

@@ -10,13 +10,14 @@ The rules:
   again, not even a job that asks for nothing. It is passed over like a cordoned worker.
 - A job runs a task, and only workers that have registered the task take the job. Tasks that come with Celery and with
   the platform are known to all. A worker of an older release, which published none, takes any.
+- A job may ask for labels of its worker, or for one worker by its name, and for the worker alone (`labels`).
 - A worker may end at a known time. It takes a job only if the job's bound is over by then: its hard time limit, or
   without one its expected run time. A job with neither is taken.
 - A job is in a queue, and only workers that serve the queue take the job. A queue other than the default one is a
   label: the job asks for one of it, and workers that serve the queue have more than can be allocated. A worker that
   does not serve the default queue takes only jobs with a label. Labels are no capacity: a worker that serves a queue no
   more is not over its capacity for the jobs that it still holds of that queue.
-- Best fit: of the workers with room, the one with the fewest free CPUs, ties by name.
+- Best fit: of the workers with room, the one with the fewest free CPUs, ties by name. A spread job goes to the last.
 - Waiting jobs come in order of priority (9 first) and then of submission. A job that does not fit holds up no other,
   unless a worker is reserved for it (`reservation`).
 - The last attempt of a job (one more loss ends the job) runs alone on its worker, so that it can break only itself. It
@@ -28,7 +29,7 @@ The rules:
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from celery_capacity.routing.model.amounts import (
@@ -46,6 +47,7 @@ from celery_capacity.routing.model.expected import UNKNOWN, RunTime
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request, filed_shape, split_shape, split_suffix, timed
 from celery_capacity.routing.policy.amount_classes import CLASS_SPAN, amount_class
+from celery_capacity.routing.policy.labels import allows, is_exclusive, is_spread, named_worker
 
 #: highest priority; the lowest is 0, and a higher one comes first
 TOP_PRIORITY = 9
@@ -103,7 +105,7 @@ class Book:
     Not `admitting`: the worker is cordoned, draining or closed. `kept`: the only shape that the worker takes, "" for no
     such limit. `tasks`: those that it has registered, None where it takes any. `left`: milliseconds until it ends, None
     where no end is known. `reserved_at`: where the worker is kept by a reservation, which others may pass, the time of
-    that (ms, 0 until the job starts), else None.
+    that (ms, 0 until the job starts), else None. `labels`: its labels, by key.
     """
 
     worker: str
@@ -114,6 +116,7 @@ class Book:
     tasks: Collection[str] | None = None
     left: int | None = None
     reserved_at: int | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def free(self, resource: str) -> int:
         """Return capacity less allocations; negative while the worker is over its capacity."""
@@ -130,13 +133,8 @@ class Book:
 
         The ledger's index has just these workers.
         """
-        return (
-            self.admitting
-            and not self.over
-            and self.free(SLOTS) >= 1
-            and not self.allocated.get(ALONE, 0)
-            and not self.kept
-        )
+        left_to_one = self.kept or self.allocated.get(ALONE, 0)
+        return self.admitting and not self.over and self.free(SLOTS) >= 1 and not left_to_one
 
     @property
     def over(self) -> str | None:
@@ -179,9 +177,13 @@ class Book:
         """Return True if a job that ends within `bound` milliseconds, 0 for unknown, ends before the worker does."""
         return self.left is None or bound <= self.left
 
+    def allows(self, terms: str) -> bool:
+        """Return True if jobs with these terms may run on a worker with this name and these labels."""
+        return allows(terms, self.worker, self.labels)
+
     def takes(self, waiting: Waiting) -> bool:
-        """Return True if the worker knows the task of a waiting job, and lasts as long as the job."""
-        return self.knows(waiting.task) and self.lasts(waiting.run_time.bound)
+        """Return True if the worker knows the task of a waiting job, lasts as long as the job, and may run it."""
+        return self.knows(waiting.task) and self.lasts(waiting.run_time.bound) and self.allows(waiting.terms)
 
     def holding(self, request: Request) -> Book:
         """Return the book after this request was admitted."""
@@ -242,7 +244,8 @@ def held_by(request: Request, losses: int, most_losses: int) -> Request:
 def asked_shape(shape: str) -> str:
     """Return the shape that a job itself asks for, from the shape that it holds or is filed under."""
     asked = dict(Request.from_shape(shape).amounts)
-    asked.pop(ALONE, 0)
+    if not is_exclusive(shape):
+        asked.pop(ALONE, 0)
     return Request.of(asked).shape + split_suffix(shape)[1]
 
 
@@ -302,41 +305,45 @@ def choose(
     after: tuple[int, str] | None = None,
     task: str = "",
     bound: int = 0,
+    terms: str = "",
 ) -> Admission | Refusal:
     """Return the best fit among at most `candidates` workers, as one script looks at them.
 
     The candidates admit, are not over their capacity, and have a free slot and enough free CPUs. A worker on which a
     job is alone, or that is kept for a job, is no candidate. All of them stand in the index that the request is
     `found_by`. They come in order of (free CPUs, name), behind the cursor `after` where there is one. The first with
-    room for the whole request that knows the task, and lasts for the job's `bound` (ms), is chosen.
+    room for the whole request that knows the task, lasts for the job's `bound` (ms), and that its `terms` allow, is
+    chosen. Of a job that names a worker only that one is a candidate. A job that is spread looks from the other end.
     """
     books = list(books)
     admitting = [book for book in books if book.admitting]
     if not admitting:
         return Refusal(Reason.NO_WORKER)
-    index_name = found_by(request, books)
+    index_name, name, spread = found_by(request, books), named_worker(terms), is_spread(terms)
     index = sorted(
         (
             (book.free(CPUS), book.worker, book)
-            for book in admitting
-            if book.open and (_may_have(index_name, request, book) if index_name else book.serves(request))
+            for book in (book for book in admitting if book.open and name in ("", book.worker))
+            if (_may_have(index_name, request, book) if index_name else book.serves(request))
         ),
         key=lambda row: row[:2],
+        reverse=spread,
     )
     asked = request.get(CPUS)
-    behind = [row for row in index if row[0] >= asked and (after is None or row[:2] > after)]
+    behind = [row for row in index if row[0] >= asked]
+    behind = [row for row in behind if after is None or name or (row[:2] < after if spread else row[:2] > after)]
     looked_at = behind[:candidates]
     for _, worker, book in looked_at:
-        if fits(request, book) is None and book.knows(task) and book.lasts(bound):
+        if fits(request, book) is None and book.knows(task) and book.lasts(bound) and book.allows(terms):
             return Admission(worker)
     if len(behind) > len(looked_at):
         free, worker, _ = looked_at[-1]
         return Refusal(Reason.LOOK_FURTHER, CPUS, asked, free, worker)
-    return _closest(request, [book for book in admitting if book.knows(task)], Reason.NO_ROOM)
+    return _closest(request, [book for book in admitting if book.knows(task) and book.allows(terms)], Reason.NO_ROOM)
 
 
 def survey(
-    request: Request, books: Iterable[Book], ahead: int = 0, task: str = "", bound: int = 0
+    request: Request, books: Iterable[Book], ahead: int = 0, task: str = "", bound: int = 0, terms: str = ""
 ) -> Admission | Refusal:
     """Return the decision over all workers, with the best reason there is, as `explain` says it.
 
@@ -350,11 +357,14 @@ def survey(
     serving = [book for book in knowing if book.serves(request)]
     if knowing and not serving:
         return Refusal(Reason.NO_QUEUE)
-    admitting = [book for book in serving if book.admitting]
+    allowed = [book for book in serving if book.allows(terms)]
+    if serving and not allowed:
+        return Refusal(Reason.NO_LABEL)
+    admitting = [book for book in allowed if book.admitting]
     if not admitting:
         return Refusal(Reason.NO_WORKER)
     for name, amount in request.amounts:
-        if name != ALONE and not any(book.capacity.get(name, 0) for book in serving):
+        if name != ALONE and not any(book.capacity.get(name, 0) for book in allowed):
             return Refusal(Reason.UNKNOWN_RESOURCE, name, amount)
     empty = [replace(book, allocated={}, kept="") for book in admitting]
     large_enough = [book for book, bare in zip(admitting, empty, strict=True) if fits(request, bare) is None]
@@ -364,16 +374,14 @@ def survey(
     if not lasting:
         longest = max(large_enough, key=lambda book: (book.left or 0, book.worker))
         return Refusal(Reason.NO_TIME, TIME, bound, longest.left or 0, longest.worker)
-    large_enough = lasting
-    decision = choose(request, large_enough, len(large_enough))
+    decision = choose(request, lasting, len(lasting), terms=terms)
     if isinstance(decision, Admission) and ahead:
         return Refusal(Reason.BEHIND_SHAPE, asked=ahead, worker=decision.worker)
     if isinstance(decision, Refusal) and request.get(ALONE):
-        kept = next((book.worker for book in large_enough if asked_kept(book) == request.shape), "")
+        kept = next((book.worker for book in lasting if asked_kept(book) == request.shape), "")
         return Refusal(Reason.ALONE, worker=kept)
     if isinstance(decision, Refusal) and decision.reason is Reason.NO_ROOM:
-        reserved = (book for book in large_enough if book.reserved_at is not None)
-        passed = (book for book in reserved if fits(request, book) is None)
+        passed = (book for book in lasting if book.reserved_at is not None and fits(request, book) is None)
         if (book := min(passed, key=lambda book: book.worker, default=None)) is not None:
             return Refusal(Reason.RESERVED, free=book.reserved_at or 0, worker=book.worker)
     return decision

@@ -15,12 +15,16 @@ from sqlalchemy import Connection, text
 
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model import amounts
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, terms_of
 from celery_capacity.routing.policy.feasibility import Shortfall, find_shortfall
+from celery_capacity.routing.policy.labels import named_worker
 from celery_capacity.routing.policy.placement import Book, asked_shape
 
 _REGISTERED: Final = text(
-    "SELECT min(name), capacity FROM workers WHERE status NOT IN ('left', 'lost') GROUP BY capacity ORDER BY 1"
+    "SELECT name, capacity, labels FROM ("
+    " SELECT name, capacity, labels, row_number() OVER (PARTITION BY capacity, labels ORDER BY name) AS number"
+    " FROM workers WHERE status NOT IN ('left', 'lost')"
+    ") AS w WHERE number = 1 OR name = ANY(CAST(:named AS text[])) ORDER BY 1"
 )
 _WAITING: Final = text("SELECT DISTINCT shape FROM jobs WHERE state IN ('accepted', 'waiting') AND revoked_at IS NULL")
 # A clock that nobody watched for a while starts anew: meanwhile a worker may have come and gone.
@@ -44,10 +48,14 @@ _THESE: Final = text(f"SELECT id, shape FROM jobs WHERE id = ANY(CAST(:ids AS te
 _ALL: Final = text(f"SELECT id, shape FROM jobs WHERE {_LONG_ENOUGH}")
 
 
-def registered_workers(connection: Connection) -> list[Book]:
-    """Return the capacities of the workers that have neither left nor been given up; each once, with one name."""
-    rows = connection.execute(_REGISTERED)
-    return [Book(name, amounts.from_people(capacity), {}) for name, capacity in rows]
+def registered_workers(connection: Connection, shapes: Iterable[str] = ()) -> list[Book]:
+    """Return a worker of each capacity with the same labels, of those that have neither left nor been given up.
+
+    Also return the workers that one of these shapes names.
+    """
+    named = sorted({name for shape in shapes if (name := named_worker(terms_of(shape)))})
+    rows = connection.execute(_REGISTERED, {"named": named})
+    return [Book(name, amounts.from_people(capacity), {}, labels=labels) for name, capacity, labels in rows]
 
 
 def waiting_in_ledger(client: redispy.Redis) -> dict[str, list[str]]:
@@ -69,7 +77,7 @@ def waiting_in_postgres(connection: Connection) -> list[str]:
 
 def shortfalls(shapes: Iterable[str], registered: Sequence[Book]) -> dict[str, Shortfall]:
     """Return the requests that no registered worker could hold, each with the reason."""
-    judged = ((shape, find_shortfall(Request.from_shape(shape), registered)) for shape in shapes)
+    judged = ((shape, find_shortfall(Request.from_shape(shape), registered, terms_of(shape))) for shape in shapes)
     return {shape: shortfall for shape, shortfall in judged if shortfall is not None}
 
 

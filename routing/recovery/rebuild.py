@@ -112,6 +112,7 @@ class _Worker:
     capacity: Any
     seen: bool
     newest: bool
+    labels: Any
 
 
 class Opener:
@@ -234,7 +235,8 @@ class Opener:
             self._go_on()
             if not worker.newest:
                 continue
-            ledger.reserve_book(worker.name, worker.incarnation, Capacity.from_people(worker.capacity).shape)
+            capacity = Capacity.from_people(worker.capacity).shape
+            ledger.reserve_book(worker.name, worker.incarnation, capacity, worker.labels)
             jobs = holdings.get(worker.incarnation, [])
             for start in range(0, len(jobs), BACKLOG_CHUNK):
                 ledger.adopt(worker.name, worker.incarnation, jobs[start : start + BACKLOG_CHUNK])
@@ -316,7 +318,8 @@ _ROWS: Final = text("SELECT id, epoch, attempt, state FROM jobs WHERE id = ANY(C
 
 
 _WORKERS: Final = text("""
-SELECT name, incarnation, capacity, seen_at > now() - make_interval(secs => :ttl) AND newest = 1, newest = 1
+SELECT name, incarnation, capacity, seen_at > now() - make_interval(secs => :ttl) AND newest = 1, newest = 1,
+       labels
 FROM (SELECT *, row_number() OVER (PARTITION BY name ORDER BY started_at DESC) AS newest
       FROM workers WHERE status IN ('ready', 'draining')) AS w ORDER BY name, newest
 """)

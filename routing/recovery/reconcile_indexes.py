@@ -89,7 +89,7 @@ def _repair_job(connection: Connection, ledger: Ledger, job: str, card: JobCard,
 
 
 _CAPACITY: Final = text("""
-SELECT incarnation, capacity FROM workers WHERE name = :name AND status IN ('ready', 'draining')
+SELECT incarnation, capacity, labels FROM workers WHERE name = :name AND status IN ('ready', 'draining')
 ORDER BY started_at DESC LIMIT 1
 """)
 
@@ -101,7 +101,7 @@ def restore_book(connection: Connection, ledger: Ledger, worker: str, result: Re
     worker.
     """
     row = connection.execute(_CAPACITY, {"name": worker}).one_or_none()
-    if row is None or not ledger.reserve_book(worker, row[0], Capacity.from_people(row[1]).shape):
+    if row is None or not ledger.reserve_book(worker, row[0], Capacity.from_people(row[1]).shape, row[2]):
         return False
     result.note("a worker without a book")
     return True

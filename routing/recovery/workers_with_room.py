@@ -20,7 +20,7 @@ from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.snapshot import WorkerBook
 from celery_capacity.routing.model.amounts import ALONE
-from celery_capacity.routing.model.request import Request, split_shape
+from celery_capacity.routing.model.request import Request, split_shape, terms_of
 from celery_capacity.routing.policy.placement import Book, fits
 
 #: Most smallest requests of a task that are judged. Where there are more, any worker that knows the task may have room.
@@ -54,18 +54,19 @@ def with_room(client: redis.Redis, shapes: Collection[str]) -> Iterator[str]:
     """Yield the workers in the index that may have room for a job of these shapes. Raises `RedisError`."""
     if not shapes:
         return
-    by_task: dict[str, list[str]] = defaultdict(list)
+    by_kind: dict[tuple[str, str], list[str]] = defaultdict(list)
     for shape in shapes:
-        by_task[split_shape(shape).task].append(shape)
-    wanted = {task: smallest(of_task) for task, of_task in by_task.items()}
+        by_kind[split_shape(shape).task, terms_of(shape)].append(shape)
+    wanted = {kind: smallest(of_kind) for kind, of_kind in by_kind.items()}
     knowing: dict[tuple[str, str], bool] = {}
     names = [snapshot.text(name) for name in client.zrange(keys.FREE, 0, -1)]
     for start in range(0, len(names), CHUNK):
         books = snapshot.read_books(client, names[start : start + CHUNK])
-        _ask_who_knows(client, knowing, books.values(), wanted)
+        _ask_who_knows(client, knowing, books.values(), {task for task, _ in wanted})
         for name, book in books.items():
             policy = book.to_policy(0)
-            asked = [requests for task, requests in wanted.items() if knowing[book.catalogue, task]]
+            kinds = [kind for kind in wanted if knowing[book.catalogue, kind[0]] and policy.allows(kind[1])]
+            asked = [wanted[kind] for kind in kinds]
             if any(requests is None or may_take(policy, requests) for requests in asked):
                 yield name
 

@@ -134,17 +134,12 @@ def choose(book: Book, page: Sequence[Candidate], most_losses: int, sharing: Sha
     A worker that holds nothing takes a job that must be alone before all others. No worker is kept for such a job,
     while the ledger keeps one: here every worker would be kept, since none knows of the others.
     """
-    asked = {row.job: held_by(Request.from_shape(row.shape), row.losses, most_losses) for row in page}
-    alone = [row for row in page if asked[row.job].get(ALONE)]
-    if book.empty:
-        for row in alone:
-            if fits(asked[row.job], book) is None:
-                return [row]
     by_id = {row.job: row for row in page}
-    waiting = [
-        Waiting(row.job, asked[row.job], order(row.priority, row.seq), "", run_time_of(row.shape), terms_of(row.shape))
-        for row in page
-    ]
+    waiting = [_waiting(row, most_losses) for row in page]
+    if book.empty:
+        for entry in waiting:
+            if entry.request.get(ALONE) and book.takes(entry) and fits(entry.request, book) is None:
+                return [by_id[entry.job]]
     elsewhere = {entry.shape for entry in waiting if entry.request.get(ALONE)}
     return [
         by_id[entry.job] for entry in fill_or_keep(book, waiting, MAX_ADMITTED, elsewhere, sharing=sharing).admitted
@@ -172,7 +167,14 @@ def look(connection: Connection, book: Book, most_losses: int, passed: Collectio
         if chosen or len(page) < PAGE:
             return chosen
         after = page[-1].position
-        without |= {row.shape for row in page if fits(Request.from_shape(row.shape), book) is not None}
+        shapes = {row.shape for row in page}
+        without |= {s for s in shapes if fits(Request.from_shape(s), book) or not book.allows(terms_of(s))}
+
+
+def _waiting(row: Candidate, most_losses: int) -> Waiting:
+    """Return a row in the form that the policy takes. Its task was compared by the statement that read it."""
+    request = held_by(Request.from_shape(row.shape), row.losses, most_losses)
+    return Waiting(row.job, request, order(row.priority, row.seq), "", run_time_of(row.shape), terms_of(row.shape))
 
 
 _TAKE: Final = text(f"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from sqlalchemy import Connection, text
@@ -31,6 +31,8 @@ class WorkerRow:
     start_ticks: int | None
     version: str
     started_at: str
+    #: Its labels, by key. They are written, and not read here.
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 #: The columns of a `WorkerRow`, in the order of `_row`.
@@ -50,12 +52,13 @@ def _row(columns: Sequence[Any]) -> WorkerRow:
 _SEEN: Final = text(f"""
 WITH seen AS (
 INSERT INTO workers (incarnation, name, cpus, memory, capacity, status, hostname, pid, machine_id, boot_id, start_ticks,
-                     version, started_at, seen_at, ledger_lost_at, ends_at)
+                     version, started_at, seen_at, ledger_lost_at, ends_at, labels)
 VALUES (:incarnation, :name, :cpus, :memory, CAST(:capacity AS jsonb), :status, :hostname, :pid, :machine_id, :boot_id,
         :start_ticks, :version, CAST(:started_at AS timestamptz), now(), CASE WHEN :lost THEN now() END,
-        now() + make_interval(secs => CAST(:left AS float)))
+        now() + make_interval(secs => CAST(:left AS float)), CAST(:labels AS jsonb))
 ON CONFLICT (incarnation) DO UPDATE SET seen_at = now(), status = excluded.status, cpus = excluded.cpus,
   memory = excluded.memory, capacity = excluded.capacity, left_at = NULL, ends_at = excluded.ends_at,
+  labels = excluded.labels,
   ledger_lost_at = CASE WHEN :lost THEN coalesce(workers.ledger_lost_at, now()) END)
 SELECT a.*, {_COLUMNS} FROM ({SELECT_AUTHORITY}) AS a (epoch, authority, changed, age)
 LEFT JOIN workers ON status = 'lost' AND machine_id = :machine_id AND boot_id = :boot_id AND incarnation <> :incarnation
@@ -95,6 +98,7 @@ def see_worker(
             "started_at": worker.started_at,
             "lost": ledger_lost,
             "left": None if left_ms is None else left_ms / 1000,
+            "labels": json.dumps(dict(worker.labels)),
         },
     ).all()
     if not rows:

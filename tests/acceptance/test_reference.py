@@ -122,7 +122,14 @@ def used(redis_url: str) -> Iterator[Cluster]:
         )
         cluster.register("labelled", Capacity.of({"cpus": 1, "slots": 1, **labels(["video"])}).shape)
         ledger.register(
-            "idle", "life", "queue.idle", Request.of({"cpus": 1}).shape, {"pid": "2"}, left_ms=1, admit=False
+            "idle",
+            "life",
+            "queue.idle",
+            Request.of({"cpus": 1}).shape,
+            {"pid": "2"},
+            left_ms=1,
+            labels={"arch": "arm"},
+            admit=False,
         )
         ledger.adopt("small", "small-life", [Adopted("adopted", Token(1, 1), ONE, 1, 5, 6, "", 0)])
         paused = Request.of({"cpus": 5000}).within("paused").shape

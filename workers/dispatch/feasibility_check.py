@@ -20,8 +20,9 @@ import redis
 
 from celery_capacity.routing import os_threads
 from celery_capacity.routing.ledger import keys, snapshot
-from celery_capacity.routing.model.request import Request, split_shape
-from celery_capacity.routing.policy.feasibility import Shortfall, find_shortfall, kinds_of
+from celery_capacity.routing.model.reasons import Reason
+from celery_capacity.routing.model.request import Request, split_shape, terms_of
+from celery_capacity.routing.policy.feasibility import Shortfall, find_shortfall, kinds_of, with_named
 from celery_capacity.routing.policy.placement import Book, asked_shape
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,9 @@ class FeasibilityCheck:
         self._waiting: list[str] = []
         self._thread: os_threads.Thread | None = None
         self._lock = threading.Lock()
+        #: Registered workers, and one of each kind.
         self._books: list[Book] = []
+        self._kinds: list[Book] = []
         self._books_until = float("-inf")
         _all.add(self)
 
@@ -113,7 +116,9 @@ class FeasibilityCheck:
         waiting = [shape for shape, score, withheld in rows if score is not None or withheld]
         books = self._registered() if waiting else []
         for shape in waiting:
-            shortfall = find_shortfall(Request.from_shape(asked_shape(shape)), books)
+            terms = terms_of(shape)
+            kinds = with_named(books, self._books, terms)
+            shortfall = find_shortfall(Request.from_shape(asked_shape(shape)), kinds, terms)
             if shortfall is not None:
                 self._warn(shape, shortfall)
 
@@ -126,9 +131,10 @@ class FeasibilityCheck:
             )
             books = snapshot.read_books(self._client, map(snapshot.text, leases)).values() if opened else ()
             current = int(opened or 0)
-            self._books = kinds_of(book.to_policy(0) for book in books if book.epoch == current)
+            self._books = [book.to_policy(0) for book in books if book.epoch == current]
+            self._kinds = kinds_of(self._books)
             self._books_until = now + BOOKS_FOR
-        return self._books
+        return self._kinds
 
     def _warn(self, shape: str, shortfall: Shortfall) -> None:
         now = time.monotonic()
@@ -138,10 +144,11 @@ class FeasibilityCheck:
         task = split_shape(shape).task
         request = Request.from_shape(asked_shape(shape))
         logger.warning(
-            "%s (%s) %s. It waits until a worker that is large enough registers.",
+            "%s (%s) %s. It waits until a worker that %s registers.",
             f"A job of {unquote(task)}" if task else "A job",
             request,
             shortfall,
+            "is one" if shortfall.reason is Reason.NO_LABEL else "is large enough",
         )
 
 

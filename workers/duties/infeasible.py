@@ -63,7 +63,7 @@ def _fail(
     """Fail jobs of these requests. `find` returns those that have waited for so many seconds, with their requests."""
     after = stores.settings.fail_infeasible_after
     with stores.engine.connect() as connection:
-        shortfalls = infeasible.shortfalls(waiting, infeasible.registered_workers(connection))
+        shortfalls = infeasible.shortfalls(waiting, infeasible.registered_workers(connection, waiting))
         over = infeasible.note(connection, shortfalls, after, stores.settings.lost_after)
         jobs = find(connection, over, after)
     ended = []

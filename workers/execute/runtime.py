@@ -92,7 +92,7 @@ class Runtime:
         # The worker's own client: its epoch is that of the worker's registration. `stores.ledger` follows Postgres.
         self.ledger = ledger = stores.new_ledger()
         self.confirmation = Confirmation(engine, settings.confirm_interval, self._on_regained)
-        self._loop, self.holdings = Wake(), Holdings({})
+        self._loop, self.holdings = Wake(), Holdings({}, worker=identity.name, labels=settings.labels)
         self.wake_loop = self._loop.set
         self.announcer = Announcer(app, engine, identity.name, self.wake_loop)
         self.recorder = Recorder(engine, ledger, self.announcer.waiting, self._on_regained, settings.write_within)

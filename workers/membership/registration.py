@@ -137,6 +137,7 @@ class Membership:
             status,
             tasks=self.declared,
             left_ms=self.lifetime.left_ms(),
+            labels=self._ledger.settings.labels,
             admit=self._may_admit,
         )
         self._published = declared
@@ -357,6 +358,7 @@ class Membership:
             start_ticks=identity.start_ticks,
             version=identity.version,
             started_at=identity.started_at,
+            labels=self._ledger.settings.labels,
         )
         asked = self._seen_at = time.monotonic()
         with self._engine.connect() as connection:

@@ -62,6 +62,9 @@ class Holdings:
     tasks: frozenset[str] | None = None
     #: Returns the milliseconds until the worker ends, None where no end is known.
     left: Callable[[], int | None] = lambda: None
+    #: Name and labels of the worker.
+    worker: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
     #: By job and token, since an attempt that lost its lease may still run beside a newer attempt of the job.
     _held: dict[tuple[str, Token], Holding] = field(default_factory=dict)
     #: Attempts whose lease the ledger reported as lost.
@@ -74,7 +77,7 @@ class Holdings:
 
     def book(self) -> Book:
         """Return a book of the capacity and the running attempts."""
-        book = Book("", self.capacity, {}, tasks=self.tasks, left=self.left())
+        book = Book(self.worker, self.capacity, {}, tasks=self.tasks, left=self.left(), labels=self.labels)
         for holding in self.running():
             book = book.holding(holding.request)
         return book

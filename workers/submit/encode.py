@@ -38,6 +38,7 @@ from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.message import ETA, HEADER
 from celery_capacity.routing.model.nesting import JSON, check_body, check_value
 from celery_capacity.routing.model.request import TENANT, Request, timed
+from celery_capacity.routing.policy.labels import place_of
 from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, tenant_term
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit.canvas import REPLACES
@@ -143,12 +144,12 @@ class Encoder:
         if content_type == JSON and not headers.get("compression"):
             check_body(message.body, headers.get("task"))
         wire = dict(headers)
-        request = self._request(wire, message.queue)
+        request, terms = self._request(wire, message.queue)
         limited = key_options.of_wire(wire, HEADER)
         constraints = self._rates.constraints(wire, HEADER, self._may_ask)
         check_time_limits(wire.get("timelimit"))
         run_time = run_time_of(wire, self.learned_of(wire.get("task"), request.shape, self._may_ask))
-        shape = wire[HEADER]["shape"] = timed(request.shape + _term_of(wire[HEADER]), run_time)
+        shape = wire[HEADER]["shape"] = timed(request.shape + terms + _term_of(wire[HEADER]), run_time)
         due_at, expires_at = (check_zoned(wire.get(what), what, self._zone) for what in ("eta", "expires"))
         # The broker's message is a doorbell: the row alone keeps the time, and the header tells it to the task.
         wire[HEADER].pop(ETA, None)
@@ -188,8 +189,8 @@ class Encoder:
             key_limits=limited,
         )
 
-    def _request(self, wire: dict[str, Any], queue: str) -> Request:
-        """Return the request of a job, and write it into the platform's header."""
+    def _request(self, wire: dict[str, Any], queue: str) -> tuple[Request, str]:
+        """Return the request of a job and the terms of its place, and write the request into the platform's header."""
         carried = wire.get(HEADER)
         if not isinstance(carried, Mapping):
             # An old producer, or a publish that passed no router.
@@ -198,11 +199,12 @@ class Encoder:
                 "declared": False,
             }
         carried = wire[HEADER] = {**carried, "format": format_versions.MESSAGE}
-        request = Request.from_shape(str(carried.get("shape")))
+        shape = str(carried.get("shape"))
+        request, terms = Request.from_shape(shape), place_of(shape).terms
         if queue != DEFAULT_QUEUE or LABEL in request.shape:
             request = request.within(check_queue_name(queue))
             wire[HEADER] = {**carried, "shape": request.shape}
-        return request
+        return request, terms
 
     def learned_of(self, task: object, request: str, may_ask: Callable[[], bool] | None = None) -> int:
         """Return the learned run time of a task with this request in milliseconds, 0 where it is unknown.

@@ -22,7 +22,8 @@ from celery_capacity.routing.model.amounts import DEFAULT_QUEUE
 from celery_capacity.routing.model.expected import EXPECTED, EXPECTED_MS, LIMITS, NO_LIMITS, Limits, parse_duration
 from celery_capacity.routing.model.identifiers import check_tenant
 from celery_capacity.routing.model.message import HEADER, PLATFORM_PREFIX
-from celery_capacity.routing.model.request import CALL_OPTIONS, REQUEST_OPTIONS, TENANT, Request
+from celery_capacity.routing.model.request import CALL_OPTIONS, PLACE_OPTIONS, REQUEST_OPTIONS, TENANT, Request
+from celery_capacity.routing.policy.labels import ANYWHERE, SPREAD, Place, place_of, place_of_options
 from celery_capacity.routing.policy.tenants import DEFAULT_TENANT
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit import constraints
@@ -42,9 +43,14 @@ MISSPELT: Final = {
     "resource": "resources",
     "expect": EXPECTED,
 }
-#: Key of a declaration in this process: its `EXPECTED_MS` and `LIMITS`. They have a key of Redis of their own, because
-#: an older release reads each declaration as a request.
+#: Key of a declaration in this process: its `EXPECTED_MS`, `LIMITS` and `PLACE`. They have a key of Redis of their own,
+#: because an older release reads each declaration as a request.
 TIMES: Final = "times"
+#: Options of a called task that hold for the map which calls it.
+_OF_CALLED: Final = (*REQUEST_OPTIONS, *PLACE_OPTIONS)
+_SPREAD: Final = Place(spread=True)
+#: Key of the terms that say where the jobs of a task may run, beside its times.
+PLACE: Final = "place"
 
 
 class Router:
@@ -66,6 +72,7 @@ class Router:
         self._never_again: set[str] = set()
         #: Expected run times (ms) and time limits of published tasks that have some.
         self._published_times: dict[str, tuple[int, Limits]] = {}
+        self._published_places: dict[str, Place] = {}
         self._published_until = 0.0
 
     def __call__(self, name: str, args: Any, kwargs: Any, options: dict[str, Any], task: Any = None, **_: Any) -> None:
@@ -84,7 +91,7 @@ class Router:
         if called is not None:
             # A map needs what its called task needs. Its own signature still has the last word.
             name, inner = called
-            task, call = None, {**{option: inner[option] for option in REQUEST_OPTIONS if option in inner}, **call}
+            task, call = None, {**{option: inner[option] for option in _OF_CALLED if option in inner}, **call}
         headers[HEADER] = self.header(name, headers.get(HEADER), task, call, options.pop("rerun", None))
         if called is not None:
             # It calls the task many times, so it runs longer than that task.
@@ -121,10 +128,10 @@ class Router:
         call = call or {}
         base, declared = self._base(name, carried, task)
         asks = not call.keys().isdisjoint(REQUEST_OPTIONS)
-        header = {"shape": base.merged(call).shape, "declared": declared or asks}
-        header |= self._times(name, carried, task, call.get(EXPECTED)) | self._tenant(
-            name, carried, task, call.get(TENANT)
-        )
+        place = self._place(name, carried, task, call)
+        header = {"shape": place.shape(base.merged(call)), "declared": declared or asks}
+        header |= self._times(name, carried, task, call.get(EXPECTED))
+        header |= self._tenant(name, carried, task, call.get(TENANT))
         return header if self._reruns(name, rerun, carried, task) else {**header, RERUN: False}
 
     def _base(self, name: str, carried: Any, task: Any) -> tuple[Request, bool]:
@@ -201,6 +208,21 @@ class Router:
         expected = expected or (rule is not None and rule.expected_ms) or declared
         return _times_of(expected, limits)
 
+    def _place(self, name: str, carried: Any, task: Any, call: Mapping[str, Any]) -> Place:
+        """Return where a job may run. The sources are those of `_times`, and `PLATFORM_PLACEMENT` behind them."""
+        called = ANYWHERE if call.keys().isdisjoint(PLACE_OPTIONS) else place_of_options(call)
+        if isinstance(carried, Mapping):
+            return called.over(place_of(str(carried.get("shape"))))
+        rule = self._stores.requests.of(name)
+        registered = task if task is not None else self._tasks().get(name)
+        if registered is not None:
+            declared = place_by(registered)
+        else:
+            self.published()
+            declared = self._published_places.get(name, ANYWHERE)
+        place = called.over(declared if rule is None else rule.location.over(declared))
+        return place.over(_SPREAD) if self._stores.settings.placement == SPREAD else place
+
     def published(self) -> dict[str, Request]:
         """Return the requests that workers published, read at most every `DECLARATIONS_FOR` seconds from the ledger."""
         now = time.monotonic()
@@ -219,6 +241,9 @@ class Router:
             self._published_times = {
                 name: (int(fields.get(EXPECTED_MS) or 0), Limits(*fields.get(LIMITS) or NO_LIMITS))
                 for name, fields in times.items()
+            }
+            self._published_places = {
+                name: place_of(fields[PLACE]) for name, fields in times.items() if PLACE in fields
             }
             self._published = {name: Request.from_people(fields) for name, fields in declared.items()}
         return self._published
@@ -245,7 +270,11 @@ def declaration(task: Any, default_cpus: int, rules: RequestRules = NO_RULES) ->
     people: dict[str, Any] = rules.over(task.name, declared_by(task, default_cpus)).to_people()
     rule, limits = rules.of(task.name), limits_of(task)
     again = reruns(task) if rule is None or rule.rerun is None else rule.rerun
-    if times := _times_of((rule is not None and rule.expected_ms) or expected_by(task), limits):
+    times = _times_of((rule is not None and rule.expected_ms) or expected_by(task), limits)
+    place = place_by(task) if rule is None else rule.location.over(place_by(task))
+    if place.terms:
+        times[PLACE] = place.terms
+    if times:
         people[TIMES] = times
     return people if again else {**people, RERUN: False}
 
@@ -257,6 +286,17 @@ def expected_by(task: Any) -> int:
         return 0
     try:
         return parse_duration(declared)
+    except InvalidRequest as error:
+        raise InvalidRequest(
+            f"the declaration of task {task.name} is wrong: {error.message}", value=error.value, advice=error.advice
+        ) from error
+
+
+def place_by(task: Any) -> Place:
+    """Return the place that a task declares, as by `@app.task(where={"arch": "aarch64"})`."""
+    options = {option: value for option in PLACE_OPTIONS if (value := getattr(task, option, None)) is not None}
+    try:
+        return place_of_options(options) if options else ANYWHERE
     except InvalidRequest as error:
         raise InvalidRequest(
             f"the declaration of task {task.name} is wrong: {error.message}", value=error.value, advice=error.advice

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -30,6 +30,14 @@ class PlatformTask:
     expected: float | str | timedelta | None = None
     #: Tenant of its jobs, None for that of the process.
     tenant: str | None = None
+    #: Labels that its worker must have, such as `{"arch": "aarch64", "mem": ">=64"}`.
+    where: Mapping[str, Any] | None = None
+    #: Name of the only worker that may run it.
+    worker: str | None = None
+    #: True: it has its worker alone.
+    exclusive: bool | None = None
+    #: "pack": on the fullest worker that has room; "spread": on the one with the most free CPUs.
+    placement: str | None = None
     #: False: the platform starts the job only once. An attempt that is lost with its worker or process ends the job.
     rerun: bool = True
     #: True: no two jobs with equal arguments at once. A text: no two jobs with this key at once.

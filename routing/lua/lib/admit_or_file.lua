@@ -59,7 +59,8 @@ local function admit_or_file(id, job, message, digest, rerun, facts, now, batch)
   if not batch.full then
     local book = batch.book
     -- Use the worker of the last job as long as it has room for one more.
-    if not book or batch.amounts.alone or room(book, 'slots') < 1 or not fits(book, batch.amounts) then
+    local other = not book or batch.amounts.alone or is_spread(job.shape)
+    if other or room(book, 'slots') < 1 or not fits(book, batch.amounts) then
       write_batch(batch)
       batch.book, cursor_score, cursor_worker = find_worker(batch, job.epoch, now)
       batch.full = not batch.book and job.order

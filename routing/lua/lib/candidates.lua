@@ -3,15 +3,6 @@
 -- A walk goes through one list, or merges several. A list is a range of an index, whose scores less `base` are free
 -- CPUs: the whole index, the index of a queue, or one class in the index of a resource.
 
--- True if a name comes before another one by its bytes, as members of a sorted set stand.
-local function is_before(name, other)
-  local at = 1
-  while at <= #name and string.byte(name, at) == string.byte(other, at) do
-    at = at + 1
-  end
-  return (string.byte(name, at) or -1) < (string.byte(other, at) or -1)
-end
-
 -- The number of members of an index up to (score, worker). The worker may have left its place.
 local function rank_behind(key, score, worker)
   if redis.call('ZSCORE', key, worker) == score then
@@ -67,12 +58,12 @@ local function lists_of_classes(key, amount, cpus, worker)
   end
 end
 
--- Open a walk over the candidates for these amounts that have at least so many free CPUs, or behind `worker` with as
--- many. For a queue it goes through the index of that queue. In the default queue it goes through the index of the
--- resource of which the fewest workers may have enough, of equal ones the first by name. Without such a resource it
--- goes through the whole index. With `most_likely` no memory is looked up: nearly always one of the first candidates
--- has enough.
-local function open_walk(amounts, cpus, worker, most_likely)
+-- The index in which all candidates for these amounts stand. For a queue it is the index of that queue. In the default
+-- queue it is the index of the resource of which the fewest workers may have enough, of equal ones the first by name.
+-- Without such a resource it is the whole index. With `most_likely` no memory is looked up: nearly always one of the
+-- first candidates has enough. Returns its key, the amount by whose classes it is ordered, or nil, and if it is the
+-- whole index.
+local function index_for(amounts, most_likely)
   local names, label = {}, nil
   for name in pairs(amounts) do
     if string.sub(name, 1, 6) == 'queue:' then
@@ -82,8 +73,7 @@ local function open_walk(amounts, cpus, worker, most_likely)
     end
   end
   if label or #names == 0 then
-    local key = label and KEY.free_of .. label or KEY.free
-    return {whole = not label, lists = {list_from(key, 0, math.huge, cpus, worker)}}
+    return label and KEY.free_of .. label or KEY.free, nil, not label
   end
   local first, fewest = names[1], nil
   for _, name in ipairs(#names > 1 and names or {}) do
@@ -92,7 +82,15 @@ local function open_walk(amounts, cpus, worker, most_likely)
       first, fewest = name, have
     end
   end
-  return {lists = lists_of_classes(KEY.free_of .. first, amounts[first], cpus, worker)}
+  return KEY.free_of .. first, amounts[first]
+end
+
+-- Open a walk over the candidates for these amounts that have at least so many free CPUs, or behind `worker` with as
+-- many.
+local function open_walk(amounts, cpus, worker, most_likely)
+  local key, amount, whole = index_for(amounts, most_likely)
+  local lists = amount and lists_of_classes(key, amount, cpus, worker) or {list_from(key, 0, math.huge, cpus, worker)}
+  return {whole = whole, lists = lists}
 end
 
 -- Take the next candidate of a walk. Returns its name and its free CPUs, or nil.

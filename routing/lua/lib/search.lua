@@ -2,8 +2,8 @@
 
 -- The fields of a book that admission reads for these amounts, always in the same order. `places` is not among them,
 -- because it may be as long as the names of a hundred queues. It is read only from the book that is chosen. The end of
--- the worker's life is the last field, and is read for a job with a bound alone.
-local function asked_fields(amounts, bound)
+-- the worker's life is read for a job with a bound alone, and the labels for one with conditions.
+local function asked_fields(amounts, bound, conditions)
   local fields = {'epoch', 'lease', 'incarnation', 'queue', 'c.queue:', 'tasks', 'c.cpus', 'a.cpus', 'c.slots',
     'a.slots', 'c.memory', 'a.memory'}
   local names, labelled = {'cpus', 'slots', 'memory'}, false
@@ -16,20 +16,26 @@ local function asked_fields(amounts, bound)
     end
   end
   if bound then
-    fields[#fields + 1] = 'ends'
+    fields[#fields + 1], fields.ends = 'ends', #fields + 1
+  end
+  if conditions then
+    fields[#fields + 1], fields.labels = 'labels', #fields + 1
   end
   return fields, names, labelled
 end
 
 -- The part of a candidate's book that these amounts concern, or nil where it lacks room for one of them, does not know
--- the task of the shape, ends before a job of the shape does, or its lease ran out.
+-- the task of the shape, does not meet its conditions, ends before a job of the shape does, or its lease ran out.
 local function with_room(worker, epoch, now, shape, amounts, fields, names, labelled, bound)
   local values = redis.call('HMGET', KEY.book .. worker, unpack(fields))
   if values[1] ~= epoch or not values[2] or tonumber(values[2]) <= now or (values[5] and not labelled) then
     return nil
   end
-  local ends = bound and values[#fields]
+  local ends = fields.ends and values[fields.ends]
   if ends and now + bound > tonumber(ends) then
+    return nil
+  end
+  if fields.labels and not allows(conditions_of(shape), worker, values[fields.labels]) then
     return nil
   end
   local book = {worker = worker, incarnation = values[3], queue = values[4], only = values[5], capacity = {alone = 1},
@@ -50,17 +56,27 @@ end
 -- Search for the best worker for a shape, behind a cursor of free CPUs and worker where there is one. It looks at no
 -- more than `most` workers. Returns its book, or nil, and the number of workers looked at. Where there may be others,
 -- it also returns the cursor behind which they stand. A worker outside the whole index admits nothing, though a damaged
--- index of a resource may still list it.
+-- index of a resource may still list it. Where the shape names a worker, that one alone is looked at.
 local function search(shape, amounts, epoch, now, most, cursor_cpus, cursor_worker)
-  local bound = bound_of(shape)
-  local fields, names, labelled = asked_fields(amounts, bound)
+  local bound, conditions, spread = bound_of(shape), conditions_of(shape), is_spread(shape)
+  local fields, names, labelled = asked_fields(amounts, bound, conditions)
+  local named = named_worker(conditions)
+  if named then
+    local open = redis.call('ZSCORE', KEY.free, named)
+    return open and with_room(named, epoch, now, shape, amounts, fields, names, labelled, bound) or nil, 1
+  end
   local cpus, worker = amounts.cpus or 0, nil
   if cursor_worker ~= '' then
     cpus, worker = tonumber(cursor_cpus), cursor_worker
   end
-  local walk, looked = open_walk(amounts, cpus, worker, not worker), 0
+  local looked, likely = 0, not worker
+  local walk = spread and open_spread(amounts, cpus, worker, likely) or open_walk(amounts, cpus, worker, likely)
   while looked < most do
-    worker, cpus = next_candidate(walk)
+    if spread then
+      worker, cpus = next_spread(walk)
+    else
+      worker, cpus = next_candidate(walk)
+    end
     if not worker then
       return nil, looked
     end
@@ -73,7 +89,7 @@ local function search(shape, amounts, epoch, now, most, cursor_cpus, cursor_work
     end
     -- The first few are nearly always enough. Where they are not, workers with too little memory may be many.
     if looked == LIMIT.few and amounts.memory and not labelled then
-      walk = open_walk(amounts, cpus, worker)
+      walk = spread and open_spread(amounts, cpus, worker) or open_walk(amounts, cpus, worker)
     end
   end
   return nil, looked, int(cpus), worker

@@ -20,7 +20,9 @@ local function bound_of(shape)
   return tonumber(string.match(shape, ',%^(%d+),~%d+$') or string.match(shape, ',~(%d+)$') or nil)
 end
 
--- True if a worker has registered the task of a shape, and does not end before a job of that shape has ended.
+-- True if a worker meets the conditions of a shape, has registered its task, and does not end before a job of that
+-- shape has ended.
 local function takes(book, shape)
-  return knows(book.tasks, shape) and (not book.left or (bound_of(shape) or 0) <= book.left)
+  return allows(conditions_of(shape), book.worker, book.labels) and knows(book.tasks, shape)
+    and (not book.left or (bound_of(shape) or 0) <= book.left)
 end

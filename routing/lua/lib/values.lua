@@ -40,6 +40,15 @@ local function refused(epoch, run_id)
     asks = current[11] == ' ', tenants = current[12]}
 end
 
+-- True if a name comes before another one by its bytes, as members of a sorted set stand.
+local function is_before(name, other)
+  local at = 1
+  while at <= #name and string.byte(name, at) == string.byte(other, at) do
+    at = at + 1
+  end
+  return (string.byte(name, at) or -1) < (string.byte(other, at) or -1)
+end
+
 local function count(what, by)
   redis.call('HINCRBY', KEY.counters, what, by)
 end

@@ -5,8 +5,9 @@
 --   tasks, cordons
 -- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), tasks (catalogue of the tasks that
 --   it has registered; '': it takes any), names (of these tasks, with blanks between), status (ready, or closed until
---   the worker has named the jobs it holds and renews), left (ms until the worker ends; '': no end is known), counted
---   (the sum of its jobs' amounts, as a shape; '': count here), then for each field of the view: name, value
+--   the worker has named the jobs it holds and renews), left (ms until the worker ends; '': no end is known), labels
+--   (key=value with commas between; '': none), counted (the sum of its jobs' amounts, as a shape; '': count here), then
+--   for each field of the view: name, value
 -- Replies: {ok} | {taken, incarnation, lease_left (ms, negative when it ran out), held}
 --   | {many} where too much is held to be counted here | {cold} | {epoch, current}
 -- Cost: LIMIT.held jobs where the book went missing, two commands for each index of free CPUs
@@ -65,6 +66,11 @@ if tasks == '' then
 else
   keep_catalogue(tasks, names)
   redis.call('HSET', key, 'tasks', tasks)
+end
+if labels == '' then
+  redis.call('HDEL', key, 'labels')
+else
+  redis.call('HSET', key, 'labels', labels)
 end
 redis.call('ZADD', KEY.leases, int(now + ttl), worker)
 redis.call('DEL', KEY.view .. worker)

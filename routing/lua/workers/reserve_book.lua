@@ -2,8 +2,8 @@
 -- Does: gives a closed book to a worker that has not registered in this epoch, so that its allocations do not count as
 --   free.
 -- KEYS: none; by name: epoch, book, held, job, leases, free, free_of
--- ARGV: epoch, run_id, worker, incarnation, capacity (as a shape), counted (the sum of its jobs' amounts, as a shape;
---   '': count here)
+-- ARGV: epoch, run_id, worker, incarnation, capacity (as a shape), labels (as in register.lua), counted (the sum of
+--   its jobs' amounts, as a shape; '': count here)
 -- Replies: {ok} | {open} where there is a book in this epoch | {many} where too much is held to be counted here
 --   | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.held jobs are looked at, and a command for each index of free CPUs in which the worker
@@ -27,6 +27,9 @@ end
 for name, sum in pairs(sums) do
   fields[#fields + 1] = 'a.' .. name
   fields[#fields + 1] = int(sum)
+end
+if labels ~= '' then
+  fields[#fields + 1], fields[#fields + 2] = 'labels', labels
 end
 withdraw(worker)
 redis.call('DEL', KEY.book .. worker)

@@ -70,6 +70,7 @@ def test_a_worker_shows_its_own_numbers_and_the_age_of_its_heartbeat() -> None:
             "version": "0.1",
             "cordon": None,
             "left_seconds": None,
+            "labels": {},
         }
     ]
 
@@ -84,7 +85,7 @@ def test_the_backlog_is_told_by_queue_and_request() -> None:
     request = Request.of({"cpus": 4000, "memory": 2**31})
     seen = _overview(backlog=(BacklogLine(request, 12, 33.25), BacklogLine(request.within("video"), 1, None)))
     people = {"cpus": 4, "memory": 2147483648, "slots": 1}
-    nothing = {"unknown_task": None, "blocked": None}
+    nothing = {"unknown_task": None, "blocked": None, "where": None}
     assert seen.to_json()["backlog"] == [
         {"queue": "celery", "request": people, "waiting": 12, "oldest_seconds": 33.25, **nothing},
         {"queue": "video", "request": people, "waiting": 1, "oldest_seconds": None, **nothing},

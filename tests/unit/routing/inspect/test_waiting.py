@@ -33,7 +33,7 @@ def test_line_is_blocked_as_the_policy_says_of_all_workers(request_: Request, bo
 def test_equal_workers_are_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[int] = []
 
-    def count(request: Request, books: Sequence[Book]) -> Admission:
+    def count(request: Request, books: Sequence[Book], *, terms: str) -> Admission:
         judged.append(len(books))
         return Admission("w0")
 

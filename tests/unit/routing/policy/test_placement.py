@@ -437,7 +437,7 @@ def test_the_policy_imports_values_and_the_standard_library_only() -> None:
     )
     ours = {name for name in imported if name and name.split(".")[0] == "celery_capacity"}
     values = [f"model.{name}" for name in ("amounts", "request", "capacity", "expected", "reasons")]
-    assert ours <= {f"celery_capacity.routing.{name}" for name in (*values, "policy.amount_classes")}
+    assert ours <= {f"celery_capacity.routing.{name}" for name in (*values, "policy.amount_classes", "policy.labels")}
     assert not imported & {"time", "random", "logging", "datetime", "os", "redis", "sqlalchemy"}
 
 
