@@ -22,7 +22,7 @@ SAMPLED: Final = 5
 #: Waiting jobs that a pass simulates: a tenth of a second on some workers.
 SAMPLED_FROM: Final = 200
 #: Workers beyond which no estimates are noted.
-MOST_WORKERS: Final = 500
+MAX_SAMPLED_WORKERS: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def sample(connection: Connection, rules: Rules, most_losses: int, worker_ttl: f
     if record.is_full(connection):
         return 0
     books = live_books(connection, worker_ttl)
-    if not books or len(books) > MOST_WORKERS:
+    if not books or len(books) > MAX_SAMPLED_WORKERS:
         return 0
     try:
         cluster = read_cluster(connection, books, most_losses, most=SAMPLED_FROM)

@@ -179,7 +179,7 @@ def test_unknown_run_time_before_a_job_leaves_its_start_unknown() -> None:
     assert estimate(replace(copy, running=[stays]), GREEDY, "job-1").why_not is NoEstimate.UNKNOWN_RUN_TIMES
 
 
-def test_job_of_unknown_run_time_before_it_does_not_matter_where_room_is_left() -> None:
+def test_unknown_run_time_does_not_matter_where_room_is_left() -> None:
     copy = cluster({"w": 4}, [Job(2, 5, "w"), Job(2, 9, "w"), Job(2, 7)])
     running = [copy.running[0]._replace(ends=0), copy.running[1]]
     assert estimate(replace(copy, running=running), GREEDY, "job-2").at == NOW + 9
