@@ -15,8 +15,8 @@ from celery_capacity.platform.demo.replay import WORKERS
 from celery_capacity.platform.demo.simulated import MS, Simulated, run
 from celery_capacity.platform.processes.launch import WorkerSpec, parse_workers
 from celery_capacity.routing.model.amounts import format_cpus
-from celery_capacity.routing.policy.expectations import SOURCES
 from celery_capacity.routing.policy.reservation import RESERVE_AFTER_MS, Rules
+from celery_capacity.routing.simulation.expectations import SOURCES
 from celery_capacity.workers.process.exit_codes import Exit
 
 

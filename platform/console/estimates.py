@@ -7,7 +7,7 @@ from typing import Final
 
 from celery_capacity.routing.forecast.record import Errors
 from celery_capacity.routing.forecast.starts import EstimatedStart
-from celery_capacity.routing.policy.forecast import NoEstimate
+from celery_capacity.routing.simulation.forecast import NoEstimate
 
 #: Seconds in a day: a start that is further away is shown with its date.
 DAY: Final = 86_400

@@ -1,4 +1,4 @@
-"""A trace in virtual time: the jobs and workers for `routing.policy.simulation`, and the numbers of its report."""
+"""A trace in virtual time: the jobs and workers for `routing.simulation.simulation`, and the numbers of its report."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from celery_capacity.platform.demo.trace import Record
 from celery_capacity.platform.processes.launch import WorkerSpec
 from celery_capacity.routing.model.amounts import CPUS, GPUS, MEMORY, SLOTS, cpus_number
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.policy.expectations import SOURCES
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Rules
-from celery_capacity.routing.policy.simulation import Simulation, Submission, simulate
+from celery_capacity.routing.simulation.expectations import SOURCES
+from celery_capacity.routing.simulation.simulation import Simulation, Submission, simulate
 
 #: Milliseconds in a second.
 MS: Final = 1000

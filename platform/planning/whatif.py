@@ -18,7 +18,7 @@ from celery_capacity.workers.process.exit_codes import Exit
 
 if TYPE_CHECKING:
     from celery_capacity.routing.forecast.whatif import Today
-    from celery_capacity.routing.policy.forecast import Outcome, Waits
+    from celery_capacity.routing.simulation.forecast import Outcome, Waits
 
 #: Milliseconds in a second.
 MS: Final = 1000
@@ -69,7 +69,7 @@ def command(
     from celery_capacity.platform.demo.simulated import books_of
     from celery_capacity.routing.forecast.whatif import read_today
     from celery_capacity.routing.ledger.connection import quick_client
-    from celery_capacity.routing.policy import forecast
+    from celery_capacity.routing.simulation import forecast
 
     stores = stores_of(context)
     with stores.engine.execution_options(isolation_level="REPEATABLE READ").connect() as connection:

@@ -14,25 +14,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from celery_capacity.routing.config import redis_urls, secret_files, setting_values, unknown_variables
+from celery_capacity.routing.config import contradictions, redis_urls, secret_files, setting_values, unknown_variables
 from celery_capacity.routing.config.embedded import default_home
 from celery_capacity.routing.config.meaning import Meaning
 from celery_capacity.routing.config.meaning import duration as _duration
 from celery_capacity.routing.config.meaning import setting as _setting
 from celery_capacity.routing.errors import InvalidRequest, SettingsError, mask_url
 from celery_capacity.routing.model import amounts, identifiers
-
-#: seconds, the longest time that makes sense in any setting: a year
-MAX_SECONDS = 31_536_000.0
-#: seconds, the shortest: Redis counts in milliseconds
-MIN_SECONDS = 0.001
-#: bytes, above which neither Redis (512 MiB a value) nor a row should hold a message
-MAX_MESSAGE_LIMIT = 512 * 1024**2
-#: lost attempts after which a job ends at the latest; a column of Postgres counts them
-MAX_LOSSES_LIMIT = 1000
-
-#: times that may be longer than `MAX_SECONDS`: records are kept for decades
-LONG = {"keep_archived": 100 * MAX_SECONDS}
 
 
 @dataclass(frozen=True, repr=False)
@@ -362,39 +350,7 @@ def described() -> list[tuple[str, Meaning]]:
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each value that is out of range or contradicts another one.
-
-    Values that are missing from `values` are not judged.
-    """
-    wrong = []
-    values = dict(values)
-    for name, meaning in described():
-        least = 0.0 if name in setting_values.ZERO and values.get(name) == 0 else MIN_SECONDS
-        most = LONG.get(name, MAX_SECONDS)
-        if meaning.parse is setting_values.seconds and name in values and not least <= values[name] <= most:
-            seconds = values.pop(name)  # its relations to others say nothing more
-            zero = f", or 0 for {setting_values.ZERO[name]}" if name in setting_values.ZERO else ""
-            wrong.append(f"{meaning.env}={seconds} must be from {MIN_SECONDS:g} to {most:.0f} seconds{zero}.")
-    if "max_message" in values and not 0 < values["max_message"] <= MAX_MESSAGE_LIMIT:
-        wrong.append(f"PLATFORM_MAX_MESSAGE={values['max_message']} must be from 1 to {MAX_MESSAGE_LIMIT} bytes.")
-    if "most_losses" in values and not 1 <= values["most_losses"] <= MAX_LOSSES_LIMIT:
-        wrong.append(f"PLATFORM_MOST_LOSSES={values['most_losses']} must be from 1 to {MAX_LOSSES_LIMIT} attempts.")
-    if {"redis_url", "database_url"} <= values.keys() and (values["redis_url"] is None) != (
-        values["database_url"] is None
-    ):
-        there, missing = ("REDIS_URL", "DATABASE_URL") if values["redis_url"] else ("DATABASE_URL", "REDIS_URL")
-        wrong.append(f"{there} is set and {missing} is not: set both, or neither to use embedded servers.")
-    if {"renew_interval", "worker_ttl"} <= values.keys() and not values["renew_interval"] < values["worker_ttl"]:
-        wrong.append(
-            f"PLATFORM_RENEW_INTERVAL={values['renew_interval']:g} must be below"
-            f" PLATFORM_WORKER_TTL={values['worker_ttl']:g}: a worker would expire between two renewals."
-        )
-    if {"worker_ttl", "lost_after"} <= values.keys() and not values["worker_ttl"] <= values["lost_after"]:
-        wrong.append(
-            f"PLATFORM_LOST_AFTER={values['lost_after']:g} must not be below"
-            f" PLATFORM_WORKER_TTL={values['worker_ttl']:g}: jobs would be taken from a worker that is alive."
-        )
-    return wrong
+    return contradictions.contradictions(values, described())
 
 
 def unknown_names(environ: Mapping[str, str]) -> tuple[str, ...]:

@@ -17,10 +17,10 @@ from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.expected import CLASSES
 from celery_capacity.routing.model.request import Request, filed_shape, run_time_of, split_shape, split_suffix, terms_of
 from celery_capacity.routing.model.states import WorkerStatus
-from celery_capacity.routing.policy.forecast import MAX_JOBS, Cluster, running_until
 from celery_capacity.routing.policy.placement import Book, Waiting, held_by, order
 from celery_capacity.routing.policy.reservation import Held
-from celery_capacity.routing.policy.simulation import Queued, Running
+from celery_capacity.routing.simulation.forecast import MAX_JOBS, Cluster, running_until
+from celery_capacity.routing.simulation.simulation import Queued, Running
 from celery_capacity.routing.store import run_times
 from celery_capacity.routing.store.controls import NOT_PAUSED
 

@@ -13,9 +13,9 @@ from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.forecast import record
 from celery_capacity.routing.forecast.cluster import TooLarge, live_books, read_cluster
 from celery_capacity.routing.forecast.record import Errors
-from celery_capacity.routing.policy.forecast import NoEstimate, estimate, forecast
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Rules
+from celery_capacity.routing.simulation.forecast import NoEstimate, estimate, forecast
 
 #: Estimates that one pass notes. They are spread over the starts, from the soonest to the latest.
 SAMPLED: Final = 5

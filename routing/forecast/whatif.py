@@ -16,8 +16,8 @@ from celery_capacity.routing.forecast.cluster import TooLarge, live_books, read_
 from celery_capacity.routing.forecast.starts import rules_of
 from celery_capacity.routing.ledger import snapshot
 from celery_capacity.routing.model.states import Store
-from celery_capacity.routing.policy.forecast import Cluster, with_guesses
 from celery_capacity.routing.policy.reservation import Rules
+from celery_capacity.routing.simulation.forecast import Cluster, with_guesses
 
 #: Waiting jobs that a question takes, the first in order: some seconds on a few workers.
 MAX_JOBS: Final = 5000

@@ -26,7 +26,8 @@ LAYERS = ("routing", "migrations", "workers", "platform")
 #: below all.
 FOLDERS = {
     "routing": (
-        "model", "policy", "config", "database", "ledger", "insert", "store", "recovery", "forecast", "inspect",
+        "model", "policy", "simulation", "config", "database", "ledger", "insert", "store", "recovery", "forecast",
+        "inspect",
     ),
     "workers": (
         "dispatch", "process", "supervision", "broker", "submit", "results", "client", "membership", "retention",

@@ -49,8 +49,7 @@ from celery_capacity.workers.submit.router import Router
 _OF_TASK: Final = attrgetter(
     *("__class__", "name", "_exec_options", "ignore_result", "time_limit", "soft_time_limit", "rate_limit"),
     *("_dump_pydantic_arguments", "cpus", "memory", "gpus", "resources", "expected", "tenant", "rerun"),
-    *("unique", "unique_for", "limit", "rate"),
-    *("where", "worker", "exclusive", "placement"),
+    *("unique", "unique_for", "limit", "rate", "where", "worker", "exclusive", "placement"),
 )
 #: Attributes of the app's AMQP that its messages depend on. The serialiser and the like belong to the sender, which
 #: Celery makes once.

@@ -14,8 +14,8 @@ from celery_capacity.routing.inspect import verify
 from celery_capacity.routing.inspect.explain import explain
 from celery_capacity.routing.model.expected import CLASSES, RunTime
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.policy.forecast import NoEstimate
 from celery_capacity.routing.policy.reservation import Rules
+from celery_capacity.routing.simulation.forecast import NoEstimate
 from tests.fixtures.stores.staged import Stage
 
 EASY = Rules(1)

@@ -12,9 +12,9 @@ from celery_capacity.routing.forecast import cluster, whatif
 from celery_capacity.routing.forecast.whatif import Today, read_today
 from celery_capacity.routing.model.expected import RunTime
 from celery_capacity.routing.model.states import Store
-from celery_capacity.routing.policy.forecast import changed, outcome
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Rules
+from celery_capacity.routing.simulation.forecast import changed, outcome
 from tests.fixtures.stores.staged import Stage
 
 MINUTE = RunTime(76_109, 76_109)

@@ -18,11 +18,11 @@ from celery_capacity.routing.model.expected import expected_class
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
-from celery_capacity.routing.policy.expectations import Exact
 from celery_capacity.routing.policy.placement import Book, order
 from celery_capacity.routing.policy.reservation import Rules
-from celery_capacity.routing.policy.simulation import Simulation, Submission
 from celery_capacity.routing.recovery.reservations import Memory, renew_reservations
+from celery_capacity.routing.simulation.expectations import Exact
+from celery_capacity.routing.simulation.simulation import Simulation, Submission
 from tests.contract.routing.ledger.test_admission import ON_A_SERVER, write
 from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, VIEW
 

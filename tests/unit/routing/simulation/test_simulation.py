@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.policy.expectations import FEWEST, REMEMBERED, SOURCES, Exact, Learned, Unknown
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import Book, Waiting, order
 from celery_capacity.routing.policy.reservation import Rules, earliest_start, large_enough
-from celery_capacity.routing.policy.simulation import Expectations, Simulation, Start, Submission, simulate
+from celery_capacity.routing.simulation.expectations import FEWEST, REMEMBERED, SOURCES, Exact, Learned, Unknown
+from celery_capacity.routing.simulation.simulation import Expectations, Simulation, Start, Submission, simulate
 
 
 class Wrong(Unknown):

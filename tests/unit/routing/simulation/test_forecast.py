@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from celery_capacity.routing.model.expected import RunTime
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.policy import forecast as module
-from celery_capacity.routing.policy.expectations import Unknown
-from celery_capacity.routing.policy.forecast import (
+from celery_capacity.routing.policy.placement import Book, Waiting, order
+from celery_capacity.routing.policy.reservation import Held, Rules
+from celery_capacity.routing.simulation import forecast as module
+from celery_capacity.routing.simulation.expectations import Unknown
+from celery_capacity.routing.simulation.forecast import (
     Cluster,
     Estimate,
     NoEstimate,
@@ -22,9 +24,7 @@ from celery_capacity.routing.policy.forecast import (
     forecast,
     running_until,
 )
-from celery_capacity.routing.policy.placement import Book, Waiting, order
-from celery_capacity.routing.policy.reservation import Held, Rules
-from celery_capacity.routing.policy.simulation import Queued, Running, Simulation
+from celery_capacity.routing.simulation.simulation import Queued, Running, Simulation
 
 #: Time at which the clusters of these tests are copied.
 NOW = 1_000_000

@@ -14,10 +14,10 @@ from enum import StrEnum
 from statistics import median_low
 from typing import Final, NamedTuple
 
-from celery_capacity.routing.policy.expectations import Unknown
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Held, Rules, expected_end
-from celery_capacity.routing.policy.simulation import Queued, Running, Simulation
+from celery_capacity.routing.simulation.expectations import Unknown
+from celery_capacity.routing.simulation.simulation import Queued, Running, Simulation
 
 #: Waiting jobs that a forecast takes at most, the first in order.
 MAX_JOBS: Final = 2000

@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Final
 
-from celery_capacity.routing.policy.simulation import Expectations, Submission
+from celery_capacity.routing.simulation.simulation import Expectations, Submission
 
 #: Run times of a task that are remembered: the last ones, so that a changed task is learned anew.
 REMEMBERED: Final = 16

@@ -1,0 +1,1 @@
+"""Simulation of the policy in virtual time: pure values in, starts out."""
