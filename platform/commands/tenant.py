@@ -61,14 +61,14 @@ def command() -> None:
     metavar="RESOURCE=N",
     type=Text(),
     multiple=True,
-    help="An amount of its own, lent to others while it is idle; again for more resources; none: no such amount.",
+    help="Its own amount, lent while idle; again; none: no.",
 )
 @click.option(
     "--quota",
     metavar="RESOURCE=N",
     type=Text(),
     multiple=True,
-    help="An amount that its jobs never hold more of; again for more resources; none: no quota.",
+    help="Most that its jobs hold; again; none: no quota.",
 )
 @click.option("--max-waiting", metavar="N", type=click.IntRange(min=0), help="Waiting jobs it may have; 0: any number.")
 @by_option

@@ -397,5 +397,4 @@ def reconciled(console: Console, done: Reconciled, rebuilt: Rebuilt | None) -> N
 
 def cut(text: str) -> str:
     """Return the beginning of a text on one line, for a list."""
-    line = " ".join(text.split())
-    return line if len(line) <= CUT else line[: CUT - 1] + "…"
+    return line if len(line := " ".join(text.split())) <= CUT else line[: CUT - 1] + "…"

@@ -28,6 +28,7 @@ TABLES = {
     "declarations",
     "operator_actions",
     "pauses",
+    "tenants",
     "estimates",
     "run_times",
     "run_times_read",
@@ -106,7 +107,8 @@ def test_functions_with_their_owners_rights_mean_the_platforms_tables(engine: En
             )
         ).all()
     assert {name for name, _ in functions} >= {"archive_finished", "claim_key", "note_chord"}
-    assert {tuple(config or ()) for _, config in functions} == {("search_path=public, pg_temp",)}
+    # Functions of limits by key also tell the planner not to read whole tables.
+    assert {next(iter(config or ()), None) for _, config in functions} == {"search_path=public, pg_temp"}
 
 
 def test_the_authority_is_one_row_and_stays_one(engine: Engine) -> None:

@@ -18,7 +18,7 @@ from tests.fixtures.processes.forking import usual_environment
 NOWHERE = {"REDIS_URL": "redis://127.0.0.1:1/0", "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none"}
 SCRIPT = str(Path(sys.executable).with_name("capacity"))
 #: Commands whose help may import more: what they start, or simulate, is built on all of it.
-LARGE = {"db", "demo", "simulate", "up"}
+LARGE = {"db", "demo", "simulate", "up", "whatif"}
 SLOW = {"celery", "kombu", "redis", "sqlalchemy", "psycopg2", "tornado", "alembic"}
 
 

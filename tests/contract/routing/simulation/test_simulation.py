@@ -34,7 +34,7 @@ SHORTEST, STEP = 2**24, 1.5
 MOST: Final = 14
 FIRST: Final = Token(1, 1)
 
-#: What happens: a job with CPUs, GPUs, a priority, and an expected time or none comes; or a running job ends.
+#: Events: a job with CPUs, GPUs, a priority, and an expected time or none comes; or a running job ends.
 COMES: Final = st.tuples(
     st.integers(1, 8),
     st.sampled_from([0, 0, 0, 1]),
