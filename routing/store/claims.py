@@ -26,7 +26,7 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.ends import became
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import MAX_ADMITTED, Book, Waiting, fits, held_by, order
-from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, Sharing
+from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, Sharing, tenant_of
 from celery_capacity.routing.policy.unknown_starts import FEWEST_LOSSES, losses_in_doubt
 from celery_capacity.routing.store import fencing, job_transitions
 from celery_capacity.routing.store.controls import NOT_PAUSED
@@ -110,10 +110,8 @@ def candidates(
 ) -> list[Candidate]:
     """Return jobs that may start now, in the order of the backlog after a cursor, without these shapes.
 
-    `tenant`: only waiting jobs of this one.
-
-    `tasks`: names of the tasks that the worker has registered, None where it takes any. `left`: milliseconds until the
-    worker ends, None where no end is known.
+    `tenant`: only waiting jobs of this one. `tasks`: names of the tasks that the worker has registered, None where it
+    takes any. `left`: milliseconds until the worker ends, None where no end is known.
     """
     values = {
         "most": most,
@@ -137,7 +135,7 @@ def choose(book: Book, page: Sequence[Candidate], most_losses: int, sharing: Sha
     by_id = {row.job: row for row in page}
     waiting = [_waiting(row, most_losses) for row in page]
     if book.empty:
-        for entry in waiting:
+        for entry in sharing.admissible(waiting) if sharing else waiting:
             if entry.request.get(ALONE) and book.takes(entry) and fits(entry.request, book) is None:
                 return [by_id[entry.job]]
     elsewhere = {entry.shape for entry in waiting if entry.request.get(ALONE)}
@@ -149,8 +147,8 @@ def choose(book: Book, page: Sequence[Candidate], most_losses: int, sharing: Sha
 def look(connection: Connection, book: Book, most_losses: int, passed: Collection[str] = ()) -> list[Candidate]:
     """Return the first jobs of the backlog that this worker takes, without those `passed`; empty where nothing fits.
 
-    The backlog is read page by page. A shape that did not fit is left out of all later pages. Where tenants are in use,
-    the first jobs of each are looked at together before.
+    The backlog is read page by page. A shape that did not fit, or that a quota holds back, is left out of all later
+    pages. Where tenants are in use, the first jobs of each are looked at together before.
     """
     after, without = START, set[str]()
     sharing = tenants.sharing_in_use(connection)
@@ -167,8 +165,9 @@ def look(connection: Connection, book: Book, most_losses: int, passed: Collectio
         if chosen or len(page) < PAGE:
             return chosen
         after = page[-1].position
-        shapes = {row.shape for row in page}
-        without |= {s for s in shapes if fits(Request.from_shape(s), book) or not book.allows(terms_of(s))}
+        requests = {row.shape: Request.from_shape(row.shape) for row in page}
+        without |= {s for s, asked in requests.items() if fits(asked, book) or not book.allows(terms_of(s))}
+        without |= {s for s, asked in requests.items() if sharing and sharing.exceeded(tenant_of(s), asked)}
 
 
 def _waiting(row: Candidate, most_losses: int) -> Waiting:

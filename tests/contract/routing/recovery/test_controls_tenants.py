@@ -120,6 +120,37 @@ def test_pull_takes_the_first_job_of_the_tenant_below_its_share(stage: Stage) ->
     stage.sql("UPDATE jobs SET revoked_at = now()")
 
 
+def test_pull_reads_one_page_of_jobs_that_a_quota_holds_back(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.worker("a", cpus=4000)
+    for _ in range(2 * claims.PAGE + 1):
+        stage.insert({"cpus": 1000}, tenant="flood")
+    last = stage.insert({"cpus": 500}, tenant="modest")
+    set_rule(stage, "flood", Rule(quota={"slots": 0}))
+    set_rule(stage, "modest", Rule(quota={"slots": 0}))
+    pages, read = [], claims.candidates
+
+    def counted(*arguments: Any) -> list[claims.Candidate]:
+        pages.append(read(*arguments))
+        return pages[-1]
+
+    monkeypatch.setattr(claims, "candidates", counted)
+    with stage.engine.connect() as connection:
+        assert claims.look(connection, Book("w", {"cpus": 4000, "slots": 4}, {}), MOST_LOSSES) == []
+    # One of each tenant, the default one too, then a page of the flood, then what is left.
+    assert [len(page) for page in pages[3:]] == [claims.PAGE, 1]
+    assert [row.job for row in pages[-1]] == [last]
+    stage.sql("UPDATE jobs SET revoked_at = now()")
+
+
+def test_quota_holds_an_exclusive_job_back_from_a_pull(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    stage.insert({"alone": 1, "cpus": 1000, "slots": 1}, tenant="physics")
+    set_rule(stage, "physics", Rule(quota={"cpus": 500}))
+    with stage.engine.connect() as connection:
+        assert claims.look(connection, Book("w", {"cpus": 4000, "slots": 4}, {}), MOST_LOSSES) == []
+    stage.sql("UPDATE jobs SET revoked_at = now()")
+
+
 def test_waiting_job_says_that_a_quota_or_a_share_holds_it_back(stage: Stage) -> None:
     stage.worker("a", cpus=2000)
     set_rule(stage, "small", Rule(quota={"cpus": 500}))
