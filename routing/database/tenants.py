@@ -33,10 +33,14 @@ WHERE status = 'ready' AND jsonb_typeof(value) = 'number' GROUP BY key
 """)
 
 
+def capacity(connection: Connection) -> dict[str, int]:
+    """Return the capacity of all workers, by resource."""
+    return {name: round(amount * (1000 if name == CPUS else 1)) for name, amount in connection.execute(_TOTALS)}
+
+
 def sharing(connection: Connection) -> Sharing:
     """Return the shares of tenants by Postgres: their rules, what their jobs hold, and the capacity of all workers."""
-    capacity = {name: round(amount * (1000 if name == CPUS else 1)) for name, amount in connection.execute(_TOTALS)}
-    use = Sharing(tenant_rules(connection), total=capacity)
+    use = Sharing(tenant_rules(connection), total=capacity(connection))
     for shape, number in connection.execute(_USE):
         use = use.holding(shape, Request.from_shape(shape), number)
     return use

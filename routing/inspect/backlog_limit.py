@@ -104,7 +104,9 @@ class TenantLimit:
         tenant, now = tenant_of(shape), self._clock()
         count = self._counts.get(tenant)
         if count is None or now >= count.until or count.waiting < count.limit <= count.waiting + count.since:
-            count = self._counts[tenant] = _Count(*self._ask(tenant), 0, now + COUNT_FOR)
+            asked = self._ask(tenant)
+            end = self._clock()
+            count = self._counts[tenant] = _Count(*asked, 0, end + max(COUNT_FOR, TRUST * (end - now)))
         if count.limit and count.waiting >= count.limit:
             message = f"{count.limit} jobs or more of tenant {tenant} wait already"
             raise BacklogFull(message, value=count.limit)

@@ -85,7 +85,7 @@ def refresh_shares(engine: Engine, ledger: Ledger) -> None:
     """Let the past use of tenants decay, and tell the ledger the capacity of all workers, while tenants are in use."""
     if ledger.has_tenants():
         with engine.connect() as connection:
-            totals = tenants.sharing(connection).total
+            totals = tenants.capacity(connection)
         ledger.age_shares(totals)
 
 

@@ -9,7 +9,7 @@ from sqlalchemy import text
 
 from celery_capacity.routing.database import tenants
 from celery_capacity.routing.errors import BacklogFull, InvalidRequest
-from celery_capacity.routing.inspect.backlog_limit import COUNT_FOR, TenantLimit
+from celery_capacity.routing.inspect.backlog_limit import COUNT_FOR, TRUST, TenantLimit
 from celery_capacity.routing.inspect.explain import explain
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.reasons import Reason
@@ -172,6 +172,24 @@ def test_waiting_job_says_that_a_quota_or_a_share_holds_it_back(stage: Stage) ->
         stage.end(job)
         waiting.remove(job)
     finish(stage)
+
+
+def test_slow_count_of_a_tenant_is_trusted_for_longer(stage: Stage) -> None:
+    now, asked = [0.0], []
+
+    def engine() -> Any:
+        asked.append(now[0])
+        now[0] += 1.0
+        return stage.engine
+
+    limit = TenantLimit(engine, lambda: now[0])
+    for _ in range(2):
+        limit.check("cpus=1000,slots=1,$physics")
+        now[0] += COUNT_FOR
+    assert asked == [0.0]
+    now[0] += TRUST
+    limit.check("cpus=1000,slots=1,$physics")
+    assert len(asked) == 2
 
 
 def test_submission_is_refused_while_too_many_jobs_of_its_tenant_wait(stage: Stage) -> None:
