@@ -70,7 +70,7 @@ def set_tenant(stores: Stores, name: str, changes: dict[str, Any], *, by: str | 
         before = stored.tenant_rules(connection).get(name)
         existing = before or Rule()
         fields = {key: getattr(existing, key) for key in ("weight", "nominal", "quota", "max_waiting")}
-        controls.set_tenant(connection, name, check_rule(Rule(**{**fields, **changes})), operator(by))
+        controls.set_tenant(connection, name, check_rule(Rule(**{**fields, **changes}), name), operator(by))
     return _order(stores, name, before is not None)
 
 
@@ -83,7 +83,7 @@ def remove_tenant(stores: Stores, name: str, *, by: str | None = None) -> Tenant
     return _order(stores, name, before)
 
 
-def check_rule(rule: Rule) -> Rule:
+def check_rule(rule: Rule, name: str) -> Rule:
     """Return a rule whose numbers are in range. Raises `InvalidRequest`."""
     if not 1 <= rule.weight <= MAX_WEIGHT:
         advice = f"It must be from 1 to {MAX_WEIGHT}."
@@ -91,10 +91,14 @@ def check_rule(rule: Rule) -> Rule:
     if not 0 <= rule.max_waiting <= MAX_WAITING:
         advice = f"It must be from 0, for no limit, to {MAX_WAITING}."
         raise InvalidRequest(f"max_waiting {rule.max_waiting} is not valid", value=rule.max_waiting, advice=advice)
-    for name, amount in rule.nominal.items():
-        if amount > rule.quota.get(name, amount):
+    if rule.max_waiting and name == DEFAULT_TENANT:
+        advice = "PLATFORM_MAX_BACKLOG limits the waiting jobs of all tenants."
+        message = f"max_waiting of tenant {DEFAULT_TENANT} is not supported"
+        raise InvalidRequest(message, value=rule.max_waiting, advice=advice)
+    for resource, amount in rule.nominal.items():
+        if amount > rule.quota.get(resource, amount):
             advice = "A nominal share must not exceed the quota: the tenant could never use it."
-            raise InvalidRequest(f"the nominal share of {name} exceeds the quota", value=amount, advice=advice)
+            raise InvalidRequest(f"the nominal share of {resource} exceeds the quota", value=amount, advice=advice)
     return rule
 
 

@@ -98,8 +98,8 @@ def test_capacity_of_all_workers_is_told_while_tenants_are_in_use(stage: Stage) 
 
 def test_nominal_share_above_the_quota_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="exceeds the quota"):
-        check_rule(Rule(nominal={"cpus": 2000}, quota={"cpus": 1000}))
-    assert check_rule(Rule(nominal={"cpus": 2000}, quota={"memory": 1})).weight == 1
+        check_rule(Rule(nominal={"cpus": 2000}, quota={"cpus": 1000}), "physics")
+    assert check_rule(Rule(nominal={"cpus": 2000}, quota={"memory": 1}), "physics").weight == 1
 
 
 def test_pull_takes_the_first_job_of_the_tenant_below_its_share(stage: Stage) -> None:
