@@ -101,6 +101,14 @@ class Held(Admission):
         differed: int | None = self._guard(count)
         return differed
 
+    def count_held(self, workers: Iterable[str]) -> int:
+        """Count the jobs of these workers as use of their tenants, where they started before tenants were in use.
+
+        Returns the number of such jobs.
+        """
+        pages = (page for worker in workers for page in self.held_pages(worker))
+        return sum(self._call("count_held", _jobs(page)).number("counted") for page in pages)
+
     def prune_held(self, worker: str) -> int:
         """Take stray entries, which match no job's own key, out of a worker's list, and return how many."""
         pages = self.held_pages(worker)

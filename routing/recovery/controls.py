@@ -9,13 +9,14 @@ its version.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Final
 
 from sqlalchemy import Connection, Engine
 
 from celery_capacity.routing.database import tenants
+from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.model.request import task_text
 from celery_capacity.routing.policy.pauses import Kind, Scope
@@ -71,6 +72,9 @@ def level(engine: Engine, ledger: Ledger) -> int:
         resumed = ledger.resume_shapes() if removed or is_old else 0
         if not ledger.set_controls(current.version, {}, last=True):
             return 0
+    if any(kind == "tenant" for kind, _ in changes):
+        # What runs already counts against a quota. Where this program dies before, the next reconcile counts it.
+        count_held(ledger)
     # Another rule of a tenant may let jobs start.
     if removed or resumed or any(kind == "tenant" for kind, _ in changes):
         workers_with_room.fill_all(ledger)
@@ -79,6 +83,13 @@ def level(engine: Engine, ledger: Ledger) -> int:
         for worker in ledger.kept_workers():
             ledger.fill(worker)
     return len(rows)
+
+
+def count_held(ledger: Ledger, workers: Collection[str] = ()) -> None:
+    """Count what ran before tenants were in use, on all workers with a lease and on these, while tenants are in use."""
+    if ledger.has_tenants():
+        leased = map(snapshot.text, ledger.client.zrange(keys.LEASES, 0, -1))
+        ledger.count_held(sorted({*workers, *leased}))
 
 
 def refresh_shares(engine: Engine, ledger: Ledger) -> None:

@@ -157,6 +157,7 @@ def reconcile(engine: Engine, ledger: Ledger) -> Reconciled:
             reconcile_indexes.restore_waiting(ledger, names["wait"])
             refill.restore_borders(engine, ledger)
             reconcile_indexes.check_books(ledger, names["book"] | names["held"], names["free_of"], result)
+            controls.count_held(ledger, names["held"])
         if result.drift:
             ledger.client.hincrby(keys.COUNTERS, "drift", result.drift)
     except RedisError as error:

@@ -112,6 +112,11 @@ def hold_strays(ledger: Ledger, jobs: Sequence[str]) -> None:
     ledger.client.hset(keys.held("w"), mapping=dict.fromkeys(jobs, "1.1"))
 
 
+def run_before_tenants(ledger: Ledger, jobs: Sequence[str]) -> None:
+    run(ledger, jobs)
+    ledger.client.hset(keys.EPOCH, "tenants", "1")
+
+
 def index_strays(ledger: Ledger, jobs: Sequence[str]) -> None:
     ledger.client.zadd(keys.free_of("gpus"), dict.fromkeys(jobs, 1))
 
@@ -184,6 +189,7 @@ CASES: Final[list[tuple[str, Call, Call]]] = [
         lambda ledger, jobs: ledger.reprioritize([(job, order(9, place), "") for place, job in enumerate(jobs)]),
     ),
     ("prune_held", hold_strays, lambda ledger, jobs: ledger.prune_held("w")),
+    ("count_held", run_before_tenants, lambda ledger, jobs: ledger.count_held(["w"])),
     ("prune_index", index_strays, lambda ledger, jobs: ledger.prune_index("gpus", 0, MANY)),
     ("find_misplaced", queue_strays, lambda ledger, jobs: ledger.find_misplaced(ONE, 0, MANY)),
 ]

@@ -271,6 +271,7 @@ BINDINGS: Final = {
         {("ok", "s", "t"): "['s', 't']", ("unknown",): "[]"},
     ),
     "prune_held": Binding(lambda ledger: ledger.prune_held("w"), len(HELD), {("ok", "2"): "2"}),
+    "count_held": Binding(lambda ledger: ledger.count_held(["w"]), len(HELD), {("ok", "2"): "2"}),
     "prune_index": Binding(lambda ledger: ledger.prune_index("gpus", 5, 500), 0, {("ok", "7", "2"): "(7, 2)"}),
     "age_shares": Binding(lambda ledger: ledger.age_shares({"cpus": 1000, "slots": 1}), 2, {("ok",): "None"}),
     "set_tight": Binding(lambda ledger: ledger.set_tight(True), 0, {("ok",): "None"}),

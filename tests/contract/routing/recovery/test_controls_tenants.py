@@ -16,6 +16,7 @@ from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.tenants import Rule
 from celery_capacity.routing.recovery import controls as copies
+from celery_capacity.routing.recovery.reconcile import reconcile
 from celery_capacity.routing.store import claims, controls
 from celery_capacity.workers.client.tenants import check_rule
 from celery_capacity.workers.process.stores import transactions
@@ -72,6 +73,28 @@ def test_larger_quota_starts_waiting_jobs_at_once(stage: Stage) -> None:
     stage.apply()
     assert stage.row(second).state == "admitted"
     finish(stage, first, second)
+
+
+def test_quota_counts_what_ran_before_tenants_were_in_use(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    jobs = [stage.submit(cpus=1000) for _ in range(2)]
+    set_rule(stage, "default", Rule(quota={"slots": 2}))
+    jobs.append(stage.submit(cpus=1000))
+    assert [stage.row(job).state for job in jobs] == ["admitted", "admitted", "waiting"]
+    stage.start(jobs[0])
+    stage.end(jobs[0])
+    assert stage.row(jobs[2]).state == "admitted"
+    finish(stage, *jobs[1:])
+
+
+def test_reconcile_counts_what_ran_before_tenants_were_in_use(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    before, named = stage.submit(cpus=1000), stage.submit(tenant="physics", cpus=1000)
+    physics = {b"physics/cpus": b"1000", b"physics/slots": b"1"}
+    assert stage.redis.hgetall(keys.USED) == physics
+    assert reconcile(stage.engine, stage.ledger).drift == 0
+    assert stage.redis.hgetall(keys.USED) == physics | {b"default/cpus": b"1000", b"default/slots": b"1"}
+    finish(stage, before, named)
 
 
 def finish(stage: Stage, *jobs: str) -> None:
