@@ -70,6 +70,12 @@ class Rule:
     quota: Mapping[str, int] = field(default_factory=dict)
     max_waiting: int = 0
 
+    @classmethod
+    def from_text(cls, text: str) -> Rule:
+        """Return a rule from its text in the ledger, which has no limit on waiting jobs."""
+        weight, nominal, quota = text.split(";")
+        return cls(int(weight), _amounts(nominal), _amounts(quota))
+
     @property
     def text(self) -> str:
         """Return the rule as the ledger has it: its weight, nominal share and quota, with semicolons between."""
@@ -78,6 +84,11 @@ class Rule:
 
 def _text(amounts: Mapping[str, int]) -> str:
     return ",".join(f"{name}={amount}" for name, amount in sorted(amounts.items()))
+
+
+def _amounts(text: str) -> dict[str, int]:
+    pairs = (part.partition("=") for part in text.split(",") if part)
+    return {name: int(amount) for name, _, amount in pairs}
 
 
 #: Rule of a tenant for which nobody has made one.

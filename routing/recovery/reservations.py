@@ -27,6 +27,7 @@ from celery_capacity.routing.model.request import Request, run_time_of, split_sh
 from celery_capacity.routing.policy.pauses import Kind
 from celery_capacity.routing.policy.placement import CANDIDATES, SHAPES, Book, Waiting, fits
 from celery_capacity.routing.policy.reservation import Held, Patience, Reservation, Rules, large_enough, passes, renew
+from celery_capacity.routing.policy.tenants import Rule, Sharing, tenant_of
 
 #: Held jobs that are read in one round trip.
 CHUNK: Final = 200
@@ -47,8 +48,9 @@ class Memory:
 class _Seen:
     """State of the ledger at the beginning of a pass.
 
-    `firsts`: the first jobs of the first waiting shapes that are not paused, in order. `kept`: shape -> worker that is
-    kept for it. `reserved`: the names of the reserved workers, as the scripts know them, or their blanks without any.
+    `firsts`: the first jobs of the first waiting shapes that neither a pause nor a quota holds back, in order. `kept`:
+    shape -> worker that is kept for it. `reserved`: the names of the reserved workers, as the scripts know them, or
+    their blanks without any.
     """
 
     now: int
@@ -101,18 +103,19 @@ def _read(client: redis.Redis) -> _Seen:
     pipe = client.pipeline(transaction=False)
     pipe.time()
     pipe.hgetall(keys.KEYS["kept"])
-    pipe.hmget(keys.EPOCH, "reserved", "paused")
+    pipe.hmget(keys.EPOCH, "reserved", "paused", "tenants")
     pipe.zrange(keys.SHAPES, 0, SHAPES - 1, withscores=True)
     pipe.zrange(keys.LEASES, 0, CANDIDATES)
     pipe.zrevrange(keys.FREE, 0, CANDIDATES - 1)
-    time, kept, (reserved, paused), shapes, leases, free = pipe.execute()
+    time, kept, (reserved, paused, tenants), shapes, leases, free = pipe.execute()
     kept = {snapshot.text(shape): snapshot.text(worker) for shape, worker in kept.items()}
     # Of many workers those with the most free CPUs are looked at, and those that are reserved already.
+    firsts = _admissible(client, [_waiting(snapshot.text(shape), int(order)) for shape, order in shapes], paused)
     some = leases if len(leases) <= CANDIDATES else [*free, *leases][:CANDIDATES]
     workers = dict.fromkeys([*map(snapshot.text, some), *kept.values()])
     return _Seen(
         now=int(time[0]) * 1000 + int(time[1]) // 1000,
-        firsts=_admissible(client, [_waiting(snapshot.text(shape), int(order)) for shape, order in shapes], paused),
+        firsts=_within_quotas(client, firsts) if tenants else firsts,
         kept=kept,
         reserved=snapshot.text(reserved or ""),
         workers=list(workers),
@@ -137,6 +140,22 @@ def _admissible(client: redis.Redis, firsts: Iterable[Waiting | None], pauses: A
     replies = client.hmget(keys.KEYS["paused"], asked)
     paused = {name for name, value in zip(asked, replies, strict=True) if value is not None}
     return {shape: waiting for shape, waiting in valid.items() if paused.isdisjoint(_pausing(waiting))}
+
+
+def _within_quotas(client: redis.Redis, firsts: dict[str, Waiting]) -> dict[str, Waiting]:
+    """Return the jobs that no quota of their tenant holds back, by shape."""
+    names = sorted(map(tenant_of, firsts))
+    texts = client.hmget(keys.TENANTS, names) if names else []
+    rules = {name: Rule.from_text(snapshot.text(rule)) for name, rule in zip(names, texts, strict=True) if rule}
+    limited = [(name, resource) for name, rule in rules.items() for resource in rule.quota]
+    if not limited:
+        return firsts
+    amounts = client.hmget(keys.USED, [f"{name}/{resource}" for name, resource in limited])
+    used: dict[str, dict[str, int]] = {}
+    for (name, resource), amount in zip(limited, amounts, strict=True):
+        used.setdefault(name, {})[resource] = int(amount or 0)
+    sharing = Sharing(rules, used)
+    return {shape: waiting for shape, waiting in firsts.items() if sharing.may_start(waiting)}
 
 
 def _pausing(waiting: Waiting) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import Refusal, Waiting, survey
 from celery_capacity.routing.policy.reservation import Patience, Reservation, Rules
+from celery_capacity.routing.policy.tenants import Rule
 from celery_capacity.routing.recovery.reservations import Memory, renew_reservations
 from tests.fixtures.stores.books import job_field
 from tests.fixtures.stores.cluster import ONE, Cluster
@@ -56,6 +57,20 @@ def test_blocked_job_gets_the_worker_where_it_starts_soonest(cluster: Cluster) -
     assert made is not None
     admitted = int(job_field(cluster.client, "two", "admitted") or 0)
     assert (made.shape, made.at, made.beside) == (WIDE, admitted + 256_000, {"memory": 90, "slots": 7})
+
+
+def test_job_that_a_quota_holds_back_has_no_reservation(cluster: Cluster) -> None:
+    cluster.run("one", expecting(ONE, 512_000))
+    wide, rule = f"{WIDE},$physics", Rule(quota={"cpus": 4000, "memory": 9})
+    cluster.submit("wide", wide)
+    assert look(cluster, TIMED)["reserved"] == 1
+    cluster.ledger.set_controls(1, {("tenant", "physics"): rule.text}, last=True)
+    assert look(cluster, TIMED)["reserved"] == 0
+    assert reservation(cluster) is None
+    assert look(cluster, TIMED) == {}
+    assert Rule.from_text(rule.text) == rule
+    cluster.ledger.set_controls(2, {("tenant", "physics"): Rule(quota={"memory": 10}).text}, last=True)
+    assert look(cluster, TIMED)["reserved"] == 1
 
 
 def test_job_with_unknown_times_has_no_reservation_before_its_time(cluster: Cluster) -> None:
