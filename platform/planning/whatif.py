@@ -110,6 +110,7 @@ def _json(today: Today, change: dict[str, Any], as_is: Outcome, after: Outcome |
         "simulated": len(cluster.waiting),
         "guessed": cluster.guessed,
         "guess_seconds": today.guess / MS if today.guess else None,
+        "tenants_left_out": today.shared,
         "change": change,
         "as_it_is": _outcome_json(as_is),
         "changed": None if after is None else _outcome_json(after),
@@ -161,6 +162,8 @@ def _show(today: Today, as_is: Outcome, after: Outcome | None) -> None:
         console.print(f"          {cluster.guessed:,} run times are unknown, and taken to be {span(today.guess / MS)}.")
     elif cluster.guessed:
         console.print("          No run time is known: give jobs `expected`, or set PLATFORM_LEARN_RUN_TIMES.")
+    if today.shared:
+        console.print("          Tenants share the workers: their turns and quotas are left out.")
     if not cluster.waiting:
         console.print("No job waits.")
         return

@@ -52,9 +52,14 @@ SELECT EXISTS (SELECT FROM tenants)
 """)
 
 
+def are_in_use(connection: Connection) -> bool:
+    """Return True if a tenant has a rule, or a waiting job names one."""
+    return bool(connection.execute(_IN_USE).scalar_one())
+
+
 def sharing_in_use(connection: Connection) -> Sharing | None:
     """Return the shares of tenants by Postgres; None where no tenant has a rule, and no waiting job names one."""
-    return sharing(connection) if connection.execute(_IN_USE).scalar_one() else None
+    return sharing(connection) if are_in_use(connection) else None
 
 
 _WAITING_TENANTS: Final = text(f"""

@@ -36,7 +36,7 @@ _LEARNED: Final = frozenset(CLASSES)
 
 _WORKERS: Final = text("""
 SELECT name, capacity, status = :ready AND NOT EXISTS (SELECT FROM cordons c WHERE c.worker = workers.name),
-  (extract(epoch FROM ends_at - now()) * 1000)::bigint
+  (extract(epoch FROM ends_at - now()) * 1000)::bigint, labels
 FROM workers WHERE status IN ('ready', 'draining') AND seen_at > now() - make_interval(secs => :seen_for)
 ORDER BY name LIMIT :most
 """)
@@ -68,8 +68,8 @@ def live_books(connection: Connection, worker_ttl: float) -> list[Book]:
     values = {"ready": WorkerStatus.READY, "seen_for": worker_ttl, "most": MAX_WORKERS + 1}
     rows = connection.execute(_WORKERS, values).all()
     return [
-        Book(name, amounts.from_people(capacity), {}, admitting=admits, left=left)
-        for name, capacity, admits, left in rows
+        Book(name, amounts.from_people(capacity), {}, admitting=admits, left=left, labels=labels)
+        for name, capacity, admits, left, labels in rows
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 from sqlalchemy import Connection
 
 from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database import tenants
 from celery_capacity.routing.forecast import record
 from celery_capacity.routing.forecast.cluster import TooLarge, live_books, read_cluster
 from celery_capacity.routing.forecast.record import Errors
@@ -75,16 +76,18 @@ def estimated_start(
         return None
     if not cluster.beyond and not any(queued.waiting.job == job for queued in cluster.waiting):
         return None
+    errors = record.errors(connection)
+    if tenants.are_in_use(connection):
+        return EstimatedStart(None, None, NoEstimate.TENANTS, 0, False, errors)
     estimated = estimate(cluster, rules, job)
     at = None if estimated.at is None else datetime.fromtimestamp(estimated.at / 1000, UTC)
     seconds = None if estimated.at is None else (estimated.at - cluster.now) / 1000
-    errors = record.errors(connection)
     return EstimatedStart(at, seconds, estimated.why_not, estimated.simulated, estimated.extrapolated, errors)
 
 
 def sample(connection: Connection, rules: Rules, most_losses: int, worker_ttl: float) -> int:
     """Estimate the starts of some waiting jobs, and note them; return how many are new."""
-    if record.is_full(connection):
+    if record.is_full(connection) or tenants.are_in_use(connection):
         return 0
     books = live_books(connection, worker_ttl)
     if not books or len(books) > MAX_SAMPLED_WORKERS:

@@ -10,6 +10,7 @@ from redis.exceptions import RedisError
 from sqlalchemy import Connection
 
 from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database import tenants
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.forecast.cluster import TooLarge, live_books, read_cluster
@@ -28,7 +29,7 @@ class Today:
     """The cluster as it is. `rules`: those by which jobs start. `guess`: milliseconds of each unknown run time.
 
     `source`: the store that decides. `tasks_known`: False where the workers' tasks were not read, so that each worker
-    is taken to know all.
+    is taken to know all. `shared`: tenants share the workers, and their turns and quotas are left out.
     """
 
     cluster: Cluster
@@ -36,6 +37,7 @@ class Today:
     guess: int
     source: Store
     tasks_known: bool
+    shared: bool = False
 
 
 def read_today(client: redispy.Redis, connection: Connection, settings: Settings) -> Today:
@@ -57,7 +59,7 @@ def read_today(client: redispy.Redis, connection: Connection, settings: Settings
         cluster = _with_tasks(client, cluster) if tasks_known else cluster
     except RedisError:
         tasks_known = False
-    return Today(cluster, rules, guess, source, tasks_known)
+    return Today(cluster, rules, guess, source, tasks_known, tenants.are_in_use(connection))
 
 
 def _with_tasks(client: redispy.Redis, cluster: Cluster) -> Cluster:

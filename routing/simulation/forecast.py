@@ -35,6 +35,8 @@ class NoEstimate(StrEnum):
     NEVER_FITS = "never-fits"
     #: too many jobs are before it, and too few of them would start
     TOO_FAR = "too-far"
+    #: tenants share the workers, and the forecast does not know their turns and quotas
+    TENANTS = "tenants"
 
 
 @dataclass(frozen=True)

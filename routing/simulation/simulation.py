@@ -175,8 +175,8 @@ class Simulation:
         unreserved = [self._book(name) for name in self.books if name not in self.reservations]
         reserved = [self._book(name) for name, entry in self.reservations.items() if passes(waiting, entry, self.now)]
         for books in (unreserved, reserved):
-            bound = waiting.run_time.bound
-            decision = choose(waiting.request, books, max(len(books), CANDIDATES), task=waiting.task, bound=bound)
+            most, bound = max(len(books), CANDIDATES), waiting.run_time.bound
+            decision = choose(waiting.request, books, most, task=waiting.task, bound=bound, terms=waiting.terms)
             if isinstance(decision, Admission):
                 return decision.worker
         return ""

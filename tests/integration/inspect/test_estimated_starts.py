@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+from sqlalchemy import text
 
 from celery_capacity.platform.console.wording import details
 from celery_capacity.routing.forecast import starts
@@ -21,6 +22,8 @@ from tests.fixtures.stores.staged import Stage
 EASY = Rules(1)
 MINUTE = RunTime(76_109, 76_109)
 LONG = RunTime(3_444_312, 3_444_312)
+#: Place of a job that needs an SSD.
+SSD = ",?disk:in:ssd"
 
 
 def estimate(stage: Stage, job: str, rules: Rules | None = EASY) -> EstimatedStart | None:
@@ -79,6 +82,31 @@ def test_start_is_estimated_only_where_it_is_asked_for(stage: Stage) -> None:
     assert estimate(stage, running) is None
     assert estimate(stage, stage.submit(cpus=9000, run_time=MINUTE)) is None
     assert estimate(stage, stage.submit(cpus=4000, run_time=MINUTE), None) is None
+
+
+def test_estimate_obeys_the_labels_of_workers(stage: Stage) -> None:
+    stage.worker("a", cpus=4000, labels={"disk": "ssd"})
+    stage.worker("b", cpus=4000)
+    stage.submit(cpus=4000, run_time=LONG, place=SSD)
+    stage.submit(cpus=4000, run_time=MINUTE)
+    waiting = stage.submit(cpus=4000, run_time=MINUTE, place=SSD)
+    estimated = estimate(stage, waiting)
+    assert estimated is not None and estimated.seconds is not None
+    assert estimated.seconds > MINUTE.expected / 1000
+    with stage.engine.connect() as connection:
+        assert starts.sample(connection, EASY, 3, 60.0) == 1
+        error = connection.execute(text("SELECT starts_at - now() > interval '2 min' FROM estimates")).scalar_one()
+    assert error
+
+
+def test_start_is_not_estimated_while_tenants_share(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    stage.submit(cpus=4000, run_time=MINUTE)
+    estimated = estimate(stage, stage.submit(cpus=4000, run_time=MINUTE, tenant="physics"))
+    assert estimated is not None
+    assert (estimated.at, estimated.why_not) == (None, NoEstimate.TENANTS)
+    with stage.engine.connect() as connection:
+        assert starts.sample(connection, EASY, 3, 60.0) == 0
 
 
 def test_start_is_estimated_from_rows_while_postgres_decides(stage: Stage) -> None:

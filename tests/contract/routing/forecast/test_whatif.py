@@ -40,6 +40,14 @@ def test_added_worker_empties_the_backlog_earlier(stage: Stage) -> None:
     assert list(after.by_kind) == [("task", "cpus=4000,slots=1")]
 
 
+def test_answer_says_that_the_turns_of_tenants_are_left_out(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    stage.submit(cpus=4000)
+    assert not today(stage).shared
+    stage.submit(cpus=4000, tenant="physics")
+    assert today(stage).shared
+
+
 def test_removed_worker_ends_its_jobs_and_takes_no_more(stage: Stage) -> None:
     stage.worker("a", cpus=4000)
     stage.worker("b", cpus=2000)
