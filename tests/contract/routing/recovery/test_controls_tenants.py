@@ -174,6 +174,19 @@ def test_quota_holds_an_exclusive_job_back_from_a_pull(stage: Stage) -> None:
     stage.sql("UPDATE jobs SET revoked_at = now()")
 
 
+def test_pull_leaves_an_exclusive_job_that_a_quota_holds_back(stage: Stage) -> None:
+    alone = stage.insert({"cpus": 1000, "alone": 1}, place=",+exclusive", tenant="physics")
+    plain = stage.insert({"cpus": 1000})
+    set_rule(stage, "physics", Rule(quota={"slots": 0}))
+    book = Book("w", {"cpus": 4000, "slots": 4}, {})
+    with stage.engine.connect() as connection:
+        assert [row.job for row in claims.look(connection, book, MOST_LOSSES)] == [plain]
+    set_rule(stage, "physics", Rule(quota={"slots": 1}))
+    with stage.engine.connect() as connection:
+        assert [row.job for row in claims.look(connection, book, MOST_LOSSES)] == [alone]
+    stage.sql("UPDATE jobs SET revoked_at = now()")
+
+
 def test_waiting_job_says_that_a_quota_or_a_share_holds_it_back(stage: Stage) -> None:
     stage.worker("a", cpus=2000)
     set_rule(stage, "small", Rule(quota={"cpus": 500}))
