@@ -24,6 +24,7 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.snapshot import WorkerBook
 from celery_capacity.routing.model.amounts import ALONE, LABEL
 from celery_capacity.routing.model.request import Request, run_time_of, split_shape, terms_of
+from celery_capacity.routing.policy.labels import named_worker
 from celery_capacity.routing.policy.pauses import Kind
 from celery_capacity.routing.policy.placement import CANDIDATES, SHAPES, Book, Waiting, fits
 from celery_capacity.routing.policy.reservation import Held, Patience, Reservation, Rules, large_enough, passes, renew
@@ -48,9 +49,9 @@ class Memory:
 class _Seen:
     """State of the ledger at the beginning of a pass.
 
-    `firsts`: the first jobs of the first waiting shapes that neither a pause nor a quota holds back, in order. `kept`:
-    shape -> worker that is kept for it. `reserved`: the names of the reserved workers, as the scripts know them, or
-    their blanks without any.
+    `firsts`: the first jobs of the first waiting shapes that no pause and no quota holds back, in order. `kept`: shape
+    -> worker that is kept for it. `reserved`: the names of the reserved workers, as the scripts know them, or their
+    blanks without any.
     """
 
     now: int
@@ -107,15 +108,16 @@ def _read(client: redis.Redis) -> _Seen:
     pipe.zrange(keys.SHAPES, 0, SHAPES - 1, withscores=True)
     pipe.zrange(keys.LEASES, 0, CANDIDATES)
     pipe.zrevrange(keys.FREE, 0, CANDIDATES - 1)
-    time, kept, (reserved, paused, tenants), shapes, leases, free = pipe.execute()
+    time, kept, (reserved, paused, shared), shapes, leases, free = pipe.execute()
     kept = {snapshot.text(shape): snapshot.text(worker) for shape, worker in kept.items()}
-    # Of many workers those with the most free CPUs are looked at, and those that are reserved already.
-    firsts = _admissible(client, [_waiting(snapshot.text(shape), int(order)) for shape, order in shapes], paused)
+    # Of many workers those with the most free CPUs are looked at, those that are reserved already, and named ones.
     some = leases if len(leases) <= CANDIDATES else [*free, *leases][:CANDIDATES]
-    workers = dict.fromkeys([*map(snapshot.text, some), *kept.values()])
+    firsts = _admissible(client, [_waiting(snapshot.text(shape), int(order)) for shape, order in shapes], paused)
+    named = [name for waiting in firsts.values() if (name := named_worker(waiting.terms))]
+    workers = dict.fromkeys([*map(snapshot.text, some), *kept.values(), *named])
     return _Seen(
         now=int(time[0]) * 1000 + int(time[1]) // 1000,
-        firsts=_within_quotas(client, firsts) if tenants else firsts,
+        firsts=_within_quotas(client, firsts) if shared and firsts else firsts,
         kept=kept,
         reserved=snapshot.text(reserved or ""),
         workers=list(workers),
@@ -142,20 +144,24 @@ def _admissible(client: redis.Redis, firsts: Iterable[Waiting | None], pauses: A
     return {shape: waiting for shape, waiting in valid.items() if paused.isdisjoint(_pausing(waiting))}
 
 
-def _within_quotas(client: redis.Redis, firsts: dict[str, Waiting]) -> dict[str, Waiting]:
-    """Return the jobs that no quota of their tenant holds back, by shape."""
-    names = sorted(map(tenant_of, firsts))
-    texts = client.hmget(keys.TENANTS, names) if names else []
-    rules = {name: Rule.from_text(snapshot.text(rule)) for name, rule in zip(names, texts, strict=True) if rule}
-    limited = [(name, resource) for name, rule in rules.items() for resource in rule.quota]
-    if not limited:
-        return firsts
-    amounts = client.hmget(keys.USED, [f"{name}/{resource}" for name, resource in limited])
-    used: dict[str, dict[str, int]] = {}
-    for (name, resource), amount in zip(limited, amounts, strict=True):
-        used.setdefault(name, {})[resource] = int(amount or 0)
+def _within_quotas(client: redis.Redis, firsts: Mapping[str, Waiting]) -> dict[str, Waiting]:
+    """Return the jobs that no quota of their tenants holds back, by shape."""
+    names = sorted({tenant_of(shape) for shape in firsts})
+    texts = zip(names, client.hmget(keys.TENANTS, names), strict=True)
+    rules = {name: Rule(quota=_quota(snapshot.text(rule))) for name, rule in texts if rule is not None}
+    asked = [(name, resource) for name, rule in rules.items() for resource in rule.quota]
+    amounts = client.hmget(keys.USED, [f"{name}/{resource}" for name, resource in asked]) if asked else []
+    used: dict[str, dict[str, int]] = {name: {} for name in rules}
+    for (name, resource), amount in zip(asked, amounts, strict=True):
+        used[name][resource] = int(amount or 0)
     sharing = Sharing(rules, used)
     return {shape: waiting for shape, waiting in firsts.items() if sharing.may_start(waiting)}
+
+
+def _quota(rule: str) -> dict[str, int]:
+    """Return the quota in a rule as the ledger has it, see `Rule.text`."""
+    parts = (part.partition("=") for part in rule.rpartition(";")[2].split(",") if part)
+    return {name: int(amount) for name, _, amount in parts}
 
 
 def _pausing(waiting: Waiting) -> tuple[str, ...]:

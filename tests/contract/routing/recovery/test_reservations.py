@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import pytest
+
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
@@ -11,6 +13,7 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import Refusal, Waiting, survey
 from celery_capacity.routing.policy.reservation import Patience, Reservation, Rules
 from celery_capacity.routing.policy.tenants import Rule
+from celery_capacity.routing.recovery import reservations
 from celery_capacity.routing.recovery.reservations import Memory, renew_reservations
 from tests.fixtures.stores.books import job_field
 from tests.fixtures.stores.cluster import ONE, Cluster
@@ -99,6 +102,28 @@ def test_time_at_the_head_counts_from_when_a_job_became_the_head(cluster: Cluste
     # The next one begins anew.
     look(cluster, rules, memory)
     assert reservation(cluster) is None
+
+
+def test_worker_that_a_job_names_is_reserved_among_many(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reservations, "CANDIDATES", 1)
+    cluster.run("one", expecting(ONE, 512_000))
+    cluster.register("x")
+    cluster.register("y")
+    cluster.submit("wide", f"{WIDE},?@w")
+    assert look(cluster, TIMED)["reserved"] == 1
+    made = reservation(cluster)
+    assert made is not None and made.shape == f"{WIDE},?@w"
+
+
+def test_job_that_a_quota_holds_back_has_no_reservation(cluster: Cluster) -> None:
+    cluster.client.hset(keys.TENANTS, "physics", "1;;slots=0")
+    cluster.client.hset(keys.EPOCH, "tenants", "1")
+    cluster.run("one", expecting(ONE, 512_000))
+    cluster.submit("held-back", f"{WIDE},$physics")
+    cluster.submit("wide", WIDE)
+    assert look(cluster, TIMED)["reserved"] == 1
+    made = reservation(cluster)
+    assert made is not None and made.shape == WIDE
 
 
 def test_wide_job_starts_under_an_endless_stream_of_narrow_ones(cluster: Cluster) -> None:
