@@ -6,12 +6,13 @@ cordoned, draining or silent workers are registered until they leave or are lost
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from celery_capacity.routing.model.amounts import ALONE, CPUS, format_amount, is_label
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request, split_shape, terms_of
+from celery_capacity.routing.model.request import Request, run_time_of, split_shape, terms_of
 from celery_capacity.routing.policy.labels import named_worker, place_of, words_of_labels
 from celery_capacity.routing.policy.placement import Admission, Book, Refusal, fits, shortages, survey
 
@@ -124,10 +125,11 @@ def count_before(waiting: Mapping[str, int], registered: Iterable[Book]) -> int:
     """Return how many of the waiting jobs that come before a job would start before it.
 
     `waiting`: the number of these jobs by the shape under which they are filed. A job that no registered worker could
-    ever take holds up no other, and does not count.
+    ever take, or that outlives each one that could, holds up no other, and does not count.
     """
-    books = list(registered)
-    kinds = kinds_of(books)
+    books = sorted(registered, key=_life, reverse=True)
+    # Of each kind the worker that lives longest takes all that others of its kind would take.
+    kinds = list({kind_of(book): book for book in reversed(books)}.values())
     return sum(number for filed, number in waiting.items() if number > 0 and _can_start(filed, kinds, books))
 
 
@@ -135,7 +137,12 @@ def _can_start(filed: str, kinds: Sequence[Book], books: Sequence[Book]) -> bool
     shape, task, _ = split_shape(filed)
     request, terms = Request.from_shape(shape), terms_of(filed)
     possible = (book for book in with_named(kinds, books, terms) if book.allows(terms))
-    return any(book.knows(task) and is_large_enough(request, book) for book in possible)
+    bound = run_time_of(filed).bound
+    return any(book.knows(task) and book.lasts(bound) and is_large_enough(request, book) for book in possible)
+
+
+def _life(book: Book) -> float:
+    return math.inf if book.left is None else book.left
 
 
 def with_named(kinds: Sequence[Book], books: Iterable[Book], terms: str) -> Sequence[Book]:

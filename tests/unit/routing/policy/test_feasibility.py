@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import pytest
@@ -143,6 +143,13 @@ def test_position_equals_that_of_a_brute_force_oracle_on_random_books() -> None:
         number = chance.randrange(len(backlog))
         expected = sum(any(could_ever_take(book, job) for book in books) for job in backlog[:number])
         assert count_before(Counter(job.filed for job in backlog[:number]), books) == expected, (backlog, books)
+
+
+def test_position_leaves_out_jobs_that_outlive_every_worker() -> None:
+    short, longer = (Book(name, {"cpus": 4, "slots": 4}, {}, left=left) for name, left in (("a", 1000), ("b", 90_000)))
+    filed = {"cpus=1,slots=1,~60000": 2, "cpus=1,slots=1,^600000,~60000": 3, "cpus=1,slots=1": 4}
+    assert count_before(filed, [short, longer]) == 6
+    assert count_before(filed, [short, longer, replace(longer, left=None)]) == 9
 
 
 def test_shortfall_equals_that_of_a_brute_force_oracle_on_random_books() -> None:
