@@ -12,6 +12,8 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
+from celery_capacity.routing.store.controls import NOT_PAUSED
+
 #: Estimates whose jobs have not started: beyond them no more are made.
 MAX_OPEN: Final = 50
 #: Compared estimates that are kept, the newest ones.
@@ -41,9 +43,10 @@ CROSS JOIN LATERAL (
 WHERE o.started_at IS NULL AND s.started_at IS NOT NULL AND e.job = o.job
 """)
 # A job that ended, was paused or waits for something else makes its estimate void.
-_FORGET: Final = text("""
+_FORGET: Final = text(f"""
 DELETE FROM estimates AS e WHERE started_at IS NULL
-  AND NOT EXISTS (SELECT FROM jobs WHERE id = e.job AND state IN ('accepted', 'waiting', 'admitted', 'running'))
+  AND NOT EXISTS (SELECT FROM jobs WHERE id = e.job AND (state IN ('admitted', 'running')
+    OR (state IN ('accepted', 'waiting') AND {NOT_PAUSED})))
 """)
 _PRUNE: Final = text("""
 DELETE FROM estimates WHERE job IN (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from celery_capacity.routing.forecast import record
 from celery_capacity.routing.forecast.record import Errors
@@ -49,6 +50,19 @@ def test_estimates_of_ended_jobs_are_void_and_old_ones_go(
         assert record.errors(connection) == Errors(2, 0.0, 3600.0)
     with stage.engine.connect() as connection:
         assert not record.is_full(connection)
+
+
+def test_estimate_of_a_paused_job_is_void(stage: Stage, stores: Stores) -> None:
+    stage.worker("a", cpus=4000)
+    for _ in range(3):
+        stage.submit(cpus=4000, run_time=MINUTE)
+    stage.apply()
+    assert duty.run_once(NO_APP, stores)["noted"] == 2
+    stage.sql("INSERT INTO pauses (kind, name, made_by) VALUES ('platform', '', 'ann@desk')")
+    duty.run_once(NO_APP, stores)
+    with stage.engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM estimates")).scalar_one() == 0
+    stage.sql("DELETE FROM pauses")
 
 
 def test_no_estimate_is_noted_while_many_are_open(
