@@ -73,7 +73,7 @@ def level(engine: Engine, ledger: Ledger) -> int:
         if not ledger.set_controls(current.version, {}, last=True):
             return 0
     if any(kind == "tenant" for kind, _ in changes):
-        # What runs already counts against a quota. Where this program dies before, the next reconcile counts it.
+        # Jobs that run already count against a quota. Where this program dies before, the next reconcile counts them.
         count_held(ledger)
     # Another rule of a tenant may let jobs start.
     if removed or resumed or any(kind == "tenant" for kind, _ in changes):

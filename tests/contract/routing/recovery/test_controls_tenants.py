@@ -159,7 +159,7 @@ def test_pull_reads_one_page_of_jobs_that_a_quota_holds_back(stage: Stage, monke
     monkeypatch.setattr(claims, "candidates", counted)
     with stage.engine.connect() as connection:
         assert claims.look(connection, Book("w", {"cpus": 4000, "slots": 4}, {}), MOST_LOSSES) == []
-    # One of each tenant, the default one too, then a page of the flood, then what is left.
+    # The first three pages have the first jobs of each tenant. Then come a page of the flood, and the rest.
     assert [len(page) for page in pages[3:]] == [claims.PAGE, 1]
     assert [row.job for row in pages[-1]] == [last]
     stage.sql("UPDATE jobs SET revoked_at = now()")
