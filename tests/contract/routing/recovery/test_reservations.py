@@ -115,7 +115,7 @@ def test_worker_that_a_job_names_is_reserved_among_many(cluster: Cluster, monkey
     assert made is not None and made.shape == f"{WIDE},?@w"
 
 
-def test_job_that_a_quota_holds_back_has_no_reservation(cluster: Cluster) -> None:
+def test_reservation_passes_over_a_job_without_quota_left(cluster: Cluster) -> None:
     cluster.client.hset(keys.TENANTS, "physics", "1;;slots=0")
     cluster.client.hset(keys.EPOCH, "tenants", "1")
     cluster.run("one", expecting(ONE, 512_000))
