@@ -127,7 +127,7 @@ def count_before(waiting: Mapping[str, int], registered: Iterable[Book]) -> int:
     `waiting`: the number of these jobs by the shape under which they are filed. A job that no registered worker could
     ever take, or that outlives each one that could, holds up no other, and does not count.
     """
-    books = sorted(registered, key=_life, reverse=True)
+    books = sorted(registered, key=_lifetime, reverse=True)
     # Of each kind the worker that lives longest takes all that others of its kind would take.
     kinds = list({kind_of(book): book for book in reversed(books)}.values())
     return sum(number for filed, number in waiting.items() if number > 0 and _can_start(filed, kinds, books))
@@ -141,7 +141,7 @@ def _can_start(filed: str, kinds: Sequence[Book], books: Sequence[Book]) -> bool
     return any(book.knows(task) and book.lasts(bound) and is_large_enough(request, book) for book in possible)
 
 
-def _life(book: Book) -> float:
+def _lifetime(book: Book) -> float:
     return math.inf if book.left is None else book.left
 
 
