@@ -16,7 +16,7 @@ for tenant, use in pairs(numbers_of(KEY.past)) do
   end
 end
 redis.call('HSET', KEY.epoch, 'aged', int(now))
-redis.call('DEL', KEY.totals)
+redis.call('UNLINK', KEY.totals)
 for i = EACH.first, #ARGV, EACH.step do
   redis.call('HSET', KEY.totals, ARGV[i + EACH.resource], ARGV[i + EACH.amount])
 end

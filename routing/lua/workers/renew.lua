@@ -9,9 +9,9 @@
 -- Repeat: harmless
 ttl = tonumber(ttl)
 local now, key = clock(), KEY.book .. worker
-local fields = redis.call('HMGET', key, 'epoch', 'lease', 'incarnation', 'queue', 'tasks', 'status', 'unfilled', 'kept',
-  'lapsed', 'cordoned', 'a.slots', 'c.slots')
-local lease, catalogue, status, unfilled = tonumber(fields[2]), fields[5], fields[6], fields[7]
+local fields = redis.call('HMGET', key, 'epoch', 'lease', 'incarnation', 'queue', 'tasks', 'unfilled', 'kept',
+  'lapsed', 'cordoned', 'a.slots', 'c.slots', 'status')
+local lease, catalogue, status, unfilled = tonumber(fields[2]), fields[5], fields[12], fields[6]
 -- A reserved book has no queue: its worker has to register.
 if fields[1] ~= epoch or not lease or fields[3] ~= incarnation or fields[4] == '' then
   return {'unknown'}
@@ -22,7 +22,7 @@ if catalogue and redis.call('PEXPIRE', KEY.tasks .. catalogue, LIMIT.catalogue) 
 end
 -- Whatever frees room or files a job fills it. That may be left undone: while nothing was admitted here, in a pass that
 -- ended at a cursor, or where a worker is to be kept for a job that must be alone.
-local undone = status == 'closed' or lease <= now or unfilled or fields[8]
+local undone = status == 'closed' or lease <= now or unfilled or fields[7]
 -- A worker that the lapse closed, and that is alive after all, opens again.
 if status == 'closed' then
   status = 'ready'
@@ -31,11 +31,11 @@ redis.call('ZADD', KEY.leases, int(now + ttl), worker)
 local seen = redis.call('PEXPIRE', KEY.view .. worker, int(ttl)) == 1
 local is_turn = math.floor(now / ttl) ~= math.floor(lease / ttl) - 1
 -- A worker that takes no job now, such as one without a free slot, need not stand among the others.
-local is_full = tonumber(fields[11] or 0) >= tonumber(fields[12] or 0)
-local stands = fields[10] or is_full or status ~= 'ready' or redis.call('ZSCORE', KEY.free, worker)
-if undone or fields[9] or is_turn or not seen or not stands then
+local is_full = tonumber(fields[10] or 0) >= tonumber(fields[11] or 0)
+local stands = fields[9] or is_full or status ~= 'ready' or redis.call('ZSCORE', KEY.free, worker)
+if undone or fields[8] or is_turn or not seen or not stands then
   redis.call('HSET', key, 'lease', int(now + ttl), 'status', status)
-  if fields[9] then
+  if fields[8] then
     redis.call('HDEL', key, 'lapsed')
   end
   local book, view = read_book(worker, epoch), {unpack(ARGV, EACH.first)}

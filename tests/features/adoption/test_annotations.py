@@ -78,7 +78,9 @@ def test_all_that_is_wrong_in_it_is_told_at_once_with_table_and_key(write: Write
     first, second, third, fourth = wrong.value.problems
     assert all(problem.startswith(f"PLATFORM_REQUESTS={path}, [") for problem in wrong.value.problems)
     assert "['a']: cpus" in first
-    assert "['b']: 'memmory' is not known; there are cpus, memory, gpus, resources, expected, rerun." in second
+    keys = ", ".join(task_rules.KEYS)
+    assert f"['b']: 'memmory' is not known; there are {keys}." in second
+    assert {"cpus", "memory", "gpus", "resources", "expected", "where", "rerun"} <= set(task_rules.KEYS)
     assert "['b']: rerun = 1 must be true or false" in third
     assert "['c.*']: memory" in fourth
 

@@ -34,7 +34,7 @@ def test_job_that_would_not_end_in_time_waits_for_another_worker(platform: Platf
 
 
 def test_worker_drains_at_the_end_of_its_life(platform: Platform, submitter: Submitter) -> None:
-    worker = platform.worker("a", cpus=2, PLATFORM_LIFETIME="3s")
+    worker = platform.worker("a", cpus=2, PLATFORM_LIFETIME="12s")
     job = submitter.send(HOLD, "gate")
     tasks.started(platform.redis, "gate")
     worker.wait_for("PLATFORM_LIFETIME is over: this worker drains")

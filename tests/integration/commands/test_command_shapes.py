@@ -330,7 +330,18 @@ def test_without_tables_it_is_the_error_that_says_so(run: Run, database_url: str
 def test_wrong_settings_are_listed(run: Run) -> None:
     # A simulation reads no settings.
     for name in sorted({"db current", *commands()} - {"dashboard", "db", "settings", "simulate"}):
-        named = ("job", "wait", "cancel", "retry", "submit", "cordon", "uncordon", "drain")
+        named = (
+            "job",
+            "wait",
+            "cancel",
+            "retry",
+            "submit",
+            "cordon",
+            "uncordon",
+            "drain",
+            "tenant set",
+            "tenant remove",
+        )
         words = [*name.split(), *(["x"] if name in named else ["x", "5"] if name == "priority" else [])]
         error = problem(run, *words, code=Exit.CONFIGURATION, PLATFORM_CPUS="many", PLATFORM_WORKER_TTL="soon")
         assert len(error["problems"]) == 2

@@ -203,7 +203,7 @@ def test_explain_tells_of_a_job_that_must_run_alone_and_those_behind_it(stage: S
         None,
     )
     assert explanation.request.to_people() == {"cpus": 1, "slots": 1}
-    assert "runs alone on a worker, and none that it fits is empty. a takes nothing else" in _words(explanation)
+    assert "has to run alone on a worker, and none that it fits is empty. a takes nothing else" in _words(explanation)
     small = stage.submit(cpus=500)
     explanation = _why(stage, small)
     assert (explanation.why, explanation.resource, explanation.worker) == (Reason.NO_ROOM, "alone", "a")

@@ -18,7 +18,7 @@ from sqlalchemy import Engine, text
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.states import Store
-from celery_capacity.workers import duties, retention
+from celery_capacity.workers import duties, learning, retention
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.runner.duty_runner import DUTIES, SUSPICION, Duty, Runner
 from tests.fixtures.stores.staged import Stage
@@ -27,7 +27,7 @@ from tests.fixtures.stores.staged import Stage
 OF_OTHERS: Final = {"fallback", "window"}
 MODULES: Final = [
     import_module(f"{folder.__name__}.{path.stem}")
-    for folder in (duties, retention)
+    for folder in (duties, learning, retention)
     for path in sorted(Path(str(folder.__file__)).parent.glob("*.py"))
     if path.stem not in {"__init__", *OF_OTHERS}
 ]
