@@ -34,7 +34,7 @@ end
 
 -- A list of the workers with at least so many free CPUs, or of those behind `worker` with as many.
 local function list_from(key, base, top, cpus, worker)
-  local list = {key = key, base = base, top = top, score = int(base + cpus), seen = 0}
+  local list = {key = key, base = base, low = -math.huge, top = top, score = int(base + cpus), seen = 0}
   list.rank = worker and rank_behind(key, list.score, worker)
   turn_page(list)
   return list
@@ -90,21 +90,27 @@ end
 local function open_walk(amounts, cpus, worker, most_likely)
   local key, amount, whole = index_for(amounts, most_likely)
   local lists = amount and lists_of_classes(key, amount, cpus, worker) or {list_from(key, 0, math.huge, cpus, worker)}
-  return {whole = whole, lists = lists}
+  return {whole = whole, lists = lists, turn = turn_page}
 end
 
--- Take the next candidate of a walk. Returns its name and its free CPUs, or nil.
+-- Take the next candidate of a walk. Returns its name and its free CPUs, or nil. A walk that goes `down` comes from the
+-- other end (lib/spread.lua).
 local function next_candidate(walk)
   local first, name, cpus
   for _, list in ipairs(walk.lists) do
     if list.at > #list.rows and #list.rows > 0 then
-      turn_page(list)
+      walk.turn(list)
     end
-    local score = tonumber(list.rows[list.at + 1])
-    if score and score < list.top then
-      local free = score - list.base
-      if not first or free < cpus or (free == cpus and is_before(list.rows[list.at], name)) then
-        first, name, cpus = list, list.rows[list.at], free
+    local worker, score = list.rows[list.at], tonumber(list.rows[list.at + 1])
+    if score and score < list.top and score >= list.low then
+      local free, comes_first = score - list.base, not first
+      if first and free == cpus then
+        comes_first = is_before(worker, name) ~= (walk.down or false)
+      elseif first then
+        comes_first = (free < cpus) ~= (walk.down or false)
+      end
+      if comes_first then
+        first, name, cpus = list, worker, free
       end
     end
   end

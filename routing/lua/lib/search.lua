@@ -72,11 +72,7 @@ local function search(shape, amounts, epoch, now, most, cursor_cpus, cursor_work
   local looked, likely = 0, not worker
   local walk = spread and open_spread(amounts, cpus, worker, likely) or open_walk(amounts, cpus, worker, likely)
   while looked < most do
-    if spread then
-      worker, cpus = next_spread(walk)
-    else
-      worker, cpus = next_candidate(walk)
-    end
+    worker, cpus = next_candidate(walk)
     if not worker then
       return nil, looked
     end

@@ -20,7 +20,7 @@ end
 
 -- A list of the workers with scores from `base + cpus` to below `top`, or of those behind (score of free CPUs, worker).
 local function list_down(key, base, top, cpus, most, worker)
-  local list = {key = key, base = base, low = base + cpus}
+  local list = {key = key, base = base, low = base + cpus, top = math.huge}
   if worker then
     list.left = count_before(key, int(base + most), worker)
   else
@@ -35,37 +35,17 @@ local function open_spread(amounts, most, worker, most_likely)
   local key, amount, whole = index_for(amounts, most_likely)
   local cpus = amounts.cpus or 0
   if not amount then
-    return {whole = whole, lists = {list_down(key, 0, math.huge, cpus, most, worker)}}
+    local list = list_down(key, 0, math.huge, cpus, most, worker)
+    return {whole = whole, lists = {list}, turn = turn_back, down = true}
   end
   local lists, below, lowest = {}, '+inf', class_of(amount)
   while true do
     local row = redis.call('ZREVRANGEBYSCORE', key, below, int(lowest * LIMIT.span), 'WITHSCORES', 'LIMIT', 0, 1)
     if not row[1] then
-      return {lists = lists}
+      return {lists = lists, turn = turn_back, down = true}
     end
     local base = math.floor(tonumber(row[2]) / LIMIT.span) * LIMIT.span
     lists[#lists + 1] = list_down(key, base, base + LIMIT.span, cpus, most, worker)
     below = '(' .. int(base)
   end
-end
-
--- Take the next candidate of such a walk. Returns its name and its free CPUs, or nil.
-local function next_spread(walk)
-  local first, name, cpus
-  for _, list in ipairs(walk.lists) do
-    if list.at > #list.rows and #list.rows > 0 then
-      turn_back(list)
-    end
-    local score = tonumber(list.rows[list.at + 1])
-    if score and score >= list.low then
-      local free = score - list.base
-      if not first or free > cpus or (free == cpus and is_before(name, list.rows[list.at])) then
-        first, name, cpus = list, list.rows[list.at], free
-      end
-    end
-  end
-  if first then
-    first.at = first.at + 2
-  end
-  return name, cpus
 end
