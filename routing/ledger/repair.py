@@ -19,6 +19,9 @@ from celery_capacity.routing.policy.placement import SHAPES
 #: Kind and key of each control in the ledger (lua/epoch/set_controls.lua).
 CONTROLS: Final = {"cordon": keys.CORDONS, "pause": keys.PAUSED, "tenant": keys.TENANTS}
 
+#: Amounts that one script compares.
+USES: Final = 500
+
 
 class Repairs(LedgerServer):
     """Scripts of reconcile, one method each."""
@@ -68,6 +71,15 @@ class Repairs(LedgerServer):
     def set_total(self, expected: int | None, total: int) -> bool:
         """Set the sum of allocated millicores, unless it changed since it was read as `expected` (None: missing)."""
         return self._call("set_total", expected="" if expected is None else expected, sum=total).head == "ok"
+
+    def set_use(self, amounts: Mapping[str, tuple[int, int]]) -> int:
+        """Set what the jobs of tenants hold: `tenant/resource` -> (amount as read before the jobs, sum over the jobs).
+
+        An amount that changed since it was read stays. Returns the number of amounts that were set.
+        """
+        groups = [{"field": field, "expected": read, "sum": total} for field, (read, total) in amounts.items()]
+        pages = (groups[start : start + USES] for start in range(0, len(groups), USES))
+        return sum(self._call("set_use", page).number("changed") for page in pages)
 
     def carried(self) -> set[str]:
         """Return the jobs that nobody may bring in, because the stream has their transitions of an older epoch."""

@@ -158,6 +158,7 @@ def reconcile(engine: Engine, ledger: Ledger) -> Reconciled:
             refill.restore_borders(engine, ledger)
             reconcile_indexes.check_books(ledger, names["book"] | names["held"], names["free_of"], result)
             controls.count_held(ledger, names["held"])
+            reconcile_indexes.check_use(ledger, names["held"], result)
         if result.drift:
             ledger.client.hincrby(keys.COUNTERS, "drift", result.drift)
     except RedisError as error:

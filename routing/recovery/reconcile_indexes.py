@@ -1,18 +1,20 @@
 """Second half of a reconcile: make the ledger agree with itself.
 
 Each job stands where its own key says: in the queue of its shape, in the list of its worker, among the deliveries to
-come. Each book is the sum of the allocations on its worker, and the total is the sum of the books. A difference is
-repaired by a script that checks once more, so work that goes on meanwhile is never taken for drift.
+come. Each book is the sum of the allocations on its worker, and the total is the sum of the books. The use of a tenant
+is the sum of what its jobs hold. A difference is repaired by a script that checks once more, so work that goes on
+meanwhile is never taken for drift.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
-from celery_capacity.routing.ledger import keys, snapshot
+from celery_capacity.routing.ledger import indexes, keys, snapshot
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.indexes import ASKED
 from celery_capacity.routing.ledger.snapshot import JobCard
@@ -184,6 +186,29 @@ def check_books(ledger: Ledger, workers: set[str], resources: set[str], result: 
             result.note("a book that is not the sum")
             ledger.fill(worker)
     _check_total(ledger, workers, result)
+
+
+def check_use(ledger: Ledger, workers: set[str], result: Reconciled) -> None:
+    """Make the use of tenants the sum of what their jobs hold.
+
+    An admission or release meanwhile changes the use of its tenant along with the list of the worker. So a sum is right
+    where the use has not changed since it was read.
+    """
+    if not ledger.has_tenants():
+        return
+    use, summed = indexes.read_use(ledger.client), Counter[str]()
+    for worker in sorted(workers | _indexed(ledger)):
+        held = sorted({job for page in ledger.held_pages(worker) for job in page})
+        for start in range(0, len(held), CHUNK):
+            cards = snapshot.read_cards(ledger.client, held[start : start + CHUNK])
+            summed.update(indexes.use_of(card for card in cards.values() if card.worker == worker))
+    wrong = {
+        field: (use.get(field, 0), summed[field])
+        for field in sorted(use.keys() | summed.keys())
+        if use.get(field, 0) != summed[field]
+    }
+    for _ in range(ledger.set_use(wrong)):
+        result.note("a use of a tenant that is not the sum of its jobs")
 
 
 def restore_lost_total(ledger: Ledger) -> int:

@@ -275,6 +275,7 @@ BINDINGS: Final = {
     "prune_index": Binding(lambda ledger: ledger.prune_index("gpus", 5, 500), 0, {("ok", "7", "2"): "(7, 2)"}),
     "age_shares": Binding(lambda ledger: ledger.age_shares({"cpus": 1000, "slots": 1}), 2, {("ok",): "None"}),
     "set_tight": Binding(lambda ledger: ledger.set_tight(True), 0, {("ok",): "None"}),
+    "set_use": Binding(lambda ledger: ledger.set_use({"a/cpus": (1, 2), "b/cpus": (0, 3)}), 2, {("ok", "2"): "2"}),
     "set_waiting": Binding(lambda ledger: ledger.set_waiting(1, 2), 0, {("ok",): "True", ("changed",): "False"}),
     "set_total": Binding(lambda ledger: ledger.set_total(1, 2), 0, {("ok",): "True", ("changed",): "False"}),
 }

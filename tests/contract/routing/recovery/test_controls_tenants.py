@@ -87,6 +87,26 @@ def test_quota_counts_what_ran_before_tenants_were_in_use(stage: Stage) -> None:
     finish(stage, *jobs[1:])
 
 
+def test_reconcile_makes_damaged_use_the_sum_of_the_jobs(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    jobs = [stage.submit(tenant=tenant, cpus=1000) for tenant in ("physics", "bio", "default")]
+    right = stage.redis.hgetall(keys.USED)
+    stage.redis.hset(keys.USED, mapping={"physics/cpus": 9000, "gone/slots": 3})
+    stage.redis.hdel(keys.USED, "bio/slots")
+    assert reconcile(stage.engine, stage.ledger).drift == 3
+    assert stage.redis.hgetall(keys.USED) == right
+    assert reconcile(stage.engine, stage.ledger).drift == 0
+    finish(stage, *jobs)
+
+
+def test_use_that_changed_since_it_was_read_is_not_set(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    job = stage.submit(tenant="physics", cpus=1000)
+    assert stage.ledger.set_use({"physics/cpus": (500, 0), "physics/slots": (0, 7)}) == 0
+    assert stage.redis.hgetall(keys.USED) == {b"physics/cpus": b"1000", b"physics/slots": b"1"}
+    finish(stage, job)
+
+
 def test_reconcile_counts_what_ran_before_tenants_were_in_use(stage: Stage) -> None:
     stage.worker("a", cpus=4000)
     before, named = stage.submit(cpus=1000), stage.submit(tenant="physics", cpus=1000)
