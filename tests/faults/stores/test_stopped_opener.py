@@ -39,7 +39,7 @@ def test_stopped_opener_keeps_nobody_out_and_does_no_harm_later(
         field: Any = platform.redis.hget(keys.EPOCH, "epoch")
         return int(field or 0)
 
-    jobs = oracle.sends(submitter, 16, seconds=0.3)
+    jobs = oracle.sends(submitter, 16, seconds=1)
     oracle.until_more(2)
     until(lambda: platform.redis.zcard(keys.SHAPES), "jobs wait")
     once.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -43,19 +44,25 @@ def stores_of(platform: Platform) -> Stores:
     return Stores(lambda _: platform.settings)
 
 
+def _epoch(platform: Platform) -> dict[Any, Any]:
+    """Return what the ledger says of its epoch, without the marks that the runner of the duties changes meanwhile."""
+    fields: dict[Any, Any] = platform.redis.hgetall(keys.EPOCH)
+    return {name: value for name, value in fields.items() if name != b"reserved"}
+
+
 def test_worker_of_a_second_database_is_refused_and_the_first_goes_on(
     platform: Platform, submitter: Submitter, second: Platform
 ) -> None:
     first = platform.worker("a", cpus=2)
     job = submitter.send(HOLD, "gate")
     tasks.started(platform.redis, "gate")
-    before = platform.redis.hgetall(keys.EPOCH)
+    before = _epoch(platform)
     refused = second.worker("b", cpus=2, ready=False)
     assert refused.wait() == Exit.CONFIGURATION
     line = refused.wait_for(REFUSED)
     assert "REDIS_URL" in line and "FLUSHDB" in line
     assert not any("Traceback" in line for line in refused.lines)
-    assert platform.redis.hgetall(keys.EPOCH) == before
+    assert _epoch(platform) == before
     tasks.let_go(platform.redis, "gate")
     assert submitter.value(job) == "a"
     assert first.alive
@@ -94,7 +101,7 @@ def test_second_database_does_not_open_books_of_the_first(platform: Platform, se
             other.ledger.close_epoch(9, first.ledger.run_id, step, [keys.book("a")])
     with pytest.raises(Unsupported, match=REFUSED):
         other.ledger.open_epoch(9)
-    assert platform.redis.hgetall(keys.EPOCH) == before
+    assert _epoch(platform) == before
     assert platform.redis.exists(keys.book("a"))
     platform.redis.delete(keys.book("a"))
 

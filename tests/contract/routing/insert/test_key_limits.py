@@ -424,6 +424,9 @@ LIMITS: Final = ({"a": 1}, {"a": 2}, {"b": 1}, {"a": 1, "b": 2}, {"b": 3}, {"a":
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 def test_holders_stay_within_limits_and_none_waits_in_vain(cluster: Authority, steps: list[tuple[str, int]]) -> None:
+    # Nobody beats for the worker, and all examples together may take longer than its lease.
+    cluster.wake("a")
+    retried: set[str] = set()
     for step, number in steps:
         running = started(cluster)
         before = _held(cluster)
@@ -434,26 +437,25 @@ def test_holders_stay_within_limits_and_none_waits_in_vain(cluster: Authority, s
         elif step == "note":
             key_limits.open_noted(cluster.stage.engine)
         elif running:
-            _step(cluster, step, running[number % len(running)])
+            job = running[number % len(running)]
+            if step == "retry" and job in retried:
+                # Here all retries have one message. Two of a job differ in truth, and a second one looks like a repeat.
+                continue
+            retried |= {job} if step == "retry" else set()
+            _step(cluster, step, job)
+            if step in ("retry", "requeue"):
+                # It let go, and may hold its keys again already, behind one that came in between.
+                before.pop(job, None)
         _check(before, _held(cluster))
     cluster.stage.sql("UPDATE jobs SET not_before = now() WHERE not_before > now()")
     cluster.duty()
     cluster.duty()
     _check_none_in_vain(cluster)
     # Let all come to their end, for the next example and for the check of the books.
-    while running := _started_after_all(cluster):
+    while running := started(cluster):
         for job in running:
             end(cluster, job)
     assert rows(cluster) == 0
-
-
-def _started_after_all(cluster: Authority) -> list[str]:
-    """Return the jobs that run, with those that only Postgres knows: on a busy machine the ledger may answer late."""
-    with cluster.stage.engine.connect() as connection:
-        accepted = list(connection.execute(text("SELECT id FROM jobs WHERE state = 'accepted'")).scalars())
-    for job in accepted:
-        cluster.bring_in(job)
-    return started(cluster)
 
 
 def _step(cluster: Authority, step: str, job: str) -> None:
