@@ -103,12 +103,9 @@ local function next_candidate(walk)
     end
     local worker, score = list.rows[list.at], tonumber(list.rows[list.at + 1])
     if score and score < list.top and score >= list.low then
-      local free, comes_first = score - list.base, not first
-      if first and free == cpus then
-        comes_first = is_before(worker, name) ~= (walk.down or false)
-      elseif first then
-        comes_first = (free < cpus) ~= (walk.down or false)
-      end
+      local free, down = score - list.base, walk.down or false
+      local comes_first = not first or (free == cpus and is_before(worker, name) ~= down)
+        or (free ~= cpus and (free < cpus) ~= down)
       if comes_first then
         first, name, cpus = list, worker, free
       end
