@@ -1,4 +1,4 @@
-"""`celery -A platform pause`: start nothing more of the platform, a queue or a task."""
+"""`celery -A platform pause`: start nothing more of the platform, a queue, a task or a tenant."""
 
 from __future__ import annotations
 
@@ -16,19 +16,27 @@ from celery_capacity.platform.console.text_type import Text
     examples=(
         ("A queue", 'celery -A platform pause --queue render --reason "licence server is down"'),
         ("A task", "celery -A platform pause --task tasks.charge"),
+        ("A tenant", "celery -A platform pause --tenant physics"),
         ("Everything", "celery -A platform pause"),
     ),
 )
 @click.option("--queue", metavar="NAME", type=Text(), help="Jobs of this queue; that without a name is called celery.")
 @click.option("--task", metavar="NAME", type=Text(), help="Jobs of this task, by its whole name.")
+@click.option("--tenant", metavar="NAME", type=Text(), help="Jobs of this tenant.")
 @reason_option
 @by_option
 @json_option
 @click.pass_context
 def command(
-    context: click.Context, queue: str | None, task: str | None, reason: str | None, by: str | None, as_json: bool
+    context: click.Context,
+    queue: str | None,
+    task: str | None,
+    tenant: str | None,
+    reason: str | None,
+    by: str | None,
+    as_json: bool,
 ) -> None:
-    """Start nothing more of a queue, of a task, or of the whole platform.
+    """Start nothing more of a queue, a task, a tenant, or the whole platform.
 
     Submissions are accepted and wait, with the reason `paused`. Running jobs go on to their ends. The pause stays when
     workers are started again and when Redis is emptied, until `resume`.
@@ -36,7 +44,7 @@ def command(
     from celery_capacity.routing.policy.pauses import Scope
     from celery_capacity.workers.client.controls import pause
 
-    order = pause(stores_of(context), Scope.of(queue, task), reason=reason, by=by)
+    order = pause(stores_of(context), Scope.of(queue, task, tenant), reason=reason, by=by)
     if as_json:
         print_json(order.to_json())
         return

@@ -1,4 +1,4 @@
-"""`celery -A platform resume`: start the platform, a queue or a task again."""
+"""`celery -A platform resume`: start the platform, a queue, a task or a tenant again."""
 
 from __future__ import annotations
 
@@ -17,24 +17,28 @@ from celery_capacity.workers.process.exit_codes import Exit
     examples=(
         ("A queue", "celery -A platform resume --queue render"),
         ("A task", "celery -A platform resume --task tasks.charge"),
+        ("A tenant", "celery -A platform resume --tenant physics"),
         ("Everything", "celery -A platform resume"),
     ),
     codes={Exit.FAILED: "that was not paused"},
 )
 @click.option("--queue", metavar="NAME", type=Text(), help="Jobs of this queue.")
 @click.option("--task", metavar="NAME", type=Text(), help="Jobs of this task, by its whole name.")
+@click.option("--tenant", metavar="NAME", type=Text(), help="Jobs of this tenant.")
 @by_option
 @json_option
 @click.pass_context
-def command(context: click.Context, queue: str | None, task: str | None, by: str | None, as_json: bool) -> None:
-    """Start a queue, a task or the whole platform again. Workers with room are filled at once.
+def command(
+    context: click.Context, queue: str | None, task: str | None, tenant: str | None, by: str | None, as_json: bool
+) -> None:
+    """Start a queue, a task, a tenant or the whole platform again. Workers with room are filled at once.
 
-    Each pause is taken back by itself: `resume` alone leaves queues and tasks paused that were paused by their names.
+    Each pause is taken back by itself: `resume` alone leaves paused what was paused by its name.
     """
     from celery_capacity.routing.policy.pauses import Scope
     from celery_capacity.workers.client.controls import resume
 
-    order = resume(stores_of(context), Scope.of(queue, task), by=by)
+    order = resume(stores_of(context), Scope.of(queue, task, tenant), by=by)
     if as_json:
         print_json(order.to_json())
     else:

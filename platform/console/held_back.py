@@ -81,7 +81,9 @@ def why_paused(pause: Pause | None) -> str:
     """Return the sentence for a job that a pause holds back."""
     if pause is None:
         return "It is paused."
-    of = {"platform": "The platform", "queue": "Its queue", "task": "Its task"}[pause.scope.kind.value]
+    of = {"platform": "The platform", "queue": "Its queue", "task": "Its task", "tenant": "Its tenant"}[
+        pause.scope.kind.value
+    ]
     option = f" --{pause.scope.kind.value} {pause.scope.name}" if pause.scope.name else ""
     return f"{of} is paused {_since(pause)}. To start it: celery -A platform resume{option}"
 

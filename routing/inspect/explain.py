@@ -85,7 +85,7 @@ def explain(
         worker = row.worker if state in HOLDING else None
         due_at = row.due_at if state is State.SCHEDULED else None
         return Explanation(job, state, simple, request, row.declared, worker=worker, due_at=due_at)
-    if (pause := controls.pause_of(connection, row.queue, row.name)) is not None:
+    if (pause := controls.pause_of(connection, row.queue, row.name, tenant_of(row.shape))) is not None:
         return Explanation(job, state, Reason.PAUSED, request, row.declared, pause=pause)
     sharing = tenants.sharing_in_use(connection)
     if sharing is not None and (resource := sharing.exceeded(tenant_of(row.shape), request)):

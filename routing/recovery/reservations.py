@@ -166,7 +166,8 @@ def _quota(rule: str) -> dict[str, int]:
 
 def _pausing(waiting: Waiting) -> tuple[str, ...]:
     """Return the fields of `ledger:paused` that hold a job back."""
-    return Kind.PLATFORM, f"{LABEL}{waiting.request.queue}", f"{Kind.TASK}:{waiting.task}"
+    task, tenant = f"{Kind.TASK}:{waiting.task}", f"{Kind.TENANT}:{tenant_of(waiting.shape)}"
+    return Kind.PLATFORM, f"{LABEL}{waiting.request.queue}", task, tenant
 
 
 def _policy_books(client: redis.Redis, books: Iterable[WorkerBook], tasks: Collection[str], seen: _Seen) -> list[Book]:

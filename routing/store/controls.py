@@ -20,7 +20,7 @@ from celery_capacity.routing.model.amounts import CPUS, cpus_number
 from celery_capacity.routing.model.states import FINAL, State
 from celery_capacity.routing.policy.pauses import Kind, Scope, scopes_of
 from celery_capacity.routing.policy.placement import order
-from celery_capacity.routing.policy.tenants import Rule
+from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, Rule
 
 #: Key of the advisory lock of changes and of copies to the ledger: "controls" in ASCII.
 _LOCK: Final = int.from_bytes(b"controls")
@@ -157,10 +157,10 @@ def pauses(connection: Connection) -> tuple[Pause, ...]:
     return tuple(Pause(Scope(Kind(kind), name), *rest) for kind, name, *rest in rows)
 
 
-def pause_of(connection: Connection, queue: str, task: str) -> Pause | None:
-    """Return a pause that holds back jobs of a queue and a task, the widest one; None for none."""
+def pause_of(connection: Connection, queue: str, task: str, tenant: str) -> Pause | None:
+    """Return a pause that holds back jobs of a queue, a task and a tenant, the widest one; None for none."""
     by_scope = {pause.scope: pause for pause in pauses(connection)}
-    return next((by_scope[scope] for scope in scopes_of(queue, task) if scope in by_scope), None)
+    return next((by_scope[scope] for scope in scopes_of(queue, task, tenant) if scope in by_scope), None)
 
 
 # -- tenants
@@ -196,8 +196,9 @@ def remove_tenant(connection: Connection, name: str, by: str) -> bool:
 
 
 #: Condition on a row of `jobs`: no pause holds it back.
-NOT_PAUSED: Final = """NOT EXISTS (SELECT FROM pauses p WHERE p.kind = 'platform'
-  OR (p.kind = 'queue' AND p.name = jobs.queue) OR (p.kind = 'task' AND p.name = jobs.name))"""
+NOT_PAUSED: Final = f"""NOT EXISTS (SELECT FROM pauses p WHERE p.kind = 'platform'
+  OR (p.kind = 'queue' AND p.name = jobs.queue) OR (p.kind = 'task' AND p.name = jobs.name)
+  OR (p.kind = 'tenant' AND p.name = coalesce({tenants.OF_TENANT}, '{DEFAULT_TENANT}')))"""
 
 
 # -- changes: each in a transaction of the caller, behind `lock`
@@ -258,7 +259,7 @@ def resume(connection: Connection, scope: Scope, by: str) -> bool:
 
 
 def target_of(scope: Scope) -> str:
-    """Return a scope as the log of actions names it: platform, queue:NAME or task:NAME."""
+    """Return a scope as the log of actions names it: platform, queue:NAME, task:NAME or tenant:NAME."""
     return f"{scope.kind.value}:{scope.name}" if scope.name else scope.kind.value
 
 

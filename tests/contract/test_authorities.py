@@ -521,7 +521,7 @@ def test_cordoned_worker_takes_nothing_more_until_uncordoned(authority: Authorit
     assert (order.before, order.applied, authority.starts("a")) == (True, True, [last])
 
 
-@pytest.mark.parametrize("names", [{}, {"queue": "mail"}, {"task": "task"}], ids=str)
+@pytest.mark.parametrize("names", [{}, {"queue": "mail"}, {"task": "task"}, {"tenant": "default"}], ids=str)
 def test_paused_jobs_wait_and_start_when_resumed(authority: Authority, names: dict[str, str]) -> None:
     authority.worker("a", cpus=4000, queues=["celery", "mail"])
     before = authority.submit(cpus=1000, queue="mail")

@@ -3,13 +3,14 @@
 -- `pauses` is the mark of the epoch that says if there is a pause: nil, '1', or 'all' for the whole platform. Without
 -- one, nothing here sends a command.
 
--- True if a pause holds back the jobs of a shape: that of the platform, of their queue, or of their task.
+-- True if a pause holds back the jobs of a shape: that of the platform, of their queue, task or tenant.
 local function is_paused(pauses, shape)
   if not pauses or pauses == 'all' then
     return pauses == 'all'
   end
-  local fields = redis.call('HMGET', KEY.paused, label_of(shape) or LIMIT.unlabelled, 'task:' .. (task_of(shape) or ''))
-  return (fields[1] or fields[2]) and true or false
+  local fields = redis.call('HMGET', KEY.paused, label_of(shape) or LIMIT.unlabelled, 'task:' .. (task_of(shape) or ''),
+    'tenant:' .. tenant_of(shape))
+  return (fields[1] or fields[2] or fields[3]) and true or false
 end
 
 -- True if a pause holds a shape back, which then leaves the indexes of waiting shapes. So later passes do not meet it

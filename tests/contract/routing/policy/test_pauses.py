@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from hypothesis import given
@@ -19,11 +20,13 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.pauses import Kind, Pauses, Scope
 from celery_capacity.routing.policy.placement import MAX_ADMITTED, Book, Waiting, order
+from celery_capacity.routing.policy.tenants import tenant_term
 from celery_capacity.routing.recovery.controls import field_of
 from tests.contract.routing.ledger.test_admission import ON_A_SERVER, REQUESTS, delivered, vectors, write
 from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, VIEW
 
 SERVED: Final = ("celery", "mail", "Vidéo/hd")
+TENANTS: Final = ("default", "physics", "ml")
 TASKS: Final = ("tasks.render", "tasks.näht", "celery.chain")
 BACKLOG: Final = st.lists(st.tuples(REQUESTS, st.integers(0, 9), st.sampled_from(TASKS)), max_size=30).map(
     lambda jobs: [
@@ -31,10 +34,17 @@ BACKLOG: Final = st.lists(st.tuples(REQUESTS, st.integers(0, 9), st.sampled_from
         for seq, (request, rank, task) in enumerate(jobs)
     ]
 )
+#: The same jobs, of several tenants. Tenants take turns, so they are for tests in which the order does not matter.
+OF_TENANTS: Final = st.builds(
+    lambda jobs, tenants: [replace(job, terms=tenant_term(tenant)) for job, tenant in zip(jobs, tenants, strict=False)],
+    BACKLOG,
+    st.lists(st.sampled_from(TENANTS), min_size=30, max_size=30),
+)
 SCOPES: Final = (
     Scope(Kind.PLATFORM),
     *(Scope(Kind.QUEUE, queue) for queue in SERVED),
     *(Scope(Kind.TASK, task) for task in TASKS[:2]),
+    *(Scope(Kind.TENANT, tenant) for tenant in TENANTS[:2]),
 )
 PAUSES: Final = st.frozensets(st.sampled_from(SCOPES), max_size=3).map(Pauses)
 
@@ -108,7 +118,7 @@ def job_rest(job: Waiting) -> tuple[Request, int, str]:
 
 
 @ON_A_SERVER
-@given(BACKLOG, vectors(st.integers(1, 50)), PAUSES)
+@given(OF_TENANTS, vectors(st.integers(1, 50)), PAUSES)
 def test_submission_starts_at_once_only_if_it_is_not_paused(
     ledger: Ledger, backlog: list[Waiting], capacity: dict[str, int], pauses: Pauses
 ) -> None:
@@ -117,7 +127,7 @@ def test_submission_starts_at_once_only_if_it_is_not_paused(
     set_pauses(ledger, 1, pauses)
     ledger.register("w", "life", "queue", Capacity(Request.of(capacity).amounts).serving(SERVED).shape, VIEW)
     for waiting in backlog:
-        shape = filed_shape(waiting.request.shape, waiting.task)
+        shape = waiting.shape
         submitted = ledger.submit(waiting.job, shape, waiting.order, MESSAGE)
         assert not (submitted.worker and pauses.covers(waiting))
         assert ledger.place_shape(shape) == [] or not pauses.covers(waiting)

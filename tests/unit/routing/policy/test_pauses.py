@@ -11,13 +11,16 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.pauses import MAX_TASK_NAME, Kind, Pauses, Scope
 from celery_capacity.routing.policy.placement import Book, Waiting, order
+from celery_capacity.routing.policy.tenants import tenant_term
 
 REQUEST = Request.of({"cpus": 1000})
 ALONE = Request.of({"cpus": 1000, "alone": 1})
 
 
-def waiting(job: str, seq: int, queue: str = "celery", task: str = "t", request: Request = REQUEST) -> Waiting:
-    return Waiting(job, request.within(queue), order(0, seq), task)
+def waiting(
+    job: str, seq: int, queue: str = "celery", task: str = "t", request: Request = REQUEST, tenant: str = "default"
+) -> Waiting:
+    return Waiting(job, request.within(queue), order(0, seq), task, terms=tenant_term(tenant))
 
 
 @pytest.mark.parametrize(
@@ -28,11 +31,13 @@ def waiting(job: str, seq: int, queue: str = "celery", task: str = "t", request:
         (Scope(Kind.QUEUE, "mail"), "b"),
         (Scope(Kind.TASK, "t"), "ab"),
         (Scope(Kind.TASK, "other"), ""),
+        (Scope(Kind.TENANT, "ml"), "c"),
+        (Scope(Kind.TENANT, "default"), "ab"),
     ],
     ids=str,
 )
 def test_pause_holds_back_the_jobs_of_its_scope_alone(scope: Scope, held: str) -> None:
-    backlog = [waiting("a", 0), waiting("b", 1, queue="mail"), waiting("c", 2, task="u")]
+    backlog = [waiting("a", 0), waiting("b", 1, queue="mail"), waiting("c", 2, task="u", tenant="ml")]
     pauses = Pauses(frozenset({scope}))
     assert "".join(job.job for job in backlog if pauses.covers(job)) == held
     book = Book("w", {"cpus": 9000, "slots": 9, "queue:mail": 1}, {})
@@ -54,6 +59,9 @@ def test_worker_is_kept_for_a_paused_shape_no_longer() -> None:
     "names",
     [
         {"queue": "a", "task": "b"},
+        {"queue": "a", "tenant": "b"},
+        {"tenant": ""},
+        {"tenant": "a b"},
         {"queue": ""},
         {"queue": "a b"},
         {"queue": "a,b"},
