@@ -23,6 +23,7 @@ ZERO = {
     "keep_archived": "ever",
     "shutdown_grace": "no limit",
     "fail_infeasible_after": "never",
+    "ageing": "no ageing",
     "share_halves_in": "no past use",
 }
 

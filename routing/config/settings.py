@@ -266,6 +266,9 @@ class Settings:
     fail_infeasible_after: float = _duration(
         "PLATFORM_FAIL_INFEASIBLE_AFTER", 0.0, "A job that no registered worker could hold fails after it; 0: never."
     )
+    ageing: float = _duration(
+        "PLATFORM_AGEING", 0.0, "A waiting job gains a step of priority in each such time; 0: none."
+    )
     shutdown_grace: float = _duration(
         "PLATFORM_SHUTDOWN_GRACE",
         0.0,

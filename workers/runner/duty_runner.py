@@ -29,6 +29,7 @@ from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.broker import beat_messages, transport
 from celery_capacity.workers.duties import (
+    ageing,
     apply_transitions,
     controls,
     deliver_results,
@@ -110,6 +111,7 @@ DUTIES: Final = (
     Duty("outbox", lambda s: s.due_interval, deliver_results.run_once, OUTBOX, deliver_results.run_once),
     Duty("lapse", lambda s: s.due_interval, lapse.run_once, without=fallback.lapse),
     Duty("infeasible", lambda s: s.due_interval, infeasible.run_once, without=infeasible.without_ledger),
+    Duty("ageing", ageing.pause, ageing.run_once, without=ageing.without_ledger),
     Duty("sweep", sweep.pause, sweep.run_once, beat_messages.SWEEP),
     Duty("reconcile", lambda s: s.reconcile_interval, reconcile.run_once, beat_messages.RECONCILE),
     Duty("retention", archive.pause, archive.run_once, without=archive.run_once),

@@ -37,6 +37,8 @@ TABLES = {
     "chords",
     "chord_parts",
     "infeasible",
+    "ageing",
+    "ageing_marks",
     "job_keys",
     "key_notes",
     "key_rates",

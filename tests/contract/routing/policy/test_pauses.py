@@ -34,7 +34,7 @@ BACKLOG: Final = st.lists(st.tuples(REQUESTS, st.integers(0, 9), st.sampled_from
         for seq, (request, rank, task) in enumerate(jobs)
     ]
 )
-#: The same jobs, of several tenants. Tenants take turns, so they are for tests in which the order does not matter.
+#: Such jobs of several tenants. Tenants take turns, so they are for tests in which the order does not matter.
 OF_TENANTS: Final = st.builds(
     lambda jobs, tenants: [replace(job, terms=tenant_term(tenant)) for job, tenant in zip(jobs, tenants, strict=False)],
     BACKLOG,
