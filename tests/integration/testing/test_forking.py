@@ -28,7 +28,15 @@ print(json.dumps({
 print("to standard error", file=sys.stderr)
 exec(os.environ["PLATFORM_END"])
 """
-ENDS = {"exit": "sys.exit(3)", "error": "raise GeneratorExit('gone')", "signal": "os.kill(os.getpid(), 9)"}
+ENDS = {
+    "exit": "sys.exit(3)",
+    "handlers": "import atexit; atexit.register(print, 'handler'); threading.Timer(0.1, print, ['thread']).start();"
+    " sys.exit(3)",
+    "message": "sys.exit('gone')",
+    "error": "raise GeneratorExit('gone')",
+    "signal": "os.kill(os.getpid(), 9)",
+}
+CODES = {"exit": 3, "handlers": 3, "message": 1, "error": 1, "signal": -signal.SIGKILL}
 COMMAND = [*forking.CELERY, "-A", "said", "report"]
 
 
@@ -50,9 +58,10 @@ def said(folder: Path, end: str, *, forks: bool) -> tuple[int, list[str]]:
 @pytest.mark.parametrize("end", ENDS)
 def test_a_forked_process_is_what_a_started_one_is(folder: Path, end: str) -> None:
     code, lines = said(folder, end, forks=True)
-    assert code == {"exit": 3, "error": 1, "signal": -signal.SIGKILL}[end]
+    assert code == CODES[end]
     assert (code, lines) == said(folder, end, forks=False)
     assert ("GeneratorExit: gone" in lines) == (end == "error")
+    assert (lines[-2:] == ["thread", "handler"]) == (end == "handlers")
 
 
 def test_what_it_says_is_read_apart_and_it_is_not_waited_for_for_ever(folder: Path) -> None:
