@@ -39,6 +39,7 @@ from celery_capacity.workers.process.exit_codes import Exit
 from celery_capacity.workers.process.stores import Stores, platform_of
 from tests.fixtures.jobs.hostile import CORPUS, TEXTS, jsons, texts, values
 from tests.fixtures.processes.platforms import FOREIGN
+from tests.fixtures.property_tests import examples
 from tests.fixtures.stores.staged import Stage
 
 TASK = "tests.fixtures.tasks.add"
@@ -481,7 +482,7 @@ def test_a_property_of_an_old_producer_s_message(enroll: Any, written: Written, 
 
 
 @pytest.mark.long
-@settings(hostile, max_examples=1000)
+@settings(hostile, max_examples=examples(1000))
 @given(
     body=st.binary(max_size=60) | jsons().map(lambda value: json.dumps(value).encode()) | values(),
     headers=jsons()

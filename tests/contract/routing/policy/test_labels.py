@@ -32,6 +32,7 @@ from celery_capacity.routing.policy.placement import (
 from celery_capacity.routing.recovery.workers_with_room import fill_all
 from celery_capacity.routing.store import claims
 from tests.contract.routing.ledger.test_admission import WRITTEN, delivered
+from tests.fixtures.property_tests import examples
 from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, VIEW
 
 ON_A_SERVER: Final = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -114,7 +115,7 @@ def register(ledger: Ledger, books: Sequence[Book]) -> None:
 
 
 @WRITTEN
-@settings(ON_A_SERVER, max_examples=2500)
+@settings(ON_A_SERVER, max_examples=examples(2500))
 @given(BOOKS, BACKLOG)
 def test_submits_go_where_the_policy_says_by_labels(ledger: Ledger, books: list[Book], jobs: list[Waiting]) -> None:
     register(ledger, books)
@@ -126,7 +127,7 @@ def test_submits_go_where_the_policy_says_by_labels(ledger: Ledger, books: list[
 
 
 @WRITTEN
-@settings(ON_A_SERVER, max_examples=800)
+@settings(ON_A_SERVER, max_examples=examples(800))
 @given(BOOKS, BACKLOG)
 def test_many_submits_go_where_the_policy_says_by_labels(
     ledger: Ledger, books: list[Book], jobs: list[Waiting]
@@ -142,7 +143,7 @@ def test_many_submits_go_where_the_policy_says_by_labels(
     assert {worker: delivered(ledger.client, f"queue.{worker}") for worker in expected} == expected
 
 
-@settings(ON_A_SERVER, max_examples=1200)
+@settings(ON_A_SERVER, max_examples=examples(1200))
 @given(BACKLOG, CAPACITIES, LABELS, st.integers(0, 15))
 def test_release_admits_what_the_policy_fills_in_with_by_labels(
     ledger: Ledger, backlog: list[Waiting], capacity: dict[str, int], worker_labels: dict[str, str], exclusive: int
@@ -168,7 +169,7 @@ def test_release_admits_what_the_policy_fills_in_with_by_labels(
     assert (snapshot.text(kept) if kept else "") == filling.kept
 
 
-@settings(ON_A_SERVER, max_examples=800)
+@settings(ON_A_SERVER, max_examples=examples(800))
 @given(BACKLOG, CAPACITIES, LABELS)
 def test_look_into_postgres_finds_what_the_policy_fills_in_by_labels(
     engine: Engine, backlog: list[Waiting], capacity: dict[str, int], worker_labels: dict[str, str]

@@ -32,6 +32,7 @@ from celery_capacity.routing.policy.placement import (
 )
 from celery_capacity.routing.store import claims
 from tests.contract.routing.ledger.test_admission import WRITTEN, delivered, write
+from tests.fixtures.property_tests import examples
 from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, VIEW
 
 #: Each example takes some milliseconds of a server.
@@ -79,7 +80,7 @@ BACKLOG: Final = st.lists(st.tuples(REQUESTS, RUN_TIMES, st.integers(0, TOP_PRIO
 
 
 @WRITTEN
-@settings(ON_A_SERVER, max_examples=900)
+@settings(ON_A_SERVER, max_examples=examples(900))
 @given(BOOKS, BACKLOG)
 def test_submits_go_where_the_policy_says_one_after_another(
     ledger: Ledger, books: list[Book], jobs: list[Waiting]
@@ -93,7 +94,7 @@ def test_submits_go_where_the_policy_says_one_after_another(
 
 
 @WRITTEN
-@settings(ON_A_SERVER, max_examples=400)
+@settings(ON_A_SERVER, max_examples=examples(400))
 @given(BOOKS, BACKLOG)
 def test_many_submits_at_once_go_where_the_policy_says(ledger: Ledger, books: list[Book], jobs: list[Waiting]) -> None:
     write(ledger, books)
@@ -107,7 +108,7 @@ def test_many_submits_at_once_go_where_the_policy_says(ledger: Ledger, books: li
     assert {worker: delivered(ledger.client, f"queue.{worker}") for worker in expected} == expected
 
 
-@settings(ON_A_SERVER, max_examples=800)
+@settings(ON_A_SERVER, max_examples=examples(800))
 @given(BACKLOG, CAPACITIES, LIVES)
 def test_release_admits_what_the_policy_fills_in_with(
     ledger: Ledger, backlog: list[Waiting], capacity: dict[str, int], left: int | None
@@ -126,7 +127,7 @@ def test_release_admits_what_the_policy_fills_in_with(
     assert delivered(ledger.client, "queue") == [job.job for job in filled]
 
 
-@settings(ON_A_SERVER, max_examples=800)
+@settings(ON_A_SERVER, max_examples=examples(800))
 @given(BACKLOG, CAPACITIES, LIVES)
 def test_look_into_postgres_finds_what_the_policy_fills_in_with(
     engine: Engine, backlog: list[Waiting], capacity: dict[str, int], left: int | None

@@ -39,6 +39,7 @@ from tests.contract.routing.ledger.test_admission import (
     vectors,
     write,
 )
+from tests.fixtures.property_tests import examples
 from tests.fixtures.stores.books import MESSAGE, job_field, write_book
 from tests.fixtures.stores.cluster import ONE, Cluster
 
@@ -105,7 +106,7 @@ def amounts(beside: Reservation | None) -> dict[str, int] | None:
 
 
 @WRITTEN
-@settings(ON_A_SERVER, max_examples=900)
+@settings(ON_A_SERVER, max_examples=examples(900))
 @given(
     BACKLOG,
     capacities(st.integers(1, 6)),
@@ -150,7 +151,7 @@ def test_pass_over_a_reserved_worker_admits_what_the_policy_says(
 
 
 @WRITTEN
-@settings(ON_A_SERVER, max_examples=1_300)
+@settings(ON_A_SERVER, max_examples=examples(1_300))
 @given(BOOKS, REQUESTS, EXPECTED, REQUESTS, vectors(st.integers(0, 3)), st.booleans(), st.data())
 def test_new_job_goes_where_the_policy_says_beside_a_reservation(
     ledger: Ledger,
