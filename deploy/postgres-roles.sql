@@ -73,6 +73,7 @@ ALTER TABLE key_rates OWNER TO platform_owner;
 ALTER TABLE key_notes OWNER TO platform_owner;
 ALTER TABLE run_times_read OWNER TO platform_owner;
 ALTER TABLE estimates OWNER TO platform_owner;
+ALTER TABLE reservations OWNER TO platform_owner;
 ALTER TABLE quarantine OWNER TO platform_owner;
 ALTER TABLE alembic_version OWNER TO platform_owner;
 
@@ -99,7 +100,7 @@ GRANT SELECT, UPDATE ON authority TO platform_worker;
 GRANT SELECT, INSERT, UPDATE, DELETE ON cordons, pauses, tenants TO platform_worker;
 GRANT SELECT, INSERT ON operator_actions TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON runner, run_times_read TO platform_worker;
-GRANT SELECT, INSERT, UPDATE, DELETE ON run_times, estimates TO platform_worker;
+GRANT SELECT, INSERT, UPDATE, DELETE ON run_times, estimates, reservations TO platform_worker;
 -- Limits by key: rows come in by a trigger and functions with their owner's rights. Notes are taken away once followed.
 GRANT SELECT, UPDATE (phase) ON job_keys TO platform_worker;
 GRANT SELECT, UPDATE, DELETE ON key_notes TO platform_worker;
@@ -133,8 +134,8 @@ GRANT SELECT (id, seq, name, state, epoch, attempt, step, losses, worker, incarn
   finished_at, revoked_at, error, needs, rated, not_before, progress, behind, reprioritized,
   expected_ms, key_limits) ON jobs TO platform_dashboard;
 GRANT SELECT ON attempts, workers, cordons, pauses, tenants, operator_actions, authority, runner, declarations,
-  dependencies, rates, retries, infeasible, run_times, run_times_read, estimates, job_keys, key_rates, alembic_version
-  TO platform_dashboard;
+  dependencies, rates, retries, infeasible, run_times, run_times_read, estimates, reservations, job_keys, key_rates,
+  alembic_version TO platform_dashboard;
 GRANT SELECT ON jobs_archive, attempts_archive TO platform_dashboard;
 GRANT SELECT (id, queue, reason, worker, seen_at) ON quarantine TO platform_dashboard;
 

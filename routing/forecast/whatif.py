@@ -43,7 +43,7 @@ class Today:
 def read_today(client: redispy.Redis, connection: Connection, settings: Settings) -> Today:
     """Return the cluster as it is, under both authorities. Raise `InvalidRequest` where it is too large."""
     source = read_authority(connection).authority
-    rules = Rules(depth=0) if source == Store.POSTGRES else rules_of(settings)
+    rules = rules_of(settings)
     try:
         books = live_books(connection, settings.worker_ttl)
         cluster = read_cluster(connection, books, settings.most_losses, most=MAX_JOBS)

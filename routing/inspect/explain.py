@@ -114,14 +114,14 @@ def explain(
 def _estimated_by_rows(
     connection: Connection, job: str, row: Any, rules: Rules | None, most_losses: int, worker_ttl: float
 ) -> EstimatedStart | None:
-    """Estimate the start of a job while Postgres decides: each worker pulls what fits it, without reservations."""
+    """Estimate the start of a job while Postgres decides: each worker pulls what fits it."""
     if rules is None:
         return None
     try:
         books = live_books(connection, worker_ttl)
     except TooLarge:
         return None
-    return estimated_start(connection, job, (row.priority, row.seq), books, Rules(depth=0), most_losses)
+    return estimated_start(connection, job, (row.priority, row.seq), books, rules, most_losses)
 
 
 def _over_quota(job: str, row: Any, request: Request, sharing: Sharing, resource: str) -> Explanation:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import Connection, text
@@ -21,11 +22,12 @@ from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.model.amounts import ALONE
 from celery_capacity.routing.model.request import KNOWN_EVERYWHERE, Request, run_time_of, terms_of
-from celery_capacity.routing.model.states import FINAL, Outcome, Step
+from celery_capacity.routing.model.states import Outcome, Step
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.ends import became
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import MAX_ADMITTED, Book, Waiting, fits, held_by, order
+from celery_capacity.routing.policy.reservation import Reservation, passes
 from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, Sharing, tenant_of
 from celery_capacity.routing.policy.unknown_starts import FEWEST_LOSSES, losses_in_doubt
 from celery_capacity.routing.store import fencing, job_transitions
@@ -126,29 +128,44 @@ def candidates(
     return [Candidate(*row) for row in connection.execute(statement, {**values, "tenant": tenant})]
 
 
-def choose(book: Book, page: Sequence[Candidate], most_losses: int, sharing: Sharing | None = None) -> list[Candidate]:
-    """Return the jobs of a page that this worker takes, in order.
+def choose(
+    book: Book,
+    page: Sequence[Candidate],
+    most_losses: int,
+    sharing: Sharing | None = None,
+    reservation: Reservation | None = None,
+    now: int = 0,
+) -> list[Candidate]:
+    """Return the jobs of a page that this worker takes, in order, beside its reservation.
 
     A worker that holds nothing takes a job that must be alone before all others. No worker is kept for such a job,
     while the ledger keeps one: here every worker would be kept, since none knows of the others.
     """
     by_id = {row.job: row for row in page}
-    waiting = [_waiting(row, most_losses) for row in page]
+    waiting = [waiting_of(row, most_losses) for row in page]
     if book.empty:
         for entry in sharing.admissible(waiting) if sharing else waiting:
-            if entry.request.get(ALONE) and book.takes(entry) and fits(entry.request, book) is None:
+            able = entry.request.get(ALONE) and book.takes(entry) and fits(entry.request, book) is None
+            if able and passes(entry, reservation, now):
                 return [by_id[entry.job]]
     elsewhere = {entry.shape for entry in waiting if entry.request.get(ALONE)}
-    return [
-        by_id[entry.job] for entry in fill_or_keep(book, waiting, MAX_ADMITTED, elsewhere, sharing=sharing).admitted
-    ]
+    filling = fill_or_keep(book, waiting, MAX_ADMITTED, elsewhere, reservation, now, sharing)
+    return [by_id[entry.job] for entry in filling.admitted]
 
 
-def look(connection: Connection, book: Book, most_losses: int, passed: Collection[str] = ()) -> list[Candidate]:
+def look(
+    connection: Connection,
+    book: Book,
+    most_losses: int,
+    passed: Collection[str] = (),
+    reservation: Reservation | None = None,
+    now: int = 0,
+) -> list[Candidate]:
     """Return the first jobs of the backlog that this worker takes, without those `passed`; empty where nothing fits.
 
-    The backlog is read page by page. A shape that did not fit, or that a quota holds back, is left out of all later
-    pages. Where tenants are in use, the first jobs of each are looked at together before.
+    The backlog is read page by page. A shape that did not fit, that a quota holds back, or that may not pass the
+    worker's reservation at this time (ms), is left out of all later pages. Where tenants are in use, the first jobs of
+    each are looked at together before.
     """
     after, without = START, set[str]()
     sharing = tenants.sharing_in_use(connection)
@@ -156,28 +173,47 @@ def look(connection: Connection, book: Book, most_losses: int, passed: Collectio
         firsts: list[Candidate] = []
         for tenant in tenants.waiting_tenants(connection):
             firsts += candidates(connection, MAX_ADMITTED, START, (), book.tasks, book.left, tenant)
-        chosen = choose(book, [row for row in firsts if row.job not in passed], most_losses, sharing)
+        page = [row for row in firsts if row.job not in passed]
+        chosen = choose(book, page, most_losses, sharing, reservation, now)
         if chosen:
             return chosen
     while True:
         page = candidates(connection, PAGE, after, sorted(without), book.tasks, book.left)
-        chosen = choose(book, [row for row in page if row.job not in passed], most_losses, sharing)
+        possible = [row for row in page if row.job not in passed]
+        chosen = choose(book, possible, most_losses, sharing, reservation, now)
         if chosen or len(page) < PAGE:
             return chosen
         after = page[-1].position
         requests = {row.shape: Request.from_shape(row.shape) for row in page}
         without |= {s for s, asked in requests.items() if fits(asked, book) or not book.allows(terms_of(s))}
         without |= {s for s, asked in requests.items() if sharing and sharing.exceeded(tenant_of(s), asked)}
+        last = order(page[-1].priority, page[-1].seq)
+        without |= {
+            s
+            for s, asked in requests.items()
+            if not passes(Waiting("", asked, last, "", run_time_of(s)), reservation, now)
+        }
 
 
-def _waiting(row: Candidate, most_losses: int) -> Waiting:
+def waiting_of(row: Candidate, most_losses: int) -> Waiting:
     """Return a row in the form that the policy takes. Its task was compared by the statement that read it."""
     request = held_by(Request.from_shape(row.shape), row.losses, most_losses)
     return Waiting(row.job, request, order(row.priority, row.seq), "", run_time_of(row.shape), terms_of(row.shape))
 
 
-_TAKE: Final = text(f"""
-WITH doubt AS (
+@dataclass(frozen=True, slots=True)
+class Passing:
+    """Room beside the head that a reserved worker has left once it took some jobs.
+
+    `made_at` identifies the reservation by which the jobs were chosen.
+    """
+
+    made_at: datetime
+    beside: Mapping[str, int]
+
+
+_TAKE: Final = f"""
+WITH {{}} doubt AS (
   -- A worker that never said that it lost the ledger, with all that it had claimed there, and is silent since: what had
   -- been submitted by then may have started on it (`routing.policy.unknown_starts`).
   SELECT a.changed_at FROM authority a WHERE EXISTS (
@@ -193,7 +229,7 @@ WITH doubt AS (
     AND (expires_at IS NULL OR expires_at > now())
     AND revoked_at IS NULL
     AND EXISTS (SELECT 1 FROM authority WHERE authority = 'postgres' AND epoch = :epoch)
-    AND {NOT_PAUSED} AND NOT EXISTS (SELECT FROM cordons WHERE worker = :worker)
+    AND {NOT_PAUSED} AND NOT EXISTS (SELECT FROM cordons WHERE worker = :worker) {{}}
   FOR NO KEY UPDATE SKIP LOCKED
 ), taken AS (
   UPDATE jobs SET state = 'running', epoch = :epoch, attempt = jobs.attempt + 1 + chosen.doubtful::int,
@@ -211,7 +247,19 @@ WITH doubt AS (
 )
 SELECT id, name, attempt, shape, losses, (extract(epoch FROM started_at) * 1000)::bigint, message, rerun
 FROM taken ORDER BY -priority, seq
-""")
+"""
+#: Statements that take jobs: on a worker without a reservation, and on a reserved one.
+_TAKE_ANY: Final = text(_TAKE.format("", ""))
+_TAKE_BESIDE: Final = text(
+    _TAKE.format(
+        """passing AS (
+  -- The runner of the duties may have replaced the reservation meanwhile: then nothing is taken.
+  UPDATE reservations SET beside = CAST(:beside AS jsonb)
+  WHERE worker = :worker AND epoch = :epoch AND made_at = :made_at RETURNING worker
+),""",
+        "AND EXISTS (SELECT FROM passing)",
+    )
+)
 
 
 def take(
@@ -221,10 +269,17 @@ def take(
     incarnation: str,
     jobs: Sequence[str],
     most_losses: int = FEWEST_LOSSES,
+    passing: Passing | None = None,
 ) -> list[Taken]:
-    """Make attempts of these jobs where they still wait; none where Postgres does not decide in this epoch."""
-    values = {"ids": list(jobs), "epoch": epoch, "worker": worker, "incarnation": incarnation}
-    rows = connection.execute(_TAKE, {**values, "counts": most_losses >= FEWEST_LOSSES})
+    """Make attempts of these jobs where they still wait; none where Postgres does not decide in this epoch.
+
+    `passing`: of a reserved worker. Nothing is taken where the reservation is another one by now.
+    """
+    values: dict[str, Any] = {"ids": list(jobs), "epoch": epoch, "worker": worker, "incarnation": incarnation}
+    values["counts"] = most_losses >= FEWEST_LOSSES
+    if passing is not None:
+        values |= {"made_at": passing.made_at, "beside": json.dumps(dict(passing.beside))}
+    rows = connection.execute(_TAKE_ANY if passing is None else _TAKE_BESIDE, values)
     taken = []
     for job, name, attempt, shape, losses, started_ms, message, rerun in rows:
         token = Token(epoch, attempt)
@@ -249,44 +304,6 @@ def wake(connection: Connection) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
-    """The newest attempt of a row. `final`: the job has ended."""
-
-    token: Token
-    step: int
-    losses: int
-    rerun: bool
-    final: bool
-    incarnation: str | None
-
-    def takes(self, token: Token) -> bool:
-        """Return whether the end of this attempt is still to be written.
-
-        It is also for an attempt that ended its job itself: its end adds what the attempt left to be delivered.
-        """
-        mine = self.step == Step.COMMITTED and self.token == token
-        return (mine or not self.final) and (self.token, self.step) < (token, Step.ENDED)
-
-    def has(self, token: Token) -> bool:
-        """Return whether the end of this attempt is written already, so that only the reply was lost."""
-        return self.token == token and self.step in (Step.ENDED, Step.BACK)
-
-
-_HOLDERS: Final = text("""
-SELECT id, epoch, attempt, step, losses, rerun, state, incarnation FROM jobs
-WHERE id = ANY(CAST(:ids AS text[])) ORDER BY id FOR NO KEY UPDATE
-""")
-
-
-def lock_holders(connection: Connection, jobs: Sequence[str]) -> Mapping[str, Holder]:
-    """Lock the rows of these jobs until the end of the caller's transaction, and return them by id."""
-    return {
-        row[0]: Holder(Token(row[1], row[2]), row[3], row[4], row[5], row[6] in FINAL, row[7])
-        for row in connection.execute(_HOLDERS, {"ids": list(jobs)})
-    }
-
-
-@dataclass(frozen=True, slots=True)
 class OpenAttempt:
     """An attempt that is on a worker, by its row. Times in milliseconds, 0 means none."""
 
@@ -306,15 +323,8 @@ SELECT id, epoch, attempt, coalesce(worker, ''), coalesce(incarnation, ''), loss
   coalesce((extract(epoch FROM started_at) * 1000)::bigint, 0)
 FROM jobs WHERE state IN ('admitted', 'running') AND {} ORDER BY id
 """
-_OF_NOBODY: Final = """NOT EXISTS (
-  SELECT 1 FROM workers w WHERE w.incarnation = jobs.incarnation AND w.status IN ('ready', 'draining')
-    AND NOT EXISTS (SELECT 1 FROM workers n WHERE n.name = w.name AND n.started_at > w.started_at
-                    AND n.status IN ('ready', 'draining')))"""
 _OPEN_ON_INCARNATION: Final = text(_OPEN.format("incarnation = :incarnation"))
-_OPEN_ON_NOBODY: Final = text(_OPEN.format(_OF_NOBODY))
-_COMMITTED_ON_NOBODY: Final = text(
-    f"SELECT id, epoch, attempt FROM jobs WHERE step = {Step.COMMITTED.value} AND {_OF_NOBODY} ORDER BY id"
-)
+_OPEN_ON_NOBODY: Final = text(_OPEN.format(fencing.OF_NOBODY))
 
 
 def open_attempts(connection: Connection, incarnation: str) -> list[OpenAttempt]:
@@ -329,15 +339,6 @@ def orphans(connection: Connection) -> list[OpenAttempt]:
 
 def _opened(rows: Iterable[Any]) -> list[OpenAttempt]:
     return [OpenAttempt(job, Token(epoch, attempt), *rest) for job, epoch, attempt, *rest in rows]
-
-
-def close_orphans(connection: Connection) -> int:
-    """Close attempts that ended their jobs themselves and whose worker has ended; return how many.
-
-    Nobody else will report these ends.
-    """
-    rows = connection.execute(_COMMITTED_ON_NOBODY).all()
-    return sum(fencing.close(connection, job, Token(epoch, attempt)) for job, epoch, attempt in rows)
 
 
 def give_back(

@@ -11,7 +11,8 @@ statement on the caller's connection.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import Connection, TextClause, text
@@ -168,6 +169,63 @@ def committed(connection: Connection, incarnation: str | None = None) -> list[tu
     """
     rows = connection.execute(_COMMITTED, {"incarnation": incarnation})
     return [(job, Token(epoch, attempt)) for job, epoch, attempt in rows]
+
+
+#: Condition that the worker of a job's attempt has ended, or has a newer incarnation.
+OF_NOBODY: Final = """NOT EXISTS (
+  SELECT 1 FROM workers w WHERE w.incarnation = jobs.incarnation AND w.status IN ('ready', 'draining')
+    AND NOT EXISTS (SELECT 1 FROM workers n WHERE n.name = w.name AND n.started_at > w.started_at
+                    AND n.status IN ('ready', 'draining')))"""
+_COMMITTED_ON_NOBODY: Final = text(
+    f"SELECT id, epoch, attempt FROM jobs WHERE step = {Step.COMMITTED.value} AND {OF_NOBODY} ORDER BY id"
+)
+
+
+def close_orphans(connection: Connection) -> int:
+    """Close attempts that ended their jobs themselves and whose worker has ended; return how many.
+
+    Nobody else will report these ends.
+    """
+    rows = connection.execute(_COMMITTED_ON_NOBODY).all()
+    return sum(close(connection, job, Token(epoch, attempt)) for job, epoch, attempt in rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The newest attempt of a row. `final`: the job has ended."""
+
+    token: Token
+    step: int
+    losses: int
+    rerun: bool
+    final: bool
+    incarnation: str | None
+
+    def takes(self, token: Token) -> bool:
+        """Return whether the end of this attempt is still to be written.
+
+        It is also for an attempt that ended its job itself: its end adds what the attempt left to be delivered.
+        """
+        mine = self.step == Step.COMMITTED and self.token == token
+        return (mine or not self.final) and (self.token, self.step) < (token, Step.ENDED)
+
+    def has(self, token: Token) -> bool:
+        """Return whether the end of this attempt is written already, so that only the reply was lost."""
+        return self.token == token and self.step in (Step.ENDED, Step.BACK)
+
+
+_HOLDERS: Final = text("""
+SELECT id, epoch, attempt, step, losses, rerun, state, incarnation FROM jobs
+WHERE id = ANY(CAST(:ids AS text[])) ORDER BY id FOR NO KEY UPDATE
+""")
+
+
+def lock_holders(connection: Connection, jobs: Sequence[str]) -> Mapping[str, Holder]:
+    """Lock the rows of these jobs until the end of the caller's transaction, and return them by id."""
+    return {
+        row[0]: Holder(Token(row[1], row[2]), row[3], row[4], row[5], row[6] in FINAL, row[7])
+        for row in connection.execute(_HOLDERS, {"ids": list(jobs)})
+    }
 
 
 _RUNS: Final = text(f"""

@@ -26,8 +26,8 @@ LAYERS = ("routing", "migrations", "workers", "platform")
 #: below all.
 FOLDERS = {
     "routing": (
-        "model", "policy", "simulation", "config", "database", "ledger", "insert", "store", "recovery", "forecast",
-        "inspect",
+        "model", "policy", "simulation", "config", "database", "ledger", "insert", "store", "fallback", "recovery",
+        "forecast", "inspect",
     ),
     "workers": (
         "dispatch", "process", "supervision", "broker", "submit", "results", "client", "membership", "retention",
@@ -51,6 +51,7 @@ OF_NO_MODULE = {
     "unit/platform/commands/test_schemas.py": "of all commands",
     "contract/test_authorities.py": "of both stores",
     "contract/test_authorities_attempts.py": "of both stores",
+    "contract/test_authorities_reservations.py": "of both stores",
     "contract/test_invariants.py": "of the tests themselves",
     "contract/routing/ledger/test_alone.py": "a rule of placement, in all scripts",
     "contract/routing/ledger/test_books.py": "the book of a worker, in all scripts",

@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.model.states import State, WorkerStatus
 from celery_capacity.routing.recovery import revocation
-from celery_capacity.routing.store import backlog, claims, job_transitions, worker_rows
+from celery_capacity.routing.store import backlog, claims, fencing, job_transitions, worker_rows
 from celery_capacity.workers.duties import due
 from celery_capacity.workers.process.stores import Stores, transactions
 from celery_capacity.workers.results.deliver_later import deliver_rows
@@ -72,7 +72,7 @@ def lapse(app: Celery, stores: Stores, window: Window | None = None) -> dict[str
             silent = over if watched else []
         for incarnation in silent:
             worker_rows.end_worker(connection, incarnation, WorkerStatus.LOST)
-        claims.close_orphans(connection)
+        fencing.close_orphans(connection)
         orphans = claims.orphans(connection)
         taken_back = claims.give_back_free(connection, orphans, None, "its worker has ended", settings.most_losses)
         if taken_back:

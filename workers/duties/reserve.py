@@ -7,13 +7,15 @@ from typing import Final
 
 from celery import Celery
 
+from celery_capacity.routing.fallback import reservations
+from celery_capacity.routing.forecast.starts import rules_of
 from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.routing.policy.reservation import Rules
 from celery_capacity.routing.recovery.reservations import Memory, renew_reservations
 from celery_capacity.workers.process.stores import Stores
 
-#: Memory of the passes of this process, by ledger.
+#: Memory of the passes of this process, by ledger, and of those while Postgres decides.
 _memories: Final[weakref.WeakKeyDictionary[Ledger, Memory]] = weakref.WeakKeyDictionary()
+_memories_without: Final[weakref.WeakKeyDictionary[Ledger, reservations.Memory]] = weakref.WeakKeyDictionary()
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:
@@ -21,6 +23,16 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
 
     Counts: as `routing.recovery.reservations.renew_reservations`.
     """
-    ledger, settings = stores.ledger, stores.settings
-    rules = Rules(settings.backfill_depth, round(settings.reserve_after * 1000))
-    return renew_reservations(ledger, rules, _memories.setdefault(ledger, Memory()))
+    ledger = stores.ledger
+    return renew_reservations(ledger, rules_of(stores.settings), _memories.setdefault(ledger, Memory()))
+
+
+def without_ledger(app: Celery, stores: Stores) -> dict[str, int]:
+    """Make the reservations anew while Postgres decides. Counts: as `routing.fallback.reservations`."""
+    settings = stores.settings
+    rules = rules_of(settings)
+    if not rules.depth:
+        return {}
+    memory = _memories_without.setdefault(stores.ledger, reservations.Memory())
+    with stores.engine.connect() as connection:
+        return reservations.renew_reservations(connection, rules, memory, settings.worker_ttl, settings.most_losses)

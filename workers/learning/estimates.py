@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from celery import Celery
 
-from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.forecast import record, starts
-from celery_capacity.routing.model.states import Store
-from celery_capacity.routing.policy.reservation import Rules
 from celery_capacity.workers.process.stores import Stores, transactions
 
 
@@ -17,7 +14,5 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
     with transactions(stores.engine).begin() as connection:
         compared = record.compare(connection)
     with stores.engine.execution_options(isolation_level="REPEATABLE READ").begin() as connection:
-        pulled = read_authority(connection).authority == Store.POSTGRES
-        rules = Rules(depth=0) if pulled else starts.rules_of(settings)
-        noted = starts.sample(connection, rules, settings.most_losses, settings.worker_ttl)
+        noted = starts.sample(connection, starts.rules_of(settings), settings.most_losses, settings.worker_ttl)
     return {"compared": compared, "noted": noted}

@@ -106,7 +106,7 @@ DUTIES: Final = (
     Duty("controls", lambda s: s.due_interval, controls.run_once),
     # Jobs that stay in Postgres are marked before others look for rows that the ledger does not know.
     Duty("refill", lambda s: s.due_interval, refill.run_once, REFILL),
-    Duty("reserve", lambda s: s.due_interval, reserve.run_once, RESERVE, rest=0.1),
+    Duty("reserve", lambda s: s.due_interval, reserve.run_once, RESERVE, reserve.without_ledger, rest=0.1),
     Duty("due", lambda s: s.due_interval, due.run_once, without=fallback.expire),
     Duty("outbox", lambda s: s.due_interval, deliver_results.run_once, OUTBOX, deliver_results.run_once),
     Duty("lapse", lambda s: s.due_interval, lapse.run_once, without=fallback.lapse),

@@ -20,9 +20,9 @@ from celery_capacity.routing.model.states import Outcome, State, Step, Store
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.ends import Became
 from celery_capacity.routing.policy.ends import became as became_of
-from celery_capacity.routing.store import claims, dependencies, job_transitions, refused_transitions
-from celery_capacity.routing.store.claims import Holder
+from celery_capacity.routing.store import claims, dependencies, fencing, job_transitions, refused_transitions
 from celery_capacity.routing.store.dependencies import Opened
+from celery_capacity.routing.store.fencing import Holder
 from celery_capacity.routing.store.job_transitions import Applied, Transition
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.claim_writer import running
@@ -189,7 +189,7 @@ class PostgresEnds:
     def _write_bad(self, end: End) -> Written:
         """Write an end that Postgres does not take as it is (`routing.store.refused_transitions`)."""
         with self._transactions.begin() as connection:
-            rows = claims.lock_holders(connection, [end.ended.job])
+            rows = fencing.lock_holders(connection, [end.ended.job])
             written, transitions = self._judge([end], rows, claims.now_ms(connection))
         applied, left = refused_transitions.write(self._engine, self._tally, transitions)
         if left:
@@ -202,7 +202,7 @@ class PostgresEnds:
     def _write(self, batch: Sequence[End]) -> Written:
         """Write ends in one transaction, and wake workers if jobs may start now."""
         with self._transactions.begin() as connection:
-            rows = claims.lock_holders(connection, [end.ended.job for end in batch])
+            rows = fencing.lock_holders(connection, [end.ended.job for end in batch])
             written, transitions = self._judge(batch, rows, claims.now_ms(connection))
             applied = job_transitions.apply(connection, transitions)
             if _starts(applied):

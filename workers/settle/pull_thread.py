@@ -19,11 +19,14 @@ from celery_capacity.routing import os_threads
 from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.database.postgres_errors import one_line
 from celery_capacity.routing.database.schema import CHANNEL
+from celery_capacity.routing.fallback import reservation_rows
+from celery_capacity.routing.fallback.reservation_rows import can_hold
 from celery_capacity.routing.lasting_warning import LastingWarning
 from celery_capacity.routing.model.request import Request, filed_shape, split_suffix
 from celery_capacity.routing.model.states import Outcome, Store
 from celery_capacity.routing.policy.placement import held_by
 from celery_capacity.routing.store import claims, controls, fencing
+from celery_capacity.routing.store.claims import Passing
 from celery_capacity.routing.store.refused_transitions import concerns_data
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holding
@@ -125,17 +128,23 @@ class Puller(OnDemandLookingService):
             self._look_for_cordon()
             return None
         with self._engine.connect() as connection:
-            if controls.is_cordoned(connection, self._identity.name):
+            held = reservation_rows.holding_back(connection, self._identity.name, self._confirmation.epoch, most_losses)
+            if held.cordoned:
                 self.on_cordon()
                 return None
-            chosen = claims.look(connection, book, most_losses, passed)
+            if held.row is not None and held.row.head is not None and not can_hold(book, held.row.head):
+                reservation_rows.refuse(connection, held.row)
+                held = held._replace(row=None)
+            chosen = claims.look(connection, book, most_losses, passed, held.reservation, held.now)
             if not chosen:
                 return None
             # A lost answer leaves rows that this worker does not know of: then the next pass compares again.
             self._compared_until, compared_until = 0.0, self._compared_until
             ids = [row.job for row in chosen]
-            taken = self._take_these(connection, ids)
+            taken = self._take_these(connection, ids, held.passing(chosen, most_losses))
             self._compared_until = compared_until
+            if not taken and held.row is not None and not reservation_rows.is_current(connection, held.row):
+                return 0
         passed.update(set(ids).difference(row.job for row in taken))
         for row in taken:
             request = held_by(Request.from_shape(row.shape), row.losses, most_losses)
@@ -156,11 +165,11 @@ class Puller(OnDemandLookingService):
             if cordoned:
                 self.on_cordon()
 
-    def _take_these(self, connection: Connection, ids: Sequence[str]) -> list[claims.Taken]:
+    def _take_these(self, connection: Connection, ids: Sequence[str], passing: Passing | None) -> list[claims.Taken]:
         """Take those of these jobs that still wait, and whose rows Postgres lets anybody write."""
         me, most_losses = self._identity, self._settings.most_losses
         try:
-            return claims.take(connection, self._confirmation.epoch, me.name, me.incarnation, ids, most_losses)
+            return claims.take(connection, self._confirmation.epoch, me.name, me.incarnation, ids, most_losses, passing)
         except DBAPIError as error:
             if not concerns_data(error):
                 raise
@@ -172,7 +181,7 @@ class Puller(OnDemandLookingService):
                     )
                 return []
         half = len(ids) // 2
-        return self._take_these(connection, ids[:half]) + self._take_these(connection, ids[half:])
+        return self._take_these(connection, ids[:half], passing) + self._take_these(connection, ids[half:], passing)
 
     def _compare(self) -> bool:
         """Give back jobs that this worker has by its rows and does not hold; return False where it cannot compare.

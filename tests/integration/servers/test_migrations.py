@@ -30,6 +30,7 @@ TABLES = {
     "pauses",
     "tenants",
     "estimates",
+    "reservations",
     "run_times",
     "run_times_read",
     "quarantine",

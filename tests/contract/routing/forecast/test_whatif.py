@@ -79,7 +79,7 @@ def test_jobs_stay_unknown_where_no_run_time_is_known(stage: Stage) -> None:
     assert outcome(copy.cluster, copy.rules).waits.never == 1
 
 
-def test_forecast_without_the_ledger_starts_jobs_without_reservations(stage: Stage) -> None:
+def test_forecast_without_the_ledger_has_the_usual_rules(stage: Stage) -> None:
     stage.worker("a", cpus=4000)
     stage.submit(cpus=4000, run_time=MINUTE)
     stage.submit(cpus=4000, run_time=MINUTE)
@@ -87,7 +87,7 @@ def test_forecast_without_the_ledger_starts_jobs_without_reservations(stage: Sta
     stage.sql("UPDATE authority SET authority = 'postgres'")
     copy = today(stage, redis.Redis(port=1))
     stage.sql("UPDATE authority SET authority = 'ledger'")
-    assert (copy.source, copy.rules, copy.tasks_known) == (Store.POSTGRES, Rules(0), False)
+    assert (copy.source, copy.rules, copy.tasks_known) == (Store.POSTGRES, Rules(), False)
     assert outcome(copy.cluster, copy.rules).empty_after
 
 

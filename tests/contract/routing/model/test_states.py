@@ -171,7 +171,8 @@ OF_TOKEN: Final = re.compile(
 BY_STATE: Final = {
     "backlog._MARK": "a job that has not started, and stays in Postgres",
     "backlog._FETCH": "a job that has not started, and leaves Postgres",
-    "claims._TAKE": "it makes the attempt",
+    "claims._TAKE_ANY": "it makes the attempt",
+    "claims._TAKE_BESIDE": "it makes the attempt",
     "controls._SET": "the priority of a job, which an operator sets",
     "dependencies._OPEN": "a job that waits for others",
     "fencing._GIVE_UP": "all attempts of an incarnation",

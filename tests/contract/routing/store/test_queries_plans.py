@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import pytest
 from sqlalchemy import Connection, Engine, event
 
+from celery_capacity.routing.fallback import reservation_rows, reservations
+from celery_capacity.routing.fallback.reservations import Memory
 from celery_capacity.routing.insert import bulk, replacements, retries
 from celery_capacity.routing.inspect import job_lookup
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.states import State, Step
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
+from celery_capacity.routing.policy.reservation import Rules
 from celery_capacity.routing.recovery import revocation
-from celery_capacity.routing.store import backlog, claims, job_transitions, queries
+from celery_capacity.routing.store import backlog, claims, fencing, job_transitions, queries
+from celery_capacity.routing.store.claims import Passing
 from celery_capacity.routing.store.job_transitions import Transition
 
 #: Rows by state. Most jobs have ended; many wait, and as many have a time that is to come.
@@ -42,6 +47,13 @@ SELECT seq, 1, 1, 'a', 'a', now() FROM jobs_archive
 """
 
 
+_WORKER: Final = """
+INSERT INTO workers (incarnation, name, cpus, memory, capacity, status, hostname, pid, boot_id, version, started_at,
+  seen_at)
+VALUES ('life-7', 'life-7', 8000, 1, '{"cpus": 8, "slots": 8}', 'ready', 'h', 7, '', '0', now(), now())
+"""
+
+
 @pytest.fixture
 def connection(engine: Engine) -> Iterator[Connection]:
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -60,6 +72,8 @@ def connection(engine: Engine) -> Iterator[Connection]:
             connection.exec_driver_sql(statement.replace("%", "%%"))
         connection.exec_driver_sql(_ATTEMPTS)
         connection.exec_driver_sql(_ARCHIVED)
+        connection.exec_driver_sql("UPDATE authority SET authority = 'postgres'")
+        connection.exec_driver_sql(_WORKER)
         connection.exec_driver_sql("ANALYZE jobs, attempts, jobs_archive, attempts_archive")
         yield connection
 
@@ -101,7 +115,10 @@ HOT: Final[dict[str, Callable[[Connection], object]]] = {
     "accepted": lambda c: backlog.accepted(c, ["waiting-7"]),
     "overdue": lambda c: backlog.overdue(c, 1000),
     "pull": lambda c: claims.candidates(c, 100),
-    "holders": lambda c: claims.lock_holders(c, ["running-7", "running-8"]),
+    "pull, its reservation": lambda c: reservation_rows.holding_back(c, "life-7", 1, 3),
+    "pull, beside the head": lambda c: claims.take(c, 1, "a", "a", ["waiting-7"], 3, Passing(datetime.now(UTC), {})),
+    "reservations": lambda c: reservations.renew_reservations(c, Rules(), Memory(), 60.0, 3),
+    "holders": lambda c: fencing.lock_holders(c, ["running-7", "running-8"]),
     "attempts of a worker": lambda c: claims.open_attempts(c, "life-7"),
     "ends, many": lambda c: job_transitions.apply(c, ends(500)),
     "locked rows": lambda c: job_transitions.free(c, [f"running-{n}" for n in range(1000)]),

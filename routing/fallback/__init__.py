@@ -1,0 +1,1 @@
+"""Decisions about all workers while Postgres decides, since each worker that pulls knows only itself."""
