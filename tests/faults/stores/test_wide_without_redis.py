@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from sqlalchemy import text
 
+from celery_capacity.platform.tasks import SLEEP
 from tests.faults.breaking.servers import Servers
 from tests.faults.stores.test_without_redis import until_decides
-from tests.features.workers.test_wide_jobs import QUICK, Stream
+from tests.features.workers.test_wide_jobs import NARROW, QUICK, Stream
 from tests.fixtures.jobs.submitting import Submitter
 from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import until
 
 pytestmark = pytest.mark.long
+
+
+class Staggered(Stream):
+    """A stream whose narrow jobs seldom end together, so that a worker of four CPUs is never empty by chance."""
+
+    def __init__(self, submitter: Submitter, expected: object) -> None:
+        self._submitter = submitter
+        options = {} if expected is None else {"expected": expected}
+        self.narrow = [self._run(number, 1, options) for number in range(8)]
+        self.wide = self._run(0, 4, options)
+        self.narrow += [self._run(number, 1, options) for number in range(NARROW)]
+
+    def _run(self, number: int, cpus: int, options: dict[str, Any]) -> str:
+        seconds = 0.2 + 0.07 * (number % 5)
+        return self._submitter.send(SLEEP, seconds, cpus=cpus, ignore_result=True, **options)
 
 
 def reserved(platform: Platform) -> list[str]:
@@ -36,10 +53,10 @@ def back(servers: Servers, platform: Platform) -> Iterator[None]:
 def test_wide_job_starts_under_a_stream_without_redis(
     servers: Servers, platform: Platform, submitter: Submitter, expected: object
 ) -> None:
-    platform.worker("a", cpus=2, pool="threads", PLATFORM_RESERVE_AFTER=QUICK)
+    platform.worker("a", cpus=4, pool="threads", PLATFORM_RESERVE_AFTER=QUICK)
     servers.kill_redis()
     until_decides(platform, "postgres")
-    stream = Stream(submitter, 2, expected)
+    stream = Staggered(submitter, expected)
     assert stream.passed() < len(stream.narrow)
     servers.start_redis()
     until_decides(platform, "ledger")
