@@ -10,7 +10,8 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Rules
 from celery_capacity.routing.simulation.expectations import Exact
-from celery_capacity.routing.simulation.simulation import Start, Submission, simulate
+from celery_capacity.routing.simulation.jobs import Start, Submission
+from celery_capacity.routing.simulation.simulation import simulate
 
 PICTURE: Final = Path(__file__).resolve().parents[1] / "pictures" / "backfill.svg"
 

@@ -16,7 +16,8 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Rules
 from celery_capacity.routing.simulation.expectations import SOURCES
-from celery_capacity.routing.simulation.simulation import Simulation, Submission, simulate
+from celery_capacity.routing.simulation.jobs import Submission
+from celery_capacity.routing.simulation.simulation import Simulation, simulate
 
 #: Milliseconds in a second.
 MS: Final = 1000

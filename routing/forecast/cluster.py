@@ -20,7 +20,7 @@ from celery_capacity.routing.model.states import WorkerStatus
 from celery_capacity.routing.policy.placement import Book, Waiting, held_by, order
 from celery_capacity.routing.policy.reservation import Held
 from celery_capacity.routing.simulation.forecast import MAX_JOBS, Cluster, running_until
-from celery_capacity.routing.simulation.simulation import Queued, Running
+from celery_capacity.routing.simulation.jobs import Queued, Running
 from celery_capacity.routing.store import run_times
 from celery_capacity.routing.store.controls import NOT_PAUSED
 

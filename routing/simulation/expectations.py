@@ -6,7 +6,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Final
 
-from celery_capacity.routing.simulation.simulation import Expectations, Submission
+from celery_capacity.routing.simulation.jobs import Submission
+from celery_capacity.routing.simulation.simulation import Expectations
 
 #: Run times of a task that are remembered: the last ones, so that a changed task is learned anew.
 REMEMBERED: Final = 16

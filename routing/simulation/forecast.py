@@ -17,7 +17,8 @@ from typing import Final, NamedTuple
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Held, Rules, expected_end
 from celery_capacity.routing.simulation.expectations import Unknown
-from celery_capacity.routing.simulation.simulation import Queued, Running, Simulation
+from celery_capacity.routing.simulation.jobs import Queued, Running
+from celery_capacity.routing.simulation.simulation import Simulation
 
 #: Waiting jobs that a forecast takes at most, the first in order.
 MAX_JOBS: Final = 2000

@@ -5,6 +5,9 @@ for a worker, unless jobs of its shape wait already. An end fills the worker whe
 are made anew, and workers that are free for others again are filled. Times are milliseconds.
 
 A simulation begins with empty workers, or with a copy of a cluster: the jobs that run there and those that wait.
+
+With shares of tenants, their turns come before the order of submission, and quotas hold. Where an end gives a tenant
+room below its quota, its jobs start on any worker at once. The platform finds those on other workers by its next duty.
 """
 
 from __future__ import annotations
@@ -13,11 +16,10 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from celery_capacity.routing.model.amounts import CPUS
 from celery_capacity.routing.model.expected import RunTime, expected_class
-from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.placement import CANDIDATES, Admission, Book, Waiting, choose, fits, order
 from celery_capacity.routing.policy.reservation import (
     Held,
@@ -30,46 +32,12 @@ from celery_capacity.routing.policy.reservation import (
     passes,
     renew,
 )
+from celery_capacity.routing.policy.tenants import tenant_of
+from celery_capacity.routing.simulation.jobs import Queued, Running, Start, Submission
+from celery_capacity.routing.simulation.shares import Shares, Turns
 
 #: Kinds of events, in the order in which those of one time happen.
 _END, _SUBMIT, _LOOK = 0, 1, 2
-
-
-class Submission(NamedTuple):
-    """A job of a trace: when it comes, how long it runs, what it asks for. `task` groups jobs with like run times."""
-
-    job: str
-    at: int
-    run: int
-    request: Request
-    task: str = ""
-    priority: int = 0
-
-
-class Start(NamedTuple):
-    """Start of a job in a simulation. `ended`: 0 for a job that stays."""
-
-    job: str
-    submitted: int
-    started: int
-    ended: int
-    worker: str
-
-
-class Running(NamedTuple):
-    """A job that holds room on a worker at the beginning. `ends`: the time (ms) of its end, 0 where it stays."""
-
-    job: str
-    worker: str
-    held: Held
-    ends: int
-
-
-class Queued(NamedTuple):
-    """A job that waits at the beginning. `run`: its run time (ms), 0 where it stays once it has started."""
-
-    waiting: Waiting
-    run: int
 
 
 class Expectations(Protocol):
@@ -90,6 +58,8 @@ class Simulation:
     rules: Rules
     expectations: Expectations
     now: int = 0
+    #: Shares of tenants, None where tenants are not in use. Use is counted from the jobs that run at the beginning.
+    shares: Shares | None = None
     starts: list[Start] = field(default_factory=list)
     #: Times at which a reserved start was over before the job started.
     overruns: int = 0
@@ -121,13 +91,17 @@ class Simulation:
 
     def begin(self, running: Iterable[Running], backlog: Iterable[Queued]) -> None:
         """Begin with these jobs. The books have the running ones allocated. The backlog comes in order, all at once."""
-        for job, worker, held, ends in running:
-            self._submissions[job] = Submission(job, held.admitted, ends - held.admitted, held.request)
+        for job, worker, held, ends, terms in running:
+            run = ends - held.admitted
+            self._submissions[job] = Submission(job, held.admitted, run, held.request, terms=terms)
             self.held.setdefault(worker, {})[job] = held
+            if self.shares is not None:
+                self.shares.start(terms, held.request)
             if ends:
                 heapq.heappush(self._events, (ends, _END, 0, job, worker))
         for waiting, run in backlog:
-            self._submissions[waiting.job] = Submission(waiting.job, self.now, run, waiting.request, waiting.task)
+            entry = Submission(waiting.job, self.now, run, waiting.request, waiting.task, terms=waiting.terms)
+            self._submissions[waiting.job] = entry
             self._arrive(waiting)
 
     def advance(self, until: str = "") -> None:
@@ -151,15 +125,15 @@ class Simulation:
 
     def _submit(self, seq: int, entry: Submission) -> None:
         expected = expected_class(self.expectations.expected(entry))
-        waiting = Waiting(entry.job, entry.request, order(entry.priority, seq), entry.task, RunTime(expected, expected))
-        self._arrive(waiting)
+        run_time, position = RunTime(expected, expected), order(entry.priority, seq)
+        self._arrive(Waiting(entry.job, entry.request, position, entry.task, run_time, entry.terms))
 
     def _arrive(self, waiting: Waiting) -> None:
         """Start a new job where it finds room, else let it wait."""
         queue = self._queues.setdefault(shape := waiting.shape, [])
         # Where a job of the shape waits, a later one finds no room either.
         behind = bool(queue) and queue[0][0] < waiting.order
-        worker = "" if behind else self._place(waiting)
+        worker = "" if behind or not self._may_start(waiting) else self._place(waiting)
         if worker:
             self._start(waiting, worker)
         else:
@@ -169,6 +143,10 @@ class Simulation:
         # A job behind one of its shape changes no head.
         if self._queues and not behind:
             self._reserve_anew()
+
+    def _may_start(self, waiting: Waiting) -> bool:
+        """Return True if no quota holds a job back."""
+        return self.shares is None or self.shares.may_start(waiting)
 
     def _place(self, waiting: Waiting) -> str:
         """Return the worker for a new job: the best fit without a reservation, else one where the job passes."""
@@ -188,11 +166,27 @@ class Simulation:
 
     def _end(self, job: str, worker: str) -> None:
         entry = self._submissions[job]
-        self.books[worker] = self.books[worker].without(self.held[worker].pop(job).request)
+        held = self.held[worker].pop(job)
+        self.books[worker] = self.books[worker].without(held.request)
         self._changes[worker] += 1
         self.expectations.learn(entry)
+        if self.shares is not None:
+            self.shares.end(entry.terms, held.request, self.now - held.admitted)
         self._fill(worker)
+        if self.shares is not None and self.shares.has_quota(entry.terms):
+            self._use_quota(tenant_of(entry.terms))
         self._reserve_anew()
+
+    def _use_quota(self, tenant: str) -> None:
+        """Fill the workers that have room for jobs which the quota of their tenant held back until now."""
+        while True:
+            running = len(self.starts)
+            for waiting in sorted((queue[0][2] for queue in self._queues.values()), key=lambda first: first.order):
+                due = tenant_of(waiting.terms) == tenant and waiting.shape in self._queues and self._may_start(waiting)
+                if due and (worker := self._place(waiting)):
+                    self._fill(worker)
+            if len(self.starts) == running:
+                return
 
     def _look(self) -> None:
         """Make reservations anew at a time that was noted: one is over, or a job has been blocked for long."""
@@ -203,6 +197,8 @@ class Simulation:
         entry = self._submissions[waiting.job]
         self.books[worker] = self.books[worker].holding(waiting.request)
         self._changes[worker] += 1
+        if self.shares is not None:
+            self.shares.start(waiting.terms, waiting.request)
         self.held.setdefault(worker, {})[waiting.job] = Held(waiting.request, self.now, waiting.run_time.expected)
         left = after_start(waiting, self.reservations.pop(worker, None), self.now)
         if left is not None:
@@ -214,6 +210,9 @@ class Simulation:
 
     def _fill(self, worker: str) -> None:
         """Start the waiting jobs that fit on a worker, in order, as `fill_or_keep` does."""
+        if self.shares is not None:
+            self._fill_by_turns(worker, self.shares)
+            return
         book = self.books[worker]
         free = book.free(CPUS)
         tries = [
@@ -232,6 +231,30 @@ class Simulation:
                 if queue:
                     heapq.heappush(tries, (queue[0][:2], shape))
 
+    def _fill_by_turns(self, worker: str, shares: Shares) -> None:
+        """Start the waiting jobs that fit on a worker, by the turns of their tenants, as `fill_or_keep` does."""
+        shares.age(self.now)
+        free, behind = self.books[worker].free(CPUS), list[Waiting]()
+        firsts = (queue[0][2] for queue in self._queues.values())
+        turns = Turns(shares, (first for first in firsts if first.request.get(CPUS) <= free))
+        while (waiting := turns.next()) is not None:
+            book, shape = self._book(worker), waiting.shape
+            takes = book.open and book.takes(waiting) and fits(waiting.request, book) is None
+            if not takes or not shares.may_start(waiting):
+                continue
+            if not passes(waiting, self.reservations.get(worker), self.now):
+                behind.append(waiting)
+                continue
+            self._leave(shape)
+            self._start(waiting, worker)
+            if shape in self._queues:
+                turns.add(self._queues[shape][0][2])
+            if behind and worker not in self.reservations:
+                # The reserved job has started: those that could not pass it are free to start.
+                for other in behind:
+                    turns.add(other)
+                behind = []
+
     def _leave(self, shape: str) -> None:
         """Take the first job of a shape out of its queue."""
         heapq.heappop(self._queues[shape])
@@ -245,7 +268,9 @@ class Simulation:
         heads: list[Waiting] = []
         while firsts and len(heads) < self.rules.depth:
             _, _, waiting = heapq.heappop(firsts)
-            if any(self._outlives(name, self.now, waiting) for name in self._able_workers(waiting)):
+            if self._may_start(waiting) and any(
+                self._outlives(name, self.now, waiting) for name in self._able_workers(waiting)
+            ):
                 heads.append(waiting)
         return heads
 
@@ -267,7 +292,11 @@ class Simulation:
     def _reservations(self, heads: Sequence[Waiting]) -> dict[str, Reservation]:
         """Return the reservations of these heads by worker."""
         shapes = [entry.shape for entry in self.reservations.values() if entry.shape in self._queues]
-        firsts = {shape: self._queues[shape][0][2] for shape in shapes}
+        firsts = {shape: first for shape in shapes if self._may_start(first := self._queues[shape][0][2])}
+        if self.shares is not None:
+            # A job that a quota held back is blocked only from now on.
+            queues = self._queues.items()
+            self.patience.forget({shape for shape, queue in queues if self._may_start(queue[0][2])})
         books = [self._book(name) for name in self._reservable(heads)]
         held = {book.worker: list(self.held.get(book.worker, {}).values()) for book in books}
         renewed = renew(heads, books, held, self.now, self.rules, self.reservations, self.patience, firsts)
@@ -328,9 +357,13 @@ class Simulation:
 
 
 def simulate(
-    submissions: Iterable[Submission], books: Mapping[str, Book], rules: Rules, expectations: Expectations
+    submissions: Iterable[Submission],
+    books: Mapping[str, Book],
+    rules: Rules,
+    expectations: Expectations,
+    shares: Shares | None = None,
 ) -> Simulation:
     """Return the simulation of these jobs on these workers after its last event."""
-    simulation = Simulation(dict(books), rules, expectations)
+    simulation = Simulation(dict(books), rules, expectations, shares=shares)
     simulation.run(submissions)
     return simulation

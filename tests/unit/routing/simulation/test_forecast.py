@@ -24,7 +24,8 @@ from celery_capacity.routing.simulation.forecast import (
     forecast,
     running_until,
 )
-from celery_capacity.routing.simulation.simulation import Queued, Running, Simulation
+from celery_capacity.routing.simulation.jobs import Queued, Running
+from celery_capacity.routing.simulation.simulation import Simulation
 
 #: Time at which the clusters of these tests are copied.
 NOW = 1_000_000

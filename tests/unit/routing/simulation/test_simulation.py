@@ -12,8 +12,11 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import Book, Waiting, order
 from celery_capacity.routing.policy.reservation import Rules, earliest_start, large_enough
+from celery_capacity.routing.policy.tenants import Rule, Sharing, tenant_term
 from celery_capacity.routing.simulation.expectations import FEWEST, REMEMBERED, SOURCES, Exact, Learned, Unknown
-from celery_capacity.routing.simulation.simulation import Expectations, Simulation, Start, Submission, simulate
+from celery_capacity.routing.simulation.jobs import Start, Submission
+from celery_capacity.routing.simulation.shares import Shares
+from celery_capacity.routing.simulation.simulation import Expectations, Simulation, simulate
 
 
 class Wrong(Unknown):
@@ -44,30 +47,49 @@ def workers(**cpus: int) -> dict[str, Book]:
 class Judged(Simulation):
     """A simulation that compares each pass with the specification, and looks for wasted room after each event."""
 
-    def __init__(self, *arguments: object) -> None:
-        super().__init__(*arguments)  # type: ignore[arg-type]
+    def __init__(self, *arguments: object, **named: object) -> None:
+        super().__init__(*arguments, **named)  # type: ignore[arg-type]
         self.first_reserved: dict[int, int] = {}
 
     def _fill(self, worker: str) -> None:
         book, reservation = self.books[worker], self.reservations.get(worker)
-        expected = fill_or_keep(book, list(self.backlog()), 10**6, (), reservation, self.now).admitted
+        expected = fill_or_keep(book, list(self.backlog()), 10**6, (), reservation, self.now, self.sharing()).admitted
         before = len(self.starts)
         super()._fill(worker)
         assert [start.job for start in self.starts[before:]] == [waiting.job for waiting in expected]
 
+    def sharing(self) -> Sharing | None:
+        """Return the shares of now."""
+        if self.shares is None:
+            return None
+        self.shares.age(self.now)
+        return self.shares.sharing
+
     def _reserve_anew(self) -> None:
         super()._reserve_anew()
-        backlog = list(self.backlog())
+        backlog, sharing = list(self.backlog()), self.sharing()
         for name, book in self.books.items():
             assert not book.over
             reservation = self.reservations.get(name)
             # I5: no job waits while a worker could take it under the policy.
-            assert fill_or_keep(book, backlog, 1, (), reservation, self.now).admitted == []
+            assert fill_or_keep(book, backlog, 1, (), reservation, self.now, sharing).admitted == []
+        if sharing is not None:
+            self._check_the_use(sharing)
+            backlog = list(sharing.admissible(backlog))
         if backlog and self.rules.depth:
             self._check_the_first(min(backlog, key=lambda waiting: waiting.order))
         for entry in self.reservations.values():
             if not entry.kept:
                 self.first_reserved.setdefault(entry.order, entry.at)
+
+    def _check_the_use(self, sharing: Sharing) -> None:
+        """Check that tenants together hold what the books say, and none more than its quota."""
+        for name in ("cpus", "slots", "gpus"):
+            held = sum(book.allocated.get(name, 0) for book in self.books.values())
+            assert held == sum(used.get(name, 0) for used in sharing.used.values())
+        for tenant, rule in sharing.rules.items():
+            used = sharing.used.get(tenant, {})
+            assert all(used.get(name, 0) <= amount for name, amount in rule.quota.items())
 
     def _check_the_first(self, head: Waiting) -> None:
         """Check that the first job has a reservation as soon as a time is known for it."""
@@ -79,9 +101,13 @@ class Judged(Simulation):
 
 
 def judge(
-    submissions: Sequence[Submission], books: dict[str, Book], rules: Rules, expectations: Expectations
+    submissions: Sequence[Submission],
+    books: dict[str, Book],
+    rules: Rules,
+    expectations: Expectations,
+    shares: Shares | None = None,
 ) -> Judged:
-    simulation = Judged(books, rules, expectations)
+    simulation = Judged(books, rules, expectations, shares=shares)
     simulation.run(submissions)
     return simulation
 
@@ -122,6 +148,31 @@ def test_simulation_follows_the_specification_and_ends_every_job(
     assert all(start.started >= start.submitted for start in simulation.starts)
 
 
+#: Rules of tenants under which every job can start one day.
+RULES = st.dictionaries(
+    st.sampled_from(["default", "a", "b"]),
+    st.builds(
+        Rule,
+        st.integers(1, 3),
+        st.dictionaries(st.sampled_from(["cpus", "slots"]), st.integers(1, 8), max_size=1),
+        st.dictionaries(st.sampled_from(["cpus", "gpus"]), st.integers(10, 12), max_size=1),
+    ),
+    max_size=2,
+)
+TOTAL = {"cpus": 14, "slots": 40, "gpus": 4}
+
+
+@given(JOBS, st.lists(st.sampled_from(["default", "a", "b"]), min_size=25, max_size=25), RULES, st.integers(0, 2))
+def test_simulation_follows_the_turns_and_quotas_of_tenants(
+    submissions: list[Submission], tenants: list[str], rules: dict[str, Rule], depth: int
+) -> None:
+    named = [job._replace(terms=tenant_term(tenant)) for job, tenant in zip(submissions, tenants, strict=False)]
+    shares = Shares(Sharing(rules, total=TOTAL), mean_time=30.0)
+    simulation = judge(named, workers(big=10, small=4), Rules(depth, 15), Exact(), shares)
+    assert len(simulation.starts) == len(submissions)
+    assert not any(amount for used in shares.sharing.used.values() for amount in used.values())
+
+
 @given(JOBS)
 def test_head_starts_by_its_reserved_time_if_times_are_true(submissions: list[Submission]) -> None:
     equals = [entry._replace(priority=0) for entry in submissions]
@@ -130,6 +181,33 @@ def test_head_starts_by_its_reserved_time_if_times_are_true(submissions: list[Su
     by_order = sorted(equals, key=lambda entry: entry.at)
     started = {order(0, seq): starts(simulation)[entry.job].started for seq, entry in enumerate(by_order)}
     assert all(started[head] <= at for head, at in simulation.first_reserved.items())
+
+
+# -- tenants
+
+
+def test_tenants_start_by_their_weights_and_give_back_what_they_borrowed() -> None:
+    rules = {"a": Rule(weight=3)}
+    jobs = [Submission(f"b-{n}", 0, 100, need(1), terms=tenant_term("b")) for n in range(40)]
+    jobs += [Submission(f"a-{n}", 150, 100, need(1), terms=tenant_term("a")) for n in range(40)]
+    begun = starts(judge(jobs, workers(w=8), Rules(0), Exact(), Shares(Sharing(rules, total={"cpus": 8}))))
+    assert [sum(start.started == at for job, start in begun.items() if job[0] == "a") for at in (100, 200, 300)] == [
+        0,
+        6,
+        6,
+    ]
+    assert sum(start.started == 100 for start in begun.values()) == 8
+
+
+def test_freed_quota_starts_a_job_on_another_worker_at_once() -> None:
+    terms = tenant_term("a")
+    jobs = [
+        Submission("first", 0, 100, need(1), terms=terms),
+        Submission("held-back", 1, 10, need(4), terms=terms),
+    ]
+    shares = Shares(Sharing({"a": Rule(quota={"slots": 1})}, total={"cpus": 6}))
+    begun = starts(judge(jobs, workers(small=2, w=4), Rules(0), Exact(), shares))
+    assert (begun["held-back"].started, begun["held-back"].worker) == (100, "w")
 
 
 # -- starvation
