@@ -46,7 +46,8 @@ def command(context: click.Context, job_id: str, as_json: bool) -> None:
             raise unknown_jobs(connection, [job])  # it went meanwhile
         settings, client = stores.settings, quick_client(stores.redis)
         rules = starts.rules_of(settings)
-        why = explain.explain(client, connection, job, settings.most_losses, rules, settings.worker_ttl)
+        ttl, halves_in = settings.worker_ttl, settings.share_halves_in
+        why = explain.explain(client, connection, job, settings.most_losses, rules, ttl, halves_in)
         call = _call(queries.find_message(connection, job))
     call["result"] = _result(context.obj.app, job) if file.job["state"] == State.SUCCEEDED else None
     if as_json:

@@ -17,7 +17,7 @@ _WHY_NOT: Final = {
     " Give them `expected`, or set PLATFORM_LEARN_RUN_TIMES.",
     NoEstimate.NEVER_FITS: "Its start is not estimated: no worker would take it even after all jobs before it.",
     NoEstimate.TOO_FAR: "Its start is not estimated: of the many jobs before it, too few would start.",
-    NoEstimate.TENANTS: "Its start is not estimated: tenants share the workers, and a forecast knows no turns.",
+    NoEstimate.TENANTS: "Its start is not estimated: tenants share the workers, and too many of their jobs wait.",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +17,8 @@ from celery_capacity.routing.errors import InvalidRequest, show
 from celery_capacity.workers.process.exit_codes import Exit
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from celery_capacity.routing.forecast.whatif import Today
     from celery_capacity.routing.simulation.forecast import Outcome, Waits
 
@@ -64,7 +66,8 @@ def command(
     any more, and how long jobs wait from now on, as things are and with the change.
 
     No job comes later, and each runs as long as it is expected to. An unknown run time is the median of the
-    known ones. A removed worker ends the jobs that run there. Of a large backlog the first 5,000 jobs are taken.
+    known ones. A removed worker ends the jobs that run there. Of a large backlog the first 5,000 jobs are taken;
+    where tenants share the workers, as many of each.
     """
     from celery_capacity.platform.demo.simulated import books_of
     from celery_capacity.routing.forecast.whatif import read_today
@@ -110,7 +113,6 @@ def _json(today: Today, change: dict[str, Any], as_is: Outcome, after: Outcome |
         "simulated": len(cluster.waiting),
         "guessed": cluster.guessed,
         "guess_seconds": today.guess / MS if today.guess else None,
-        "tenants_left_out": today.shared,
         "change": change,
         "as_it_is": _outcome_json(as_is),
         "changed": None if after is None else _outcome_json(after),
@@ -131,6 +133,7 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
         "empty_seconds": None if empty is None else empty / MS,
         **_waits_json(outcome.waits),
         "kinds": kinds,
+        "tenants": [{"tenant": name, **_waits_json(waits)} for name, waits in sorted(outcome.by_tenant.items())],
     }
 
 
@@ -147,7 +150,6 @@ def _by_size(outcome: Outcome) -> list[tuple[tuple[str, str], Waits]]:
 
 
 def _show(today: Today, as_is: Outcome, after: Outcome | None) -> None:
-    from celery_capacity.platform.console import render
     from celery_capacity.platform.console.estimates import span
     from celery_capacity.routing.model.request import Request
 
@@ -162,8 +164,6 @@ def _show(today: Today, as_is: Outcome, after: Outcome | None) -> None:
         console.print(f"          {cluster.guessed:,} run times are unknown, and taken to be {span(today.guess / MS)}.")
     elif cluster.guessed:
         console.print("          No run time is known: give jobs `expected`, or set PLATFORM_LEARN_RUN_TIMES.")
-    if today.shared:
-        console.print("          Tenants share the workers: their turns and quotas are left out.")
     if not cluster.waiting:
         console.print("No job waits.")
         return
@@ -181,15 +181,33 @@ def _show(today: Today, as_is: Outcome, after: Outcome | None) -> None:
     ]
     table(console, header, rows, right=())
     console.print()
-    kinds = _by_size(as_is)[:SHOWN_KINDS]
-    lines, meters = [], [[(waits.mean, longest) for _, waits in kinds]]
-    if after is not None:
-        meters.append([(after.by_kind[kind].mean, longest) for kind, _ in kinds])
-    for (task, shape), waits in kinds:
-        means = [_mean(outcome.by_kind[task, shape]) for outcome in outcomes]
-        lines.append((task or "any", str(Request.from_shape(shape)), str(len(waits.times) + waits.never), *means))
-    titles = ("task", "request", "jobs", "mean wait", "changed")[: 3 + len(outcomes)]
-    render.table_with_bars(console, titles, lines, {3 + n: meter for n, meter in enumerate(meters)}, right=(2,))
+    kinds = {kind: (kind[0] or "any", str(Request.from_shape(kind[1]))) for kind, _ in _by_size(as_is)[:SHOWN_KINDS]}
+    _means(console, ("task", "request"), kinds, [outcome.by_kind for outcome in outcomes], longest)
+    if as_is.by_tenant:
+        console.print()
+        sizes = sorted(as_is.by_tenant.items(), key=lambda entry: (-len(entry[1].times) - entry[1].never, entry[0]))
+        names = {tenant: (tenant,) for tenant, _ in sizes[:SHOWN_KINDS]}
+        _means(console, ("tenant",), names, [outcome.by_tenant for outcome in outcomes], longest)
+
+
+def _means(
+    console: Console,
+    titles: Sequence[str],
+    rows: Mapping[Any, tuple[str, ...]],
+    outcomes: Sequence[Mapping[Any, Waits]],
+    longest: int,
+) -> None:
+    """Print the mean waits of some groups of jobs in each outcome. `rows`: the words of each group."""
+    from celery_capacity.platform.console import render
+
+    first = len(titles) + 1
+    lines = [
+        (*words, str(len(outcomes[0][key].times) + outcomes[0][key].never), *(_mean(waits[key]) for waits in outcomes))
+        for key, words in rows.items()
+    ]
+    meters = {first + n: [(waits[key].mean, longest) for key in rows] for n, waits in enumerate(outcomes)}
+    header = (*titles, "jobs", *("mean wait", "changed")[: len(outcomes)])
+    render.table_with_bars(console, header, lines, meters, right=(first - 1,))
 
 
 def _empty(outcome: Outcome) -> str:

@@ -10,13 +10,13 @@ from typing import Any, Final
 from sqlalchemy import Connection
 
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.routing.database import tenants
 from celery_capacity.routing.forecast import record
 from celery_capacity.routing.forecast.cluster import TooLarge, live_books, read_cluster
 from celery_capacity.routing.forecast.record import Errors
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Rules
 from celery_capacity.routing.simulation.forecast import NoEstimate, estimate, forecast
+from celery_capacity.routing.simulation.shares import Shares
 
 #: Estimates that one pass notes. They are spread over the starts, from the soonest to the latest.
 SAMPLED: Final = 5
@@ -64,36 +64,37 @@ def estimated_start(
     books: Iterable[Book],
     rules: Rules,
     most_losses: int,
+    shares: Shares | None = None,
 ) -> EstimatedStart | None:
-    """Return when a job that waits at this position (priority, seq) starts.
+    """Return when a job that waits at this position (priority, seq) starts. `shares`: of tenants that are in use.
 
     None where Postgres knows by now that it waits no more, or where the cluster is too large for a forecast.
     """
     priority, seq = position
     try:
-        cluster = read_cluster(connection, books, most_losses, (-priority, seq))
+        cluster = read_cluster(connection, books, most_losses, (-priority, seq), shares=shares)
     except TooLarge:
         return None
     if not cluster.beyond and not any(queued.waiting.job == job for queued in cluster.waiting):
         return None
     errors = record.errors(connection)
-    if tenants.are_in_use(connection):
-        return EstimatedStart(None, None, NoEstimate.TENANTS, 0, False, errors)
     estimated = estimate(cluster, rules, job)
     at = None if estimated.at is None else datetime.fromtimestamp(estimated.at / 1000, UTC)
     seconds = None if estimated.at is None else (estimated.at - cluster.now) / 1000
     return EstimatedStart(at, seconds, estimated.why_not, estimated.simulated, estimated.extrapolated, errors)
 
 
-def sample(connection: Connection, rules: Rules, most_losses: int, worker_ttl: float) -> int:
+def sample(
+    connection: Connection, rules: Rules, most_losses: int, worker_ttl: float, shares: Shares | None = None
+) -> int:
     """Estimate the starts of some waiting jobs, and note them; return how many are new."""
-    if record.is_full(connection) or tenants.are_in_use(connection):
+    if record.is_full(connection):
         return 0
     books = live_books(connection, worker_ttl)
     if not books or len(books) > MAX_SAMPLED_WORKERS:
         return 0
     try:
-        cluster = read_cluster(connection, books, most_losses, most=SAMPLED_FROM)
+        cluster = read_cluster(connection, books, most_losses, most=SAMPLED_FROM, shares=shares)
     except TooLarge:
         return 0
     if not cluster.waiting:

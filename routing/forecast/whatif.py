@@ -10,10 +10,10 @@ from redis.exceptions import RedisError
 from sqlalchemy import Connection
 
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.routing.database import tenants
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.forecast.cluster import TooLarge, live_books, read_cluster
+from celery_capacity.routing.forecast.shares import read_shares
 from celery_capacity.routing.forecast.starts import rules_of
 from celery_capacity.routing.ledger import snapshot
 from celery_capacity.routing.model.states import Store
@@ -29,7 +29,7 @@ class Today:
     """The cluster as it is. `rules`: those by which jobs start. `guess`: milliseconds of each unknown run time.
 
     `source`: the store that decides. `tasks_known`: False where the workers' tasks were not read, so that each worker
-    is taken to know all. `shared`: tenants share the workers, and their turns and quotas are left out.
+    is taken to know all.
     """
 
     cluster: Cluster
@@ -37,7 +37,6 @@ class Today:
     guess: int
     source: Store
     tasks_known: bool
-    shared: bool = False
 
 
 def read_today(client: redispy.Redis, connection: Connection, settings: Settings) -> Today:
@@ -46,10 +45,11 @@ def read_today(client: redispy.Redis, connection: Connection, settings: Settings
     rules = rules_of(settings)
     try:
         books = live_books(connection, settings.worker_ttl)
-        cluster = read_cluster(connection, books, settings.most_losses, most=MAX_JOBS)
+        shares = read_shares(connection, client if source == Store.LEDGER else None, settings.share_halves_in)
+        cluster = read_cluster(connection, books, settings.most_losses, most=MAX_JOBS, shares=shares)
     except TooLarge:
         raise InvalidRequest(
-            "the cluster is too large for a forecast: more than 5,000 workers or 20,000 running jobs",
+            "the cluster is too large for a forecast: more than 5,000 workers, 20,000 running jobs or 1,000 tenants",
             value=None,
             advice="Look at it by `cluster`, or simulate its jobs: celery -A platform simulate",
         ) from None
@@ -59,7 +59,7 @@ def read_today(client: redispy.Redis, connection: Connection, settings: Settings
         cluster = _with_tasks(client, cluster) if tasks_known else cluster
     except RedisError:
         tasks_known = False
-    return Today(cluster, rules, guess, source, tasks_known, tenants.are_in_use(connection))
+    return Today(cluster, rules, guess, source, tasks_known)
 
 
 def _with_tasks(client: redispy.Redis, cluster: Cluster) -> Cluster:

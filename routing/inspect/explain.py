@@ -16,6 +16,7 @@ from sqlalchemy import Connection, func, select
 
 from celery_capacity.routing.database import schema, tenants
 from celery_capacity.routing.forecast.cluster import TooLarge, live_books
+from celery_capacity.routing.forecast.shares import read_shares, with_past
 from celery_capacity.routing.forecast.starts import EstimatedStart, estimated_start
 from celery_capacity.routing.insert import key_lines
 from celery_capacity.routing.inspect import held_back, running_jobs, waiting
@@ -53,11 +54,14 @@ ESTIMATED: Final = frozenset(
         Reason.RESERVED,
         Reason.BEHIND_SHAPE,
         Reason.CORDONED,
+        Reason.TENANT_SHARE,
         Reason.LEDGER_STANDS_BACK,
     }
 )
 #: Seconds without a heartbeat after which Postgres no longer counts a worker, where the caller does not say.
 WORKER_TTL: Final = 60.0
+#: Seconds in which past use of tenants halves, by default.
+SHARE_HALVES_IN: Final = 600.0
 
 
 def explain(
@@ -67,10 +71,12 @@ def explain(
     most_losses: int = MAX_LOSSES,
     rules: Rules | None = None,
     worker_ttl: float = WORKER_TTL,
+    share_halves_in: float = SHARE_HALVES_IN,
 ) -> Explanation | None:
     """Return why `job` is where it is; None where Postgres has no such job. At most seven round trips to Redis.
 
-    The archive is searched too. All jobs there have ended. `most_losses` and `worker_ttl`: the settings of the workers.
+    The archive is searched too. All jobs there have ended. `most_losses`, `worker_ttl` and
+    `share_halves_in`: the settings of the workers.
     With `rules`, those by which the workers start jobs, the start of a job that waits for room is estimated. That takes
     up to some seconds where many jobs are before it.
     """
@@ -107,7 +113,8 @@ def explain(
     if rules is None or explanation.why not in ESTIMATED:
         return explanation
     live = [book for book in seen.registered if book.worker in seen.live]
-    start = estimated_start(connection, job, (row.priority, row.seq), live, rules, most_losses)
+    shares = None if sharing is None else with_past(sharing, client, share_halves_in)
+    start = estimated_start(connection, job, (row.priority, row.seq), live, rules, most_losses, shares)
     return replace(explanation, estimate=start)
 
 
@@ -121,7 +128,8 @@ def _estimated_by_rows(
         books = live_books(connection, worker_ttl)
     except TooLarge:
         return None
-    return estimated_start(connection, job, (row.priority, row.seq), books, rules, most_losses)
+    shares = read_shares(connection, None, 0.0)
+    return estimated_start(connection, job, (row.priority, row.seq), books, rules, most_losses, shares)
 
 
 def _over_quota(job: str, row: Any, request: Request, sharing: Sharing, resource: str) -> Explanation:

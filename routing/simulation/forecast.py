@@ -7,17 +7,19 @@ reservation assumes it too: so a start that needs its end is not forecast. Times
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from statistics import median_low
 from typing import Final, NamedTuple
 
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Held, Rules, expected_end
+from celery_capacity.routing.policy.tenants import tenant_of
 from celery_capacity.routing.simulation.expectations import Unknown
 from celery_capacity.routing.simulation.jobs import Queued, Running
+from celery_capacity.routing.simulation.shares import Shares
 from celery_capacity.routing.simulation.simulation import Simulation
 
 #: Waiting jobs that a forecast takes at most, the first in order.
@@ -36,7 +38,7 @@ class NoEstimate(StrEnum):
     NEVER_FITS = "never-fits"
     #: too many jobs are before it, and too few of them would start
     TOO_FAR = "too-far"
-    #: tenants share the workers, and the forecast does not know their turns and quotas
+    #: tenants share the workers, and too many jobs wait for their turns to be simulated
     TENANTS = "tenants"
 
 
@@ -45,7 +47,8 @@ class Cluster:
     """Copy of a cluster at a time. The books have allocated what `running` holds.
 
     `waiting`: the first jobs of the backlog, in order. `beyond`: the number of the jobs that come behind them.
-    `guessed`: jobs whose run time is the median of the others.
+    `guessed`: jobs whose run time is the median of the others. `shares`: of tenants, without what `running` holds; None
+    where tenants are not in use.
     """
 
     now: int
@@ -54,6 +57,7 @@ class Cluster:
     waiting: Sequence[Queued] = ()
     beyond: int = 0
     guessed: int = 0
+    shares: Shares | None = None
 
 
 @dataclass(frozen=True)
@@ -70,22 +74,23 @@ class Estimate:
     extrapolated: bool = False
 
 
-def running_until(job: str, worker: str, held: Held, run: int, now: int) -> Running:
+def running_until(job: str, worker: str, held: Held, run: int, now: int, terms: str = "") -> Running:
     """Return a running job that ends when it is expected to. `run`: milliseconds that it is likely to run.
 
     A job that has run for longer is taken to run as long as the policy expects, or goes on as an overrun does.
     """
     if not run:
-        return Running(job, worker, held, 0)
+        return Running(job, worker, held, 0, terms)
     likely = run if held.admitted + run > now else max(run, held.expected)
-    return Running(job, worker, held, expected_end(held._replace(expected=likely), now))
+    return Running(job, worker, held, expected_end(held._replace(expected=likely), now), terms)
 
 
 def forecast(cluster: Cluster, rules: Rules, until: str = "") -> Simulation:
     """Return the simulation of a cluster: until a job has started, or until all that can start have ended."""
     if len(cluster.books) * (len(cluster.running) + len(cluster.waiting)) > MAX_WORK:
         rules = Rules(depth=0)
-    simulation = Simulation(dict(cluster.books), rules, Unknown(), now=cluster.now)
+    shares = None if cluster.shares is None else replace(cluster.shares, now=cluster.now)
+    simulation = Simulation(dict(cluster.books), rules, Unknown(), now=cluster.now, shares=shares)
     simulation.begin(cluster.running, cluster.waiting)
     simulation.advance(until)
     return simulation
@@ -110,7 +115,12 @@ def estimate(cluster: Cluster, rules: Rules, job: str) -> Estimate:
 
 
 def _extrapolated(cluster: Cluster, simulation: Simulation, number: int) -> Estimate:
-    """Return the start of the last job beyond the simulated ones: the pace of these goes on."""
+    """Return the start of the last job beyond the simulated ones: the pace of these goes on.
+
+    Among tenants no pace says it: jobs of others come in between.
+    """
+    if cluster.shares is not None:
+        return Estimate(None, NoEstimate.TENANTS, number)
     if any(not queued.run for queued in cluster.waiting) or any(not entry.ends for entry in cluster.running):
         return Estimate(None, NoEstimate.UNKNOWN_RUN_TIMES, number)
     started = len(simulation.starts)
@@ -141,12 +151,16 @@ class Waits(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a forecast for the waiting jobs. `by_kind`: by task and shape of the request."""
+    """Outcome of a forecast for the waiting jobs. `by_kind`: by task and shape of the request.
+
+    `by_tenant`: empty where tenants are not in use.
+    """
 
     workers: int
     rules: Rules
     waits: Waits
     by_kind: Mapping[tuple[str, str], Waits]
+    by_tenant: Mapping[str, Waits] = field(default_factory=dict)
 
     @property
     def empty_after(self) -> int | None:
@@ -164,7 +178,7 @@ def with_guesses(cluster: Cluster) -> tuple[Cluster, int]:
     guess = median_low(runs) if runs else 0
     waiting = [queued if queued.run else queued._replace(run=guess) for queued in cluster.waiting]
     running = [
-        entry if entry.ends else running_until(entry.job, entry.worker, entry.held, guess, cluster.now)
+        entry if entry.ends else running_until(entry.job, entry.worker, entry.held, guess, cluster.now, entry.terms)
         for entry in cluster.running
     ]
     unknown = sum(not queued.run for queued in cluster.waiting) + sum(not entry.ends for entry in cluster.running)
@@ -174,19 +188,35 @@ def with_guesses(cluster: Cluster) -> tuple[Cluster, int]:
 def changed(cluster: Cluster, add: Sequence[Book] = (), remove: Sequence[str] = ()) -> Cluster:
     """Return the cluster with more workers, and with workers that admit no more. Running jobs run to their end."""
     removed = {name: replace(cluster.books[name], admitting=False) for name in remove}
-    return replace(cluster, books={**cluster.books, **removed, **{book.worker: book for book in add}})
+    books = {**cluster.books, **removed, **{book.worker: book for book in add}}
+    if cluster.shares is None:
+        return replace(cluster, books=books)
+    total = Counter(cluster.shares.sharing.total)
+    for book in add:
+        total.update(book.capacity)
+    for name in remove:
+        total.subtract(cluster.books[name].capacity)
+    sharing = replace(cluster.shares.sharing, total=+total)
+    return replace(cluster, books=books, shares=replace(cluster.shares, sharing=sharing))
 
 
 def outcome(cluster: Cluster, rules: Rules) -> Outcome:
     """Return how long each waiting job of a cluster waits from now on, if no job comes later."""
     started = {start.job: start.started - cluster.now for start in forecast(cluster, rules).starts}
     kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
+    tenants: dict[str, list[str]] = defaultdict(list)
     for queued in cluster.waiting:
         kinds[queued.waiting.task, queued.waiting.request.shape].append(queued.waiting.job)
+        if cluster.shares is not None:
+            tenants[tenant_of(queued.waiting.terms)].append(queued.waiting.job)
     admitting = sum(book.admitting for book in cluster.books.values())
     jobs = [queued.waiting.job for queued in cluster.waiting]
     return Outcome(
-        admitting, rules, _waits(jobs, started), {kind: _waits(some, started) for kind, some in kinds.items()}
+        admitting,
+        rules,
+        _waits(jobs, started),
+        {kind: _waits(some, started) for kind, some in kinds.items()},
+        {tenant: _waits(some, started) for tenant, some in tenants.items()},
     )
 
 

@@ -102,7 +102,14 @@ class Simulation:
         for waiting, run in backlog:
             entry = Submission(waiting.job, self.now, run, waiting.request, waiting.task, terms=waiting.terms)
             self._submissions[waiting.job] = entry
-            self._arrive(waiting)
+            if self.shares is None:
+                self._arrive(waiting)
+            else:
+                heapq.heappush(self._queues.setdefault(waiting.shape, []), (waiting.order, waiting.job, waiting))
+        if self.shares is not None:
+            # Turns need all waiting jobs at once.
+            self._fill_room()
+            self._reserve_anew()
 
     def advance(self, until: str = "") -> None:
         """Go on until a job has started, or until all jobs that can start have ended."""
@@ -174,16 +181,19 @@ class Simulation:
             self.shares.end(entry.terms, held.request, self.now - held.admitted)
         self._fill(worker)
         if self.shares is not None and self.shares.has_quota(entry.terms):
-            self._use_quota(tenant_of(entry.terms))
+            self._fill_room(tenant_of(entry.terms))
         self._reserve_anew()
 
-    def _use_quota(self, tenant: str) -> None:
-        """Fill the workers that have room for jobs which the quota of their tenant held back until now."""
+    def _fill_room(self, tenant: str = "") -> None:
+        """Fill the workers that have room for waiting jobs, of all tenants or of one.
+
+        An end that gives a tenant room below its quota may let a job start on another worker.
+        """
         while True:
             running = len(self.starts)
             for waiting in sorted((queue[0][2] for queue in self._queues.values()), key=lambda first: first.order):
-                due = tenant_of(waiting.terms) == tenant and waiting.shape in self._queues and self._may_start(waiting)
-                if due and (worker := self._place(waiting)):
+                waits = waiting.shape in self._queues and tenant in ("", tenant_of(waiting.terms))
+                if waits and self._may_start(waiting) and (worker := self._place(waiting)):
                     self._fill(worker)
             if len(self.starts) == running:
                 return

@@ -141,7 +141,8 @@ class Job:
 
     def _explain(self, connection: Connection, rules: Rules | None = None) -> Explanation | None:
         client, settings = quick_client(self._stores.redis), self._stores.settings
-        return explain(client, connection, self.id, settings.most_losses, rules, settings.worker_ttl)
+        ttl, halves_in = settings.worker_ttl, settings.share_halves_in
+        return explain(client, connection, self.id, settings.most_losses, rules, ttl, halves_in)
 
     def _unknown(self) -> InvalidRequest:
         advice = "Its transaction may not be over."

@@ -10,9 +10,11 @@ from sqlalchemy import text
 from celery_capacity.platform.console.wording import details
 from celery_capacity.routing.forecast import starts
 from celery_capacity.routing.forecast.cluster import likely_run, live_books, read_cluster
+from celery_capacity.routing.forecast.shares import read_shares
 from celery_capacity.routing.forecast.starts import EstimatedStart
 from celery_capacity.routing.inspect import verify
 from celery_capacity.routing.inspect.explain import explain
+from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.expected import CLASSES, RunTime
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.policy.reservation import Rules
@@ -99,14 +101,40 @@ def test_estimate_obeys_the_labels_of_workers(stage: Stage) -> None:
     assert error
 
 
-def test_start_is_not_estimated_while_tenants_share(stage: Stage) -> None:
+def test_start_is_estimated_by_the_turns_of_tenants(stage: Stage) -> None:
     stage.worker("a", cpus=4000)
-    stage.submit(cpus=4000, run_time=MINUTE)
-    estimated = estimate(stage, stage.submit(cpus=4000, run_time=MINUTE, tenant="physics"))
+    first = [stage.submit(cpus=4000, run_time=MINUTE) for _ in range(3)]
+    estimated = estimate(stage, stage.submit(cpus=4000, run_time=MINUTE, tenant="physics"), Rules(0))
+    assert estimated is not None and estimated.seconds is not None
+    assert 0 < estimated.seconds <= MINUTE.expected / 1000
+    later = estimate(stage, first[1], Rules(0))
+    assert later is not None and later.seconds is not None
+    assert later.seconds > MINUTE.expected / 1000
+    with stage.engine.connect() as connection:
+        shares = read_shares(connection, stage.redis, 600.0)
+        assert shares is not None
+        assert starts.sample(connection, EASY, 3, 60.0, shares) == 3
+
+
+def test_past_use_of_a_tenant_delays_its_estimated_start(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    stage.submit(cpus=4000, run_time=MINUTE, tenant="art")
+    other = stage.submit(cpus=4000, run_time=MINUTE, tenant="physics")
+    stage.submit(cpus=4000, run_time=MINUTE, tenant="bio")
+    stage.redis.hset(keys.PAST, "physics", "0.5")
+    estimated = estimate(stage, other, Rules(0))
+    stage.redis.delete(keys.PAST)
+    assert estimated is not None and estimated.seconds is not None
+    assert estimated.seconds > MINUTE.expected / 1000
+
+
+def test_start_is_not_estimated_behind_too_many_jobs_of_tenants(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.worker("a", cpus=4000)
+    jobs = [stage.submit(cpus=4000, run_time=MINUTE, tenant="physics") for _ in range(4)]
+    monkeypatch.setattr(starts, "read_cluster", partial(read_cluster, most=2))
+    estimated = estimate(stage, jobs[-1])
     assert estimated is not None
     assert (estimated.at, estimated.why_not) == (None, NoEstimate.TENANTS)
-    with stage.engine.connect() as connection:
-        assert starts.sample(connection, EASY, 3, 60.0) == 0
 
 
 def test_start_is_estimated_from_rows_while_postgres_decides(stage: Stage) -> None:

@@ -14,7 +14,9 @@ from celery_capacity.routing.model.expected import RunTime
 from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Rules
+from celery_capacity.routing.policy.tenants import Rule
 from celery_capacity.routing.simulation.forecast import changed, outcome
+from tests.contract.routing.recovery.test_controls_tenants import set_rule
 from tests.fixtures.stores.staged import Stage
 
 MINUTE = RunTime(76_109, 76_109)
@@ -40,12 +42,55 @@ def test_added_worker_empties_the_backlog_earlier(stage: Stage) -> None:
     assert list(after.by_kind) == [("task", "cpus=4000,slots=1")]
 
 
-def test_answer_says_that_the_turns_of_tenants_are_left_out(stage: Stage) -> None:
+def test_jobs_of_tenants_start_by_their_turns(stage: Stage) -> None:
     stage.worker("a", cpus=4000)
-    stage.submit(cpus=4000)
-    assert not today(stage).shared
-    stage.submit(cpus=4000, tenant="physics")
-    assert today(stage).shared
+    for _ in range(4):
+        stage.submit(cpus=4000, run_time=MINUTE)
+    assert outcome(today(stage).cluster, Rules(1)).by_tenant == {}
+    stage.submit(cpus=4000, run_time=MINUTE, tenant="physics")
+    copy = today(stage)
+    waits = outcome(copy.cluster, Rules(0)).by_tenant
+    assert (len(waits["default"].times), len(waits["physics"].times)) == (3, 1)
+    # It came last, and its tenant holds nothing.
+    assert waits["physics"].times[0] < waits["default"].times[0]
+
+
+def test_quota_of_a_tenant_holds_its_jobs_back_in_a_forecast(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    set_rule(stage, "physics", Rule(quota={"cpus": 1000}))
+    stage.submit(cpus=1000, run_time=MINUTE, tenant="physics")
+    stage.submit(cpus=1000, run_time=MINUTE, tenant="physics")
+    copy = today(stage)
+    after = outcome(changed(copy.cluster, [BIG]), copy.rules)
+    set_rule(stage, "physics", None)
+    assert (len(copy.cluster.running), len(copy.cluster.waiting)) == (1, 1)
+    assert after.waits.percentile(100) > MINUTE.expected // 2
+
+
+def test_added_worker_is_filled_by_the_turns_of_tenants(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    for _ in range(8):
+        stage.submit(cpus=4000, run_time=MINUTE)
+    for _ in range(4):
+        stage.submit(cpus=4000, run_time=MINUTE, tenant="physics")
+    copy = today(stage)
+    after = outcome(changed(copy.cluster, [BIG]), Rules(0))
+    assert [waits.times.count(0) for _, waits in sorted(after.by_tenant.items())] == [1, 1]
+    assert after.by_tenant["physics"].mean < after.by_tenant["default"].mean
+
+
+def test_large_backlog_of_one_tenant_hides_no_other(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.worker("a", cpus=4000)
+    for _ in range(6):
+        stage.submit(cpus=4000, run_time=MINUTE)
+    stage.submit(cpus=4000, run_time=MINUTE, tenant="physics")
+    monkeypatch.setattr(whatif, "MAX_JOBS", 4)
+    copy = today(stage)
+    terms = [queued.waiting.terms for queued in copy.cluster.waiting]
+    assert (terms, copy.cluster.beyond) == (["", "", ",$physics"], 3)
+    monkeypatch.setattr(cluster, "MAX_TENANTS", 1)
+    with pytest.raises(InvalidRequest, match="1,000 tenants"):
+        today(stage)
 
 
 def test_removed_worker_ends_its_jobs_and_takes_no_more(stage: Stage) -> None:
