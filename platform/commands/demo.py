@@ -14,7 +14,8 @@ from celery_capacity.platform.console import render
 from celery_capacity.platform.console.command import Command, json_option, settings_of_environment
 from celery_capacity.platform.console.terminal import Meters, facts, print_json, talk
 from celery_capacity.platform.demo import trace
-from celery_capacity.platform.demo.files import parse_scale, read_trace, write_log
+from celery_capacity.platform.demo.files import read_trace, write_log
+from celery_capacity.platform.demo.options import log_option, scale_option, trace_option
 from celery_capacity.platform.demo.replay import WORKERS, Report, replay
 from celery_capacity.platform.processes.launch import Interrupted, WorkerSpec, workers_option
 from celery_capacity.routing.model.amounts import format_cpus
@@ -42,28 +43,16 @@ Submit a job to it:                  {celery} -A platform call demo.sleep --args
         Exit.TERMINATED: Exit.TERMINATED.meaning,
     },
 )
-@click.option(
-    "--trace",
-    "path",
-    metavar="FILE",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    default=trace.PACKAGED,
-    help="CSV to replay, instead of the packaged trace.",
-)
-@click.option("--scale", metavar="N", callback=parse_scale, help="How many times faster than the trace.")
+@trace_option
+@scale_option
 @workers_option
 @click.option("--expected", is_flag=True, help="Say in each call how long the job runs.")
-@click.option(
-    "--log",
-    metavar="FILE",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    help="Write job,start,end,worker as CSV.",
-)
+@log_option
 @json_option
 @click.pass_context
 def command(
     context: click.Context,
-    path: Path,
+    path: Path | None,
     scale: float | None,
     workers: tuple[WorkerSpec, ...],
     expected: bool,
@@ -88,7 +77,7 @@ def command(
         console.print(line)
 
     settings = settings_of_environment()
-    replayed = replace(read_trace(path, scale, workers or WORKERS), expected=expected)
+    replayed = replace(read_trace(path or trace.PACKAGED, scale, workers or WORKERS), expected=expected)
     if log is not None:
         write_log(log, [])  # report a missing folder now, and not after a minute
     say(f"Replaying {len(replayed.jobs)} jobs of the trace {replayed.name} at {replayed.scale:,g}× speed.")

@@ -6,20 +6,10 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
-import click
-
 from celery_capacity.platform.demo import trace
 from celery_capacity.platform.demo.replay import Replayed
 from celery_capacity.platform.processes.launch import WorkerSpec
 from celery_capacity.routing.errors import InvalidRequest
-
-
-def parse_scale(_context: click.Context, _parameter: click.Parameter, text: str | None) -> float | None:
-    """Return the value of `--scale`, None where it is not given."""
-    try:
-        return None if text is None else trace.parse_scale(text)
-    except InvalidRequest as error:
-        raise click.BadParameter(str(error)) from error
 
 
 def read_trace(path: Path, scale: float | None, workers: tuple[WorkerSpec, ...]) -> Replayed:

@@ -254,6 +254,7 @@ class _Run:
                 ignore_result=True,
                 cpus=cpus_number(job.cpus),
                 **({"expected": planned.seconds} if self._replayed.expected else {}),
+                **({"tenant": job.tenant} if job.tenant else {}),
             )
             self._delay = max(self._delay, time.monotonic() - due)
 

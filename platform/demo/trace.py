@@ -1,9 +1,9 @@
 """A job trace: the submission time, run time and CPUs of each job. No process, store or clock here.
 
 A trace is CSV text with a header that names `submit`, `run` (seconds) and `cpus`. A column `task`, or else `user`, says
-which jobs are alike. Other columns, blank lines and lines that begin with `#` are ignored. `read` refuses an unreadable
-row with its line number and value. The tasks of a replay write their measurements as `Record`s. `summarise` and `peaks`
-turn these into the numbers of the report.
+which jobs are alike, and a column `tenant` whose they are. Other columns, blank lines and lines that begin with `#` are
+ignored. `read` refuses an unreadable row with its line number and value. The tasks of a replay write their measurements
+as `Record`s. `summarise` and `peaks` turn these into the numbers of the report.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from pathlib import Path
 
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model.amounts import format_cpus, parse_cpus_text
+from celery_capacity.routing.model.identifiers import check_tenant
 
 #: Columns that a trace must have, in any order and at any place.
 COLUMNS = ("submit", "run", "cpus")
 
 #: Columns of which the first one that is there groups jobs with like run times.
 GROUPS = ("task", "user")
+
+#: Column with the tenant of each job.
+TENANT = "tenant"
 
 #: Seconds: the shortest sleep of a replayed job, so that a job of one second leaves a mark at any scale.
 LEAST_SLEEP = 0.05
@@ -44,7 +48,7 @@ _DECIMAL = re.compile(r"\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?")
 class Job:
     """A row of a trace: `row` counts from 0, times are in seconds, `cpus` in millicores.
 
-    `task`: the group of jobs with like run times, "" where the trace names none.
+    `task`: the group of jobs with like run times, "" where the trace names none. `tenant`: "" for none.
     """
 
     row: int
@@ -53,6 +57,7 @@ class Job:
     cpus: int
     line: int
     task: str = field(default="", compare=False)
+    tenant: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -158,8 +163,8 @@ def _column_numbers(header: Sequence[str], line: int) -> dict[str, int]:
             value=",".join(header),
             advice="Other columns may stand between them.",
         )
-    groups = [name for name in GROUPS if name in header][:1]
-    return {name: header.index(name) for name in (*COLUMNS, *groups)}
+    optional = [*[name for name in GROUPS if name in header][:1], *(name for name in (TENANT,) if name in header)]
+    return {name: header.index(name) for name in (*COLUMNS, *optional)}
 
 
 def _job(row: int, cells: Sequence[str], columns: Mapping[str, int], line: int) -> Job:
@@ -184,7 +189,10 @@ def _job(row: int, cells: Sequence[str], columns: Mapping[str, int], line: int) 
 
     cpus = parse_cpus_text(cell("cpus"), f"line {line} of the trace: cpus")
     task = next((cells[columns[name]].strip() for name in GROUPS if columns.get(name, len(cells)) < len(cells)), "")
-    return Job(row=row, submit=seconds("submit"), run=seconds("run"), cpus=cpus, line=line, task=task)
+    tenant = cells[columns[TENANT]].strip() if columns.get(TENANT, len(cells)) < len(cells) else ""
+    if tenant:
+        check_tenant(tenant, f"line {line} of the trace: tenant")
+    return Job(row, seconds("submit"), seconds("run"), cpus, line, task, tenant)
 
 
 def too_wide(jobs: Iterable[Job], workers: Mapping[str, int]) -> InvalidRequest | None:

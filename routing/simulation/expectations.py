@@ -36,6 +36,14 @@ class Exact(Unknown):
         return submission.run
 
 
+class Recorded(Unknown):
+    """Each job has the expected time that it had when it came."""
+
+    def expected(self, submission: Submission) -> int:
+        """Return the recorded time."""
+        return submission.expected
+
+
 class Learned:
     """Each job has the upper quartile of the last run times of its task and request, of its task, or of all jobs."""
 
@@ -61,4 +69,9 @@ def _keys(submission: Submission) -> tuple[tuple[str, str], ...]:
 
 
 #: Sources by the word that a person chooses.
-SOURCES: Final[dict[str, Callable[[], Expectations]]] = {"exact": Exact, "learned": Learned, "none": Unknown}
+SOURCES: Final[dict[str, Callable[[], Expectations]]] = {
+    "exact": Exact,
+    "learned": Learned,
+    "recorded": Recorded,
+    "none": Unknown,
+}

@@ -12,7 +12,8 @@ from celery_capacity.routing.policy.reservation import Held
 class Submission(NamedTuple):
     """A job of a trace: when it comes, how long it runs, what it asks for. `task` groups jobs with like run times.
 
-    `terms`: where it may run and whose it is, as in its shape.
+    `terms`: where it may run and whose it is, as in its shape. `expected`: the time (ms) that was expected of it when
+    it came, 0 for unknown.
     """
 
     job: str
@@ -22,6 +23,7 @@ class Submission(NamedTuple):
     task: str = ""
     priority: int = 0
     terms: str = ""
+    expected: int = 0
 
 
 class Start(NamedTuple):

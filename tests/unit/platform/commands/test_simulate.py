@@ -36,7 +36,7 @@ def test_simulation_prints_waits_and_uses_of_the_workers(trace: Path) -> None:
 
 
 def test_simulation_matches_its_schema_for_each_source(trace: Path) -> None:
-    for source in ("exact", "learned", "none"):
+    for source in ("exact", "learned", "recorded", "none"):
         result = run("--trace", str(trace), "--worker", "big=8", "--expected", source, "--json")
         assert result.exit_code == Exit.OK, result.output
         report = json.loads(result.stdout)
@@ -67,3 +67,37 @@ def test_too_wide_a_job_is_refused_before_the_simulation(trace: Path) -> None:
     result = run("--trace", str(trace), "--worker", "small=7")
     assert result.exit_code == Exit.FAILED
     assert "needs 8 CPUs" in result.output
+
+
+SHARED = "submit,run,cpus,tenant\n" + "0,10,1,art\n" * 8 + "0,10,1,physics\n" * 8 + "0,10,1,\n"
+
+
+def test_tenants_of_a_trace_start_by_their_weights(tmp_path: Path) -> None:
+    path = tmp_path / "shared.csv"
+    path.write_text(SHARED, encoding="utf-8")
+    means = []
+    for weight in ("1", "3"):
+        result = run("--trace", str(path), "--worker", "w=4", "--tenant", f"physics={weight}", "--depth", "0", "--json")
+        assert result.exit_code == Exit.OK, result.output
+        report = json.loads(result.stdout)
+        assert_shape("simulate", report)
+        means.append({line["tenant"]: line["wait_seconds"]["mean"] for line in report["tenants"]})
+    assert [sorted(waits) for waits in means] == [["art", "default", "physics"]] * 2
+    assert means[1]["physics"] < means[0]["physics"]
+    assert means[1]["art"] > means[0]["art"]
+    assert "physics" in run("--trace", str(path), "--worker", "w=2").output
+
+
+def test_wrong_tenants_are_refused(tmp_path: Path) -> None:
+    for text in ("physics", "physics=0", "a b=2", "physics=x"):
+        assert run("--tenant", text).exit_code == Exit.USAGE
+    assert "twice" in run("--tenant", "a=1", "--tenant", "a=2").output
+    path = tmp_path / "wrong.csv"
+    path.write_text("submit,run,cpus,tenant\n0,1,1,a/b\n", encoding="utf-8")
+    refused = run("--trace", str(path))
+    assert (refused.exit_code, "line 2 of the trace: tenant" in refused.output) == (Exit.FAILED, True)
+
+
+def test_history_and_trace_exclude_each_other(trace: Path) -> None:
+    refused = run("--trace", str(trace), "--from-history", "7d")
+    assert (refused.exit_code, "neither --trace nor --scale" in refused.output) == (2, True)

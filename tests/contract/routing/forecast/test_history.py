@@ -1,0 +1,49 @@
+"""Jobs that ended lately come back as a trace, from the rows of jobs and from the archive."""
+
+from __future__ import annotations
+
+import pytest
+
+from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.forecast.history import read_history
+from celery_capacity.routing.model.expected import RunTime
+from celery_capacity.routing.store.archive import archive_finished
+from tests.fixtures.stores.staged import Stage
+
+
+def test_history_has_ended_jobs_with_their_tenants_and_requests(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    first = stage.submit(cpus=1000, tenant="physics", run_time=RunTime(76_109, 76_109))
+    second, waiting = stage.submit(cpus=3000), stage.submit(cpus=4000)
+    for job in (first, second):
+        stage.start(job)
+        stage.end(job)
+    stage.apply()
+    with stage.engine.connect() as connection:
+        history = read_history(connection, 3600.0)
+    assert [(job.request.get("cpus"), job.terms) for job in history.jobs] == [(1000, ",$physics"), (3000, "")]
+    assert (history.jobs[0].at, history.cut) == (0, False)
+    assert all(job.run >= 1 and job.task == "task" for job in history.jobs)
+    with stage.engine.connect() as connection:
+        newest = read_history(connection, 3600.0, most=1)
+    assert ([job.request.get("cpus") for job in newest.jobs], newest.cut) == ([3000], True)
+    stage.start(waiting)
+    stage.end(waiting)
+
+
+def test_archived_job_is_in_the_history_without_its_tenant(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    job = stage.submit(cpus=1000, tenant="physics")
+    stage.start(job)
+    stage.end(job)
+    stage.apply()
+    stage.sql("UPDATE jobs SET outbox = NULL")
+    with stage.engine.begin() as connection:
+        assert archive_finished(connection, 0.0, 10) == 1
+        history = read_history(connection, 3600.0)
+    assert [(entry.request.get("cpus"), entry.terms) for entry in history.jobs] == [(1000, "")]
+
+
+def test_empty_history_is_refused_with_advice(stage: Stage) -> None:
+    with stage.engine.connect() as connection, pytest.raises(InvalidRequest, match="--trace FILE"):
+        read_history(connection, 3600.0)
