@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from sqlalchemy import Connection, text
@@ -60,6 +61,17 @@ def are_in_use(connection: Connection) -> bool:
 def sharing_in_use(connection: Connection) -> Sharing | None:
     """Return the shares of tenants by Postgres; None where no tenant has a rule, and no waiting job names one."""
     return sharing(connection) if are_in_use(connection) else None
+
+
+_QUOTA_OF: Final = text(f"""
+SELECT EXISTS (SELECT FROM tenants WHERE quota <> '{{}}' AND name IN (
+  SELECT coalesce({OF_TENANT}, 'default') FROM jobs WHERE id = ANY(:jobs)))
+""")
+
+
+def have_quota(connection: Connection, jobs: Sequence[str]) -> bool:
+    """Return True if the tenant of one of these jobs has a quota, so that an end may start a job on any worker."""
+    return bool(connection.execute(_QUOTA_OF, {"jobs": list(jobs)}).scalar_one())
 
 
 _WAITING_TENANTS: Final = text(f"""

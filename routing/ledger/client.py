@@ -161,9 +161,10 @@ class Ledger(Held, Elections):
         settled.handed_over.extend(hand_overs(reply.rest[4 * len(ended) :]))
         settled.cursors.append(reply["cursor"])
         settled.freed.append(reply["freed"])
+        settled.shapes.extend(reply["unheld"].splitlines())
 
     def follow(self, worker: str, settled: Settled) -> None:
-        """Go on after a release: place the shapes of the jobs it put back, and fill this worker from its cursors."""
+        """Go on after a release: place shapes that came back or that a quota holds no more, and fill from cursors."""
         self.place_shapes(settled.shapes)
         for cursor in settled.cursors:
             self.fill(worker, cursor, RELEASE_PAGES)

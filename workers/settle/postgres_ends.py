@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from celery_capacity.routing.database import tenants
 from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.insert import key_limits
 from celery_capacity.routing.lasting_warning import LastingWarning
@@ -205,7 +206,8 @@ class PostgresEnds:
             rows = fencing.lock_holders(connection, [end.ended.job for end in batch])
             written, transitions = self._judge(batch, rows, claims.now_ms(connection))
             applied = job_transitions.apply(connection, transitions)
-            if _starts(applied):
+            ended = [transition.job for transition in transitions]
+            if _starts(applied) or (ended and tenants.have_quota(connection, ended)):
                 claims.wake(connection)
         self._open_needs(applied)
         return written

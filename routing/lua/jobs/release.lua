@@ -9,11 +9,12 @@
 --   cancelled, expired, replaced, retried, requeued, handed_back, lost), error, outbox, told (1: the worker tells how
 --   the job ended), results (number of those kept in this Redis), and for each of these: key (of Celery's backend),
 --   seconds (to live; 0: for ever), result
--- Replies: {ok, cursor (of shapes), freed (a worker to be filled too, '': none), then for each job: released | repeat
---   | stale | unknown (the job has no key), state, entry, shape, then for each job handed over: job, token, admitted,
---   started, entry, losses, shape, rerun, message} | {cold} | {epoch, current}
--- Cost: at most fifteen commands a job and two a result, a pass like that of fill, and a command for each index of free
---   CPUs in which the worker stands
+-- Replies: {ok, cursor (of shapes), freed (a worker to be filled too, '': none), unheld (shapes that a quota held back
+--   until now, a line each), then for each job: released | repeat | stale | unknown (the job has no key), state, entry,
+--   shape, then for each job handed over: job, token, admitted, started, entry, losses, shape, rerun, message} | {cold}
+--   | {epoch, current}
+-- Cost: at most fifteen commands a job and two a result, a pass like that of fill, a command for each index of free
+--   CPUs in which the worker stands, and for each tenant with a quota two commands and one for each resource in it
 -- Repeat: harmless: keyed by job and token; the repeated end of an attempt that ended its job is answered 'repeat', any
 --   other end 'stale'
 local now = clock()
@@ -24,8 +25,8 @@ if not book then
   return {'cold'}
 end
 local mine = book.incarnation == incarnation
-local any = false
-local reply = {'ok', '', ''}
+local any, ended = false, {}
+local reply = {'ok', '', '', ''}
 local i = EACH.first
 while i <= #ARGV do
   local id, token, outcome = ARGV[i + EACH.job], ARGV[i + EACH.token], ARGV[i + EACH.outcome]
@@ -39,6 +40,13 @@ while i <= #ARGV do
   elseif mine and job and token_of(job) == token and job.incarnation == incarnation
       and (job.state == 'admitted' or job.state == 'running') then
     verdict, any = 'released', true
+    if job.counted then
+      local of_tenant = ended[tenant_of(job.shape)] or {shape = job.shape, amounts = {}}
+      for name, amount in pairs(amounts_of(job.shape)) do
+        of_tenant.amounts[name] = (of_tenant.amounts[name] or 0) + amount
+      end
+      ended[tenant_of(job.shape)] = of_tenant
+    end
     allocate(book, amounts_of(job.shape), -1)
     if outcome == 'handed_back' or outcome == 'lost' then
       if outcome == 'handed_back' then
@@ -93,6 +101,13 @@ if any and admit == '1' then
       admit_job(id, job, message, book, now)
     end
   end)
+  local unheld = {}
+  for _, of_tenant in pairs(ended) do
+    for _, shape in ipairs(shapes_below_quota(facts, of_tenant.shape, of_tenant.amounts)) do
+      unheld[#unheld + 1] = shape
+    end
+  end
+  reply[4] = table.concat(unheld, '\n')
 elseif any then
   redis.call('HSET', KEY.book .. worker, 'unfilled', '1')
 end

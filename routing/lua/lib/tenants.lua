@@ -101,3 +101,20 @@ local function is_over_quota(facts, shape, amounts)
   local rule, used = quota_of(facts, shape)
   return rule and is_beyond_quota(rule, used, amounts) or false
 end
+
+-- The first waiting shapes that the quota of a tenant held back until jobs with these amounts ended, and holds back no
+-- more. `shape`: that of one of these jobs.
+local function shapes_below_quota(facts, shape, ended)
+  local rule, used = quota_of(facts, shape)
+  local shapes, before = {}, {}
+  for name, amount in pairs(used or {}) do
+    before[name] = amount + (ended[name] or 0)
+  end
+  for _, waiting in ipairs(rule and redis.call('ZRANGE', shapes_beside(shape), 0, LIMIT.few - 1) or {}) do
+    local amounts = amounts_of(waiting)
+    if is_beyond_quota(rule, before, amounts) and not is_beyond_quota(rule, used, amounts) then
+      shapes[#shapes + 1] = waiting
+    end
+  end
+  return shapes
+end

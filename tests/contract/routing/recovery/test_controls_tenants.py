@@ -12,7 +12,10 @@ from celery_capacity.routing.errors import BacklogFull, InvalidRequest
 from celery_capacity.routing.inspect.backlog_limit import COUNT_FOR, TRUST, TenantLimit
 from celery_capacity.routing.inspect.explain import explain
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.reasons import Reason
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.tenants import Rule
 from celery_capacity.routing.recovery import controls as copies
@@ -73,6 +76,24 @@ def test_larger_quota_starts_waiting_jobs_at_once(stage: Stage) -> None:
     stage.apply()
     assert stage.row(second).state == "admitted"
     finish(stage, first, second)
+
+
+@pytest.mark.parametrize("tenant", ["physics", "default"])
+def test_end_starts_job_on_another_worker_that_a_quota_held(stage: Stage, tenant: str) -> None:
+    stage.worker("a", cpus=1000)
+    set_rule(stage, tenant, Rule(quota={"slots": 1}))
+    first = stage.submit(tenant=tenant, cpus=1000)
+    stage.worker("b", cpus=4000)
+    wide = stage.submit(tenant=tenant, cpus=2000)
+    assert [stage.row(job).state for job in (first, wide)] == ["admitted", "waiting"]
+    stage.start(first)
+    row = stage.row(first)
+    ended = Ended(first, Token(row.epoch, row.attempt), Outcome.SUCCEEDED)
+    settled = stage.ledger.settle(row.worker, row.incarnation, ended=[ended], most_losses=MOST_LOSSES)
+    stage.ledger.follow(row.worker, settled)
+    stage.apply()
+    assert (stage.row(wide).state, stage.row(wide).worker) == ("admitted", "b")
+    finish(stage, wide)
 
 
 def test_quota_counts_what_ran_before_tenants_were_in_use(stage: Stage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 from sqlalchemy import Engine, text
 
 from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database.schema import CHANNEL
 from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.job import Publisher
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
-from celery_capacity.routing.store import claims, fencing
+from celery_capacity.routing.policy.tenants import Rule
+from celery_capacity.routing.store import claims, controls, fencing
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holding, Holdings
@@ -69,6 +72,35 @@ def ended(stage: Stage, holdings: Holdings, number: int, left: str = "") -> dequ
     for claimed in taken:
         holdings.add(Holding(claimed.job, claimed.token, Request.from_shape(claimed.shape), ""))
     return deque(End(Ended(claimed.job, claimed.token, Outcome.SUCCEEDED, "", left)) for claimed in taken)
+
+
+def notified(stage: Stage, listening: Any) -> bool:
+    """Return True if the workers that pull were notified since the last call."""
+    with stage.engine.connect() as connection:
+        connection.execute(text(f"NOTIFY {CHANNEL}, 'mark'"))
+    notices: list[str] = []
+    while "mark" not in notices:
+        select.select([listening], [], [])
+        listening.poll()
+        notices += [notice.payload for notice in listening.notifies]
+        listening.notifies.clear()
+    return "" in notices
+
+
+def test_end_wakes_all_workers_where_a_quota_may_hold_jobs_back(
+    stage: Stage, holdings: Holdings, ends: PostgresEnds
+) -> None:
+    with stage.engine.connect() as connection:
+        listening: Any = connection.connection.driver_connection
+        connection.execute(text(f"LISTEN {CHANNEL}"))
+        assert ends.settle(ended(stage, holdings, 1), deque())
+        assert not notified(stage, listening)
+        with stage.engine.connect() as writing:
+            controls.set_tenant(writing, "default", Rule(quota={"slots": 1}), "ann@desk")
+        notified(stage, listening)
+        assert ends.settle(ended(stage, holdings, 1), deque())
+        assert notified(stage, listening)
+        connection.execute(text(f"UNLISTEN {CHANNEL}"))
 
 
 def test_locked_row_holds_back_its_own_end_alone(
