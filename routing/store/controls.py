@@ -288,7 +288,10 @@ def log(
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """A job with its new priority. `before`: the former one. `behind`: the shape under which it waits in Postgres."""
+    """A job with its new priority.
+
+    `before`: the former one. `behind`: the shape under which it waits in Postgres. `due`: its time has come.
+    """
 
     job: str
     state: State
@@ -296,6 +299,7 @@ class Ranked:
     priority: int
     seq: int
     behind: str | None
+    due: bool = False
 
     @property
     def order(self) -> int:
@@ -309,7 +313,7 @@ WITH x AS (
   ORDER BY id FOR NO KEY UPDATE
 )
 UPDATE jobs SET priority = :priority, reprioritized = true FROM x WHERE jobs.id = x.id
-RETURNING jobs.id, state, x.before, jobs.priority, seq, behind
+RETURNING jobs.id, state, x.before, jobs.priority, seq, behind, coalesce(due_at <= clock_timestamp(), false)
 """)
 
 
@@ -320,7 +324,8 @@ def set_priority(connection: Connection, ids: Sequence[str], priority: int) -> d
 
 
 _THESE: Final = text("""
-SELECT id, state, priority, priority, seq, behind FROM jobs WHERE id = ANY(CAST(:ids AS text[]))
+SELECT id, state, priority, priority, seq, behind, coalesce(due_at <= clock_timestamp(), false) FROM jobs
+WHERE id = ANY(CAST(:ids AS text[]))
 """)
 
 

@@ -2,7 +2,7 @@
 
 The rows have the priority first, so a job that comes to the ledger later comes with it. Then the ledger moves the jobs
 that wait there. A job on its way to the ledger may arrive there with its former priority. So a job that the ledger does
-not have is looked for again, for a moment. A reconcile repairs what is left.
+not have is looked for again, for a moment. A job that is due counts as such. A reconcile repairs what is left.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _missing(ledger: Ledger, ranked: dict[str, Ranked]) -> dict[str, Ranked]:
     return {
         row.job: row
         for row, verdict in zip(rows, verdicts, strict=True)
-        if verdict is PlaceVerdict.MISSING and row.state in on_their_way
+        if verdict is PlaceVerdict.MISSING and (row.state in on_their_way or (row.state is State.SCHEDULED and row.due))
     }
 
 

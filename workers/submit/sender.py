@@ -24,7 +24,8 @@ from celery_capacity.routing.model.nesting import JSON
 from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.recovery import resubmit
-from celery_capacity.routing.store import backlog, claims
+from celery_capacity.routing.store import backlog, claims, controls
+from celery_capacity.routing.store.backlog import Pending
 from celery_capacity.workers.dispatch.breaker import Submission, ledger_row
 from celery_capacity.workers.dispatch.submission_queue import Beginning
 from celery_capacity.workers.process import attempts
@@ -201,7 +202,24 @@ class Sender:
             # A role that only submits may not read messages, for one. The sweep brings the job.
             logger.info("job %s is brought to the ledger a little later: %s", job, error)
             return
-        self.ask(inserted, lambda ledger: resubmit.submit_rows(ledger, rows))
+        if self.ask(inserted, lambda ledger: resubmit.submit_rows(ledger, rows)):
+            self._move_reprioritized(rows, inserted)
+
+    def _move_reprioritized(self, rows: Sequence[Pending], inserted: Inserted) -> None:
+        """Move submitted jobs whose priority changed after their rows were read.
+
+        The program that changed it may have looked for the job in the ledger before the job was there.
+        """
+        try:
+            with self._stores.engine.connect() as connection:
+                ranked = controls.ranked(connection, [row.id for row in rows])
+        except SQLAlchemyError as error:
+            logger.info("priorities of %d jobs are compared by the next reconcile: %s", len(rows), error)
+            return
+        changed = [ranked[row.id] for row in rows if row.id in ranked and ranked[row.id].priority != row.priority]
+        if changed:
+            moves = [(row.job, row.order, row.behind or "") for row in changed]
+            self.ask(inserted, lambda ledger: ledger.reprioritize(moves))
 
     def _wake_pullers(self) -> None:
         try:
