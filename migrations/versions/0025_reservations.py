@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from alembic import op
 
-revision = "0027"
-down_revision = "0029"
+revision = "0025"
+down_revision = "0024"
 branch_labels = None
 depends_on = None
 
