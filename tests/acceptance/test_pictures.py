@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from docs.site import backfill
+from docs.site import backfill, shares
 from docs.site.pictures import PICTURES, SCREENS, draw
 
 FILES: Final = sorted(PICTURES.glob("*.svg"))
@@ -39,3 +39,7 @@ def test_drawn_output_keeps_its_words_and_colours() -> None:
 
 def test_picture_of_a_backfill_is_what_the_policy_does() -> None:
     assert backfill.PICTURE.read_text(encoding="utf-8") == backfill.draw(), "run python -m docs.site.backfill"
+
+
+def test_picture_of_shares_is_what_the_policy_does() -> None:
+    assert shares.PICTURE.read_text(encoding="utf-8") == shares.draw(), "run python -m docs.site.shares"
