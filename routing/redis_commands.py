@@ -6,9 +6,18 @@ interpreter: 33 times for a call that brings 100 jobs. Here a command is one pie
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from redis.exceptions import DataError
+
+try:
+    from redis import DriverInfo
+except ImportError:
+    #: Options by which a connection tells the server its driver. This redis-py reads its version once, when it is
+    #: imported. One with `DriverInfo` looks for it among the installed packages for each connection, in 0.5 ms.
+    DRIVER: Final[dict[str, Any]] = {}
+else:
+    DRIVER = {"driver_info": DriverInfo()}  # type: ignore[misc]
 
 
 class CommandPacker:

@@ -49,6 +49,7 @@ def connect(url: str, timeout: float = timeouts.STORE_TIMEOUT, **options: Any) -
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
         "command_packer": redis_commands.CommandPacker(),
+        **redis_commands.DRIVER,
         **options,
     }
     address = redis_urls.read(url)

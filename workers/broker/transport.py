@@ -30,6 +30,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import DataError, ResponseError
 from redis.retry import Retry
 
+from celery_capacity.routing import redis_commands
 from celery_capacity.routing.config import redis_urls
 from celery_capacity.routing.ledger import sentinels
 from celery_capacity.routing.model import envelope as envelopes
@@ -297,7 +298,8 @@ class _NoRetries:
     """Mixin that leaves retries to Celery: redis-py makes ten, with pauses of up to 10 s, in the main loop."""
 
     def _connparams(self, *args: Any, **options: Any) -> Any:
-        return {**super()._connparams(*args, **options), "retry": Retry(NoBackoff(), 0)}  # type: ignore[misc]
+        parameters = super()._connparams(*args, **options)  # type: ignore[misc]
+        return {**redis_commands.DRIVER, **parameters, "retry": Retry(NoBackoff(), 0)}
 
 
 class Channel(_NoRetries, _CheckedReads, kombu_redis.Channel):

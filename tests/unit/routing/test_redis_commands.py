@@ -48,3 +48,17 @@ def test_connection_of_the_ledger_sends_one_piece(url: str) -> None:
     pool = connect(url).connection_pool
     connection = pool.connection_class(**pool.connection_kwargs)
     assert len(connection.pack_command("SET", "key", b"x" * 20_000, "y" * 20_000)) == 1
+
+
+@pytest.mark.skipif(not hasattr(redis, "DriverInfo"), reason="this redis-py has no DriverInfo")
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:1/0", "redis+socket:///nowhere.sock?virtual_host=0"])
+def test_connection_looks_for_no_version_of_the_driver(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_up(name: str) -> str:
+        raise AssertionError(f"the version of {name} was read again")
+
+    monkeypatch.setattr("redis.utils.metadata.version", look_up)
+
+    connection: Any = connect(url).connection_pool.make_connection()
+
+    assert connection.driver_info.formatted_name == "redis-py"
+    assert connection.driver_info.lib_version == redis.__version__
