@@ -2,7 +2,8 @@
 
 Each file in `lua/jobs`, `workers`, `backlog`, `repair` and `epoch` is one operation and begins with a header (does,
 KEYS, ARGV, replies, cost, repeat). The loader puts the functions of `lua/lib` that the operation uses in front of it.
-Unused functions and comments are left out, because the server spends time on them at every call.
+Unused functions and comments are left out, because the server spends time on them at every call. The server makes all
+functions of a script anew at every call, so those that only a function of `LAZY` uses are made inside it, once it runs.
 
 The loader replaces KEY (`routing.ledger.keys`), STEP (`routing.model.states`) and LIMIT (`routing.policy.placement` and
 the settings) by their values, so that every name and number has one place. It makes a local of each argument that the
@@ -101,6 +102,12 @@ LIBRARY: Final = (
     "transitions", "border", "beside", "queues", "reservation", "controls", "tenants", "admit", "requeue", "batches",
     "admit_or_file", "held", "turns", "exclusive", "shapes_to_try", "next_turn", "fill_pass",
 )  # fmt: skip
+#: Functions that many calls do not reach, or reach once. The functions that only they use stand inside them.
+LAZY: Final = frozenset({
+    "ask_for_more", "count_use", "enter", "file", "fill_pass", "find_worker", "is_held_by_quota", "is_kept_elsewhere",
+    "kept_shape", "leave_behind", "next_by_turns", "note_start", "open_spread", "passing_worker", "put_back",
+    "quota_of", "read_tenants",
+})  # fmt: skip
 _LUA: Final = files("celery_capacity.routing").joinpath("lua")
 
 HEADER_FIELDS: Final = ("Does", "KEYS", "ARGV", "Replies", "Cost", "Repeat")
@@ -172,12 +179,13 @@ _VALUE: Final = re.compile(r"\b(KEY|STEP|LIMIT|EACH|INNER)\.(\w+)\b")
 _COMMENT: Final = re.compile(r"^\s*--[^\n]*\n", re.MULTILINE)
 
 
-#: Check in front of a script that acts in an epoch only.
-_GATE: Final = """local no, facts = refused(epoch, run_id)
+#: Check in front of a script that acts in an epoch only; and the call that also reads facts about the epoch.
+_GATE: Final = """local no = refused(epoch, run_id)
 if no then
   return no
 end
 """
+_GATE_WITH_FACTS: Final = _GATE.replace("no = refused(", "no, facts = refused_or_facts(")
 
 
 def body(name: str) -> str:
@@ -185,7 +193,8 @@ def body(name: str) -> str:
     code, arguments = FLAGS.sub("", source(name)), signature(name)
     if arguments.once:
         values = ", ".join(f"ARGV[{number}]" for number in range(1, len(arguments.once) + 1))
-        gate = _GATE if arguments.has_gate else ""
+        gate = _GATE_WITH_FACTS if re.search(r"\bfacts\b", _COMMENT.sub("", code)) else _GATE
+        gate = gate if arguments.has_gate else ""
         code = f"local {', '.join(arguments.once)} = {values}\n{gate}{code}"
     return code
 
@@ -200,11 +209,47 @@ def _used(code: str, functions: dict[str, str]) -> list[str]:
     used: set[str] = set()
     texts = [code]
     while texts:
-        words = set(re.findall(r"\b(\w+)\(", texts.pop()))
-        new = {name for name in functions if name in words} - used
+        new = _callees(texts.pop(), functions) - used
         used |= new
         texts += [functions[name].split("\n", 1)[1] for name in new]
     return [name for name in functions if name in used]
+
+
+def _callees(code: str, functions: Mapping[str, str]) -> set[str]:
+    """Return the names of the functions that the code calls by itself."""
+    return set(functions) & set(re.findall(r"\b(\w+)\(", code))
+
+
+def _with_library(code: str) -> str:
+    """Return the code behind the functions that it uses, without comments. Functions of `LAZY` have theirs inside."""
+    functions = {name: _COMMENT.sub("", text) for name, text in _functions().items()}
+    used = _used(code, functions)
+    callees = {name: _callees(functions[name].split("\n", 1)[1], functions) - {name} for name in used}
+    callees[""] = _callees(code, functions)
+    inner = {name: _only_used_by(name, callees) for name in used if name in LAZY}
+
+    def texts(names: set[str]) -> str:
+        """Return these functions in the order of the library, without those that stand inside another one of them."""
+        outer = names - {hidden for name in names for hidden in inner.get(name, ())}
+        return "".join(nested(name) for name in used if name in outer)
+
+    def nested(name: str) -> str:
+        head, rest = functions[name].split("\n", 1)
+        return f"{head}\n{texts(inner.get(name, set()))}{rest}"
+
+    return texts(set(used)) + _COMMENT.sub("", code)
+
+
+def _only_used_by(name: str, callees: Mapping[str, set[str]]) -> set[str]:
+    """Return the functions that no code but that of this function calls, directly or not."""
+    only = set(callees) - {"", name}
+    while True:
+        outside = {
+            called for caller, called_by_it in callees.items() if caller not in only | {name} for called in called_by_it
+        }
+        if not only & outside:
+            return only
+        only -= outside
 
 
 @lru_cache(maxsize=8)
@@ -252,14 +297,12 @@ def load(
             "share_time": repr(mean_time(share_halves_in)),
         },
     }
-    functions = _functions()
     scripts = {}
     for name in names():
         first = FLAGS.match(source(name))
         code = body(name)
-        text = "".join(functions[used] for used in _used(code, functions)) + code
         values_by_kind = values | signature(name).positions()
-        text = _VALUE.sub(partial(_value, values_by_kind), _COMMENT.sub("", text))
+        text = _VALUE.sub(partial(_value, values_by_kind), _with_library(code))
         if first:
             text = (first.group(0) if flags else BEFORE_FLAGS) + text
         sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()

@@ -33,9 +33,10 @@ for i = EACH.first, #ARGV, EACH.step do
   local id, order, message = ARGV[i + EACH.id], ARGV[i + EACH.order], ARGV[i + EACH.message]
   local attempt, losses, submitted = ARGV[i + EACH.attempt], ARGV[i + EACH.losses], ARGV[i + EACH.submitted]
   local rerun, digest = ARGV[i + EACH.rerun], ARGV[i + EACH.digest]
-  local job = {epoch = epoch, attempt = attempt, shape = shape, order = order, losses = losses, submitted = submitted}
+  local job = {state = 'waiting', epoch = epoch, attempt = attempt, shape = shape, order = order, losses = losses,
+    submitted = submitted, message = message, digest = digest}
   local became
-  became, batch = admit_or_file(id, job, message, digest, rerun, facts, now, batch)
+  became, batch = admit_or_file(id, job, rerun, facts, now, batch)
   if became[1] ~= 'exists' then
     taken = taken + 1
   end

@@ -92,7 +92,7 @@ while i <= #ARGV do
   reply[#reply + 1] = entry
   reply[#reply + 1] = job and job.shape or ''
 end
-if any and admit == '1' then
+if any and admit == '1' and (book.kept or book.unfilled or is_waiting(facts)) then
   local _
   _, reply[2], reply[3] = fill_pass(book, now, '-inf', facts, function(id, job, message)
     if nonce ~= '' and #message <= LIMIT.hand_over then
@@ -108,7 +108,7 @@ if any and admit == '1' then
     end
   end
   reply[4] = table.concat(unheld, '\n')
-elseif any then
+elseif any and admit ~= '1' then
   redis.call('HSET', KEY.book .. worker, 'unfilled', '1')
 end
 if next(book.unwritten) then

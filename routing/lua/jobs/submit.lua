@@ -15,8 +15,9 @@ local now = clock()
 if is_late(deadline, now, facts) then
   return {'late', int(now)}
 end
-local job = {epoch = epoch, attempt = attempt, shape = shape, order = order, losses = losses, submitted = submitted}
-local reply, batch = admit_or_file(id, job, message, digest, rerun, facts, now)
+local job = {state = 'waiting', epoch = epoch, attempt = attempt, shape = shape, order = order, losses = losses,
+  submitted = submitted, message = message, digest = digest}
+local reply, batch = admit_or_file(id, job, rerun, facts, now)
 if batch then
   write_batch(batch)
 end

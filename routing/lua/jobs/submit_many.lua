@@ -21,9 +21,10 @@ for i = EACH.first, #ARGV, EACH.step do
   local id, shape, order = ARGV[i + EACH.id], ARGV[i + EACH.shape], ARGV[i + EACH.order]
   local message, attempt, losses = ARGV[i + EACH.message], ARGV[i + EACH.attempt], ARGV[i + EACH.losses]
   local submitted, rerun, digest = ARGV[i + EACH.submitted], ARGV[i + EACH.rerun], ARGV[i + EACH.digest]
-  local job = {epoch = epoch, attempt = attempt, shape = shape, order = order, losses = losses, submitted = submitted}
+  local job = {state = 'waiting', epoch = epoch, attempt = attempt, shape = shape, order = order, losses = losses,
+    submitted = submitted, message = message, digest = digest}
   local became
-  became, batch = admit_or_file(id, job, message, digest, rerun, facts, now, batch)
+  became, batch = admit_or_file(id, job, rerun, facts, now, batch)
   if became[1] == 'left' then
     stay[#stay + 1] = int(place)
   elseif became[1] ~= 'exists' then

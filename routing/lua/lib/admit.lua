@@ -7,7 +7,10 @@ local function note_admission(id, job, book, now)
     count_use(job.shape, 1)
   end
   job.state, job.worker, job.incarnation = 'admitted', book.worker, book.incarnation
-  job.admitted, job.started = int(now), nil
+  job.admitted = int(now)
+  if job.started then
+    job.started = nil
+  end
   note(id, job, 'admitted', STEP.admitted, now)
   write_job(id, job)
 end

@@ -15,9 +15,9 @@ end
 -- Bring in a job whose row is durable: admit it to the best worker and deliver it, or file it in the backlog. Beyond
 -- the head of the backlog it stays in Postgres, unless it was `fetched` from there. A job
 -- that is known, or has a tombstone, is left as it is. So is a job whose transition of an older epoch is still in the
--- stream. `job` has epoch, attempt (admissions so far), shape, order, losses, submitted. Returns the reply of
--- submit.lua, and the batch of the job. The caller passes the batch on with the next job, or writes it.
-local function admit_or_file(id, job, message, digest, rerun, facts, now, batch)
+-- stream. `job` has epoch, attempt (admissions so far), shape, order, losses, submitted, message, digest. Returns
+-- the reply of submit.lua, and the batch of the job. The caller passes the batch on with the next job, or writes it.
+local function admit_or_file(id, job, rerun, facts, now, batch)
   local stored, attempt = read_job(id), tonumber(job.attempt)
   if stored then
     -- A job that its last attempt ended may still go on, with a successor of which only Postgres was told. Then its row
@@ -31,7 +31,10 @@ local function admit_or_file(id, job, message, digest, rerun, facts, now, batch)
   elseif facts.carries and redis.call('SISMEMBER', KEY.carried, id) == 1 then
     return {'exists', 'carried'}, batch
   end
-  job.message, job.digest, job.rerun = message, digest, rerun == '0' and rerun or nil
+  -- A field that is set to nil takes up a place too, for which Lua may have to enlarge the table.
+  if rerun == '0' then
+    job.rerun = rerun
+  end
   if not batch or batch.shape ~= job.shape or #(batch.messages or batch.waiting or '') == LIMIT.batch then
     if batch then
       write_batch(batch)
@@ -67,9 +70,12 @@ local function admit_or_file(id, job, message, digest, rerun, facts, now, batch)
     end
   end
   if not batch.full then
-    job.attempt, job.counted = int(attempt + 1), facts.tenants and '1' or nil
+    job.attempt = int(attempt + 1)
+    if facts.tenants then
+      job.counted = '1'
+    end
     note_admission(id, job, batch.book, now)
-    local token, due, tag = token_of(job), int(now + LIMIT.start), tagged(message, id, job)
+    local token, due, tag = token_of(job), int(now + LIMIT.start), tagged(job.message, id, job)
     if batch.messages then
       local n = #batch.messages
       batch.tokens[2 * n + 1], batch.tokens[2 * n + 2] = id, token

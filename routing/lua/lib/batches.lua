@@ -28,7 +28,7 @@ local function write_batch(batch)
 end
 
 -- True if a job of a batch that finds no room is to stay in Postgres, because the head of the backlog is full. Every
--- shape may have LIMIT.least jobs here. `facts` are those of `refused`.
+-- shape may have LIMIT.least jobs here. `facts` are those of `refused_or_facts`.
 local function is_beyond(batch, facts)
   if not facts.tight and (LIMIT.backlog == 0 or facts.waiting < LIMIT.backlog) then
     return false

@@ -11,10 +11,12 @@ local function shapes_beside(shape)
   if label then
     return KEY.shapes_of .. label
   end
-  for name in string.gmatch(shape, '([^=,]+)=') do
+  local name, at = string.match(shape, '^([^=,]+)=%d+,?()')
+  while name do
     if has_index(name) then
       return KEY.shapes_of .. name
     end
+    name, at = string.match(shape, '^([^=,]+)=%d+,?()', at)
   end
   return KEY.shapes_of .. LIMIT.unlabelled
 end

@@ -21,7 +21,7 @@ local function unkeep(shape, epoch)
 end
 
 -- Update the place of a shape after a job left its queue other than by a pass over a worker. Returns a worker that was
--- kept until now, '' for none, as `unkeep` does. `facts` are those of `refused`.
+-- kept until now, '' for none, as `unkeep` does. `facts`: of `refused_or_facts`.
 local function leave_queue(shape, epoch, facts)
   if refile(shape) or not (facts.reserved or string.find(shape, 'alone=', 1, true)) then
     return ''

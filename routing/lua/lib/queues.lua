@@ -9,6 +9,11 @@ local function note_asked(shape)
   end
 end
 
+-- True if a shape waits here.
+local function is_waiting(facts)
+  return facts.waiting > 0 or redis.call('EXISTS', KEY.shapes) == 1
+end
+
 -- Count jobs that came into the backlog here, or left it (negative).
 local function count_waiting(number)
   redis.call('HINCRBY', KEY.epoch, 'waiting', number)

@@ -1,8 +1,9 @@
 -- The search for a worker.
 
--- The fields of a book that admission reads for these amounts, always in the same order. `places` is not among them,
--- because it may be as long as the names of a hundred queues. It is read only from the book that is chosen. The end of
--- the worker's life is read for a job with a bound alone, and the labels for one with conditions.
+-- The fields of a book that admission reads for these amounts, always in the same order. `places` is the last one, and
+-- read only from the first candidate, because it may be as long as the names of a hundred queues. From another one that
+-- is chosen it is read later. The end of the worker's life is read for a job with a bound alone, and the labels for one
+-- with conditions.
 local function asked_fields(amounts, bound, conditions)
   local fields = {'epoch', 'lease', 'incarnation', 'queue', 'c.queue:', 'tasks', 'c.cpus', 'a.cpus', 'c.slots',
     'a.slots', 'c.memory', 'a.memory'}
@@ -21,6 +22,7 @@ local function asked_fields(amounts, bound, conditions)
   if conditions then
     fields[#fields + 1], fields.labels = 'labels', #fields + 1
   end
+  fields[#fields + 1], fields.places = 'places', #fields + 1
   return fields, names, labelled
 end
 
@@ -39,7 +41,7 @@ local function with_room(worker, epoch, now, shape, amounts, fields, names, labe
     return nil
   end
   local book = {worker = worker, incarnation = values[3], queue = values[4], only = values[5], capacity = {alone = 1},
-    allocated = {}, unwritten = {}}
+    allocated = {}, unwritten = {}, places = fields.places and values[fields.places]}
   for i, name in ipairs(names) do
     local capacity, allocated = tonumber(values[5 + 2 * i] or '0'), tonumber(values[6 + 2 * i] or '0')
     if amounts[name] and capacity - allocated < amounts[name] then
@@ -81,6 +83,8 @@ local function search(shape, amounts, epoch, now, most, cursor_cpus, cursor_work
       local book = with_room(worker, epoch, now, shape, amounts, fields, names, labelled, bound)
       if book then
         return book, looked
+      elseif fields.places then
+        fields[fields.places], fields.places = nil, nil
       end
     end
     -- The first few are nearly always enough. Where they are not, workers with too little memory may be many.
@@ -95,7 +99,10 @@ end
 local function enter(book)
   write_amounts(book)
   local open = room(book, 'slots') >= 1 and (book.allocated.alone or 0) == 0
-  local places = redis.call('HGET', KEY.book .. book.worker, 'places')
+  local places = book.places
+  if places == nil then
+    places = redis.call('HGET', KEY.book .. book.worker, 'places')
+  end
   -- The search read the amounts of its own request only.
   for name in string.gmatch(open and places or '', '[^,]+') do
     if not book.capacity[name] and string.sub(name, 1, 6) ~= 'queue:' then

@@ -22,7 +22,7 @@ end
 -- Note a transition for Postgres. The new entry replaces an entry of the same attempt that Postgres does not have yet,
 -- because it says all that the old one said. A change in the backlog belongs to the job's next attempt, so the entry
 -- that ended an attempt is never replaced by one of the next attempt. `job` is that of read_job; the caller writes it
--- back. `more`: fields that most entries lack; those without a value are left out.
+-- back. `more`: fields that most entries lack. Fields without a value are left out: each costs as much as a command.
 local function note(id, job, state, step, now, more)
   local span = job.attempt
   if step == STEP.filed or step == STEP.dropped then
@@ -31,16 +31,25 @@ local function note(id, job, state, step, now, more)
   if job.entry and job.noted == span then
     redis.call('XDEL', KEY.stream, job.entry)
   end
-  local rest = {}
-  for name, value in pairs(more or rest) do
+  local rest, n = {}, 0
+  if job.worker then
+    rest[1], rest[2], rest[3], rest[4], n = 'worker', job.worker, 'incarnation', job.incarnation or '', 4
+  end
+  for _, name in ipairs({'admitted', 'started'}) do
+    if job[name] then
+      rest[n + 1], rest[n + 2], n = name, job[name], n + 2
+    end
+  end
+  if job.losses and job.losses ~= '0' then
+    rest[n + 1], rest[n + 2], n = 'losses', job.losses, n + 2
+  end
+  for name, value in pairs(more or {}) do
     if value ~= '' then
-      rest[#rest + 1], rest[#rest + 2] = name, value
+      rest[n + 1], rest[n + 2], n = name, value, n + 2
     end
   end
   job.entry = redis.call('XADD', KEY.stream, '*', 'job', id, 'epoch', job.epoch, 'attempt', job.attempt,
-    'state', state, 'step', step, 'worker', job.worker or '', 'incarnation', job.incarnation or '',
-    'admitted', job.admitted or '', 'started', job.started or '', 'at', int(now), 'losses', job.losses or '0',
-    unpack(rest))
+    'state', state, 'step', step, 'at', int(now), unpack(rest))
   job.noted = span
   -- Watchers of the job listen on the channel that has the name of its key (routing/inspect/job_events.py).
   redis.call('PUBLISH', KEY.job .. id, job.epoch .. ' ' .. job.attempt .. ' ' .. step .. ' ' .. state .. ' ' ..

@@ -1,8 +1,8 @@
 -- Numbers, times and texts, and the check that a caller is of this epoch.
 
--- A whole number as text: tostring() would write 1e+15.
+-- A whole number as text: tostring() would write 1e+15, and %.0f takes three times as long.
 local function int(number)
-  return string.format('%.0f', number)
+  return string.format('%d', number)
 end
 
 -- The server's clock in milliseconds. Clocks of clients are not trusted.
@@ -16,13 +16,9 @@ local function parted(run_id)
   return string.match(run_id, '^([^/]*)/?(.*)$')
 end
 
--- The reply that refuses this caller, or nil where it may act on these books. Also returns facts about the epoch for
--- those that ask: `opened` (ms), `carries` ('1': jobs are carried over from an older one), `waiting` (jobs that wait
--- here), `stay` ('1': others stay in Postgres), `tight` ('1': memory is short), `paused` (lib/controls.lua), `reserved`
--- (workers) and `asks` (lib/reservation.lua), `tenants` (lib/tenants.lua).
-local function refused(epoch, run_id)
-  local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'format', 'database', 'opened', 'carries',
-    'waiting', 'stay', 'tight', 'paused', 'reserved', 'tenants')
+-- The reply that refuses this caller, or nil where it may act on these books. `current`: the epoch, the server's run,
+-- the format and the database of the books.
+local function refusal(current, epoch, run_id)
   local server_run, database = parted(run_id)
   -- A process of an older release may not act on books of a newer format. The jobs that it accepted wait in Postgres
   -- for a process that knows the format. That process finds books of an older format cold, and opens them anew.
@@ -34,6 +30,25 @@ local function refused(epoch, run_id)
   end
   if current[1] ~= epoch then
     return {'epoch', current[1]}
+  end
+  return nil
+end
+
+-- The reply that refuses this caller, or nil: for a script that needs no facts about the epoch.
+local function refused(epoch, run_id)
+  return refusal(redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'format', 'database'), epoch, run_id)
+end
+
+-- The reply that refuses this caller, or nil and facts about the epoch: `opened` (ms), `carries` ('1': jobs are carried
+-- over from an older one), `waiting` (jobs that wait here), `stay` ('1': others stay in Postgres), `tight` ('1': memory
+-- is short), `paused` (lib/controls.lua), `reserved` (workers) and `asks` (lib/reservation.lua), `tenants`
+-- (lib/tenants.lua).
+local function refused_or_facts(epoch, run_id)
+  local current = redis.call('HMGET', KEY.epoch, 'epoch', 'run_id', 'format', 'database', 'opened', 'carries',
+    'waiting', 'stay', 'tight', 'paused', 'reserved', 'tenants')
+  local no = refusal(current, epoch, run_id)
+  if no then
+    return no
   end
   return nil, {opened = current[5], carries = current[6], waiting = tonumber(current[7] or 0), stay = current[8],
     tight = current[9], paused = current[10], reserved = string.find(current[11] or '', '%S') and current[11],
@@ -55,11 +70,15 @@ end
 
 -- "cpus=4000,slots=1" as {cpus = 4000, slots = 1}.
 local function amounts_of(shape)
-  local amounts = {}
-  for name, amount in string.gmatch(shape, '([^=,]+)=(%d+)') do
-    amounts[name] = tonumber(amount)
+  local amounts, at = {}, 1
+  while true do
+    -- An anchored match does not try each place of the task's name, at which no amount begins.
+    local name, amount, behind = string.match(shape, '^([^=,]+)=(%d+),?()', at)
+    if not name then
+      return amounts
+    end
+    amounts[name], at = tonumber(amount), behind
   end
-  return amounts
 end
 
 -- Millicores as people read them: 72000 -> 72, 500 -> 0.5.

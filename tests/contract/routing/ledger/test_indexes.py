@@ -124,7 +124,7 @@ def test_search_costs_the_same_beside_workers_without_free_amounts(
     assert costs[0] == costs[1]
 
 
-def test_search_reads_no_queues_of_candidates_that_it_passes_over(ledger: Ledger) -> None:
+def test_search_reads_the_queues_of_its_first_candidate_alone(ledger: Ledger) -> None:
     queues = labels(["celery", *(f"queue-{n}" for n in range(99))])
     write(ledger, crowd(9, queues, {**queues, "memory": 9}))
     client: Any = ledger.client
@@ -135,8 +135,16 @@ def test_search_reads_no_queues_of_candidates_that_it_passes_over(ledger: Ledger
         while not ran or not ran[-1].startswith("ECHO"):
             ran.append(monitor.next_command()["command"])
     read = [command.split() for command in ran if command.startswith("HMGET ledger:book:")]
-    assert (len(read), max(map(len, read))) == (5, 14), read
+    assert [len(fields) for fields in read] == [15, 14, 14, 14, 14], read
     assert [command for command in ran if command.startswith("HGET ledger:book:")] == ["HGET ledger:book:x places"]
+
+
+def test_admission_to_first_candidate_reads_its_book_once(ledger: Ledger) -> None:
+    write(ledger, crowd(0, {}, {"memory": 9, "gpus": 2}))
+    ran = commands(ledger, lambda: ledger.submit("job", asking(9).shape, order(0, 1), MESSAGE))
+    assert ran["cmdstat_hmget"] >= 1
+    assert ran["cmdstat_hget"] == 0
+    assert ledger.client.zscore(keys.free_of("gpus"), "x") is not None
 
 
 def test_a_worker_that_is_closed_or_leaves_stands_in_no_index(ledger: Ledger) -> None:

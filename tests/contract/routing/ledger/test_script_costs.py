@@ -239,3 +239,28 @@ def test_cost_in_a_header_names_the_limits_that_the_script_keeps(script: str) ->
         # A submission of one job looks at candidates; a submission of many keeps to both limits.
         listed |= {"candidates", "searched"}
     assert kept & BOUNDS <= listed
+
+
+def test_release_looks_for_no_shapes_while_none_waits(ledger: Ledger) -> None:
+    run(ledger, ["job"])
+    client: Any = ledger.client
+    client.config_resetstat()
+
+    release_and_admit(ledger, "job")
+
+    ran = set(client.info("commandstats"))
+    assert "cmdstat_xadd" in ran
+    assert "cmdstat_zrangebyscore" not in ran
+
+
+def test_release_admits_job_that_came_back_in_the_same_script(ledger: Ledger) -> None:
+    """No job waited when the script began."""
+    run(ledger, ["job"])
+
+    release_and_admit(ledger, "job", Outcome.HANDED_BACK)
+
+    assert ledger.client.hgetall(keys.held("w")) == {b"job": b"1.2"}
+
+
+def release_and_admit(ledger: Ledger, job: str, outcome: Outcome = Outcome.SUCCEEDED) -> None:
+    ledger.settle("w", "w-life", ended=[Ended(job, FIRST, outcome)], most_losses=MOST_LOSSES, follow=False)

@@ -381,8 +381,8 @@ def test_loaded_script_calls_each_function_that_it_holds(name: str) -> None:
 #: Lines of a script as it is sent. A script that searches for a worker, or goes through the waiting shapes, is longer.
 MOST_LINES: Final = 450
 MOST_LINES_OF: Final = {
-    "drain": 470, "fill": 960, "lapse": 511, "place_shape": 790, "refill": 970, "release": 1190, "submit": 940,
-    "submit_many": 960, "take_back_missing": 483
+    "drain": 480, "fill": 975, "lapse": 520, "place_shape": 790, "refill": 985, "release": 1200, "submit": 955,
+    "submit_many": 975, "take_back_missing": 492
 }  # fmt: skip
 
 
