@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from redis.exceptions import ResponseError
+
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.connection import LedgerServer
 from celery_capacity.routing.ledger.replies import PlaceVerdict
@@ -72,14 +74,28 @@ class Repairs(LedgerServer):
         """Set the sum of allocated millicores, unless it changed since it was read as `expected` (None: missing)."""
         return self._call("set_total", expected="" if expected is None else expected, sum=total).head == "ok"
 
-    def set_use(self, amounts: Mapping[str, tuple[int, int]]) -> int:
+    def newest_entry(self) -> str:
+        """Return the id of the newest entry that the stream has had, also when it is gone from there."""
+
+        def read() -> str:
+            try:
+                info: Any = self.client.xinfo_stream(keys.STREAM)
+            except ResponseError:
+                # There is no stream.
+                return "0-0"
+            return str(info["last-generated-id"].decode())
+
+        return str(self._guard(read))
+
+    def set_use(self, amounts: Mapping[str, tuple[int, int]], newest: str) -> int:
         """Set what the jobs of tenants hold: `tenant/resource` -> (amount as read before the jobs, sum over the jobs).
 
-        An amount that changed since it was read stays. Returns the number of amounts that were set.
+        `newest`: the newest entry of the stream before anything was read. Where a job has ended since then, and where
+        an amount has changed, all stays. Returns the number of amounts that were set.
         """
         groups = [{"field": field, "expected": read, "sum": total} for field, (read, total) in amounts.items()]
         pages = (groups[start : start + USES] for start in range(0, len(groups), USES))
-        return sum(self._call("set_use", page).number("changed") for page in pages)
+        return sum(self._call("set_use", page, newest=newest).number("changed") for page in pages)
 
     def carried(self) -> set[str]:
         """Return the jobs that nobody may bring in, because the stream has their transitions of an older epoch."""

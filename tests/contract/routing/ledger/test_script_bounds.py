@@ -498,7 +498,7 @@ DRIVERS: Final[dict[str, tuple[Driver, ...]]] = {
     "reprioritize": (among_strangers(lambda ledger: ledger.reprioritize(RANKED)),),
     "prune_index": (among_strangers(lambda ledger: ledger.prune_index("gpus", 0, 500)),),
     "prune_held": (among_strangers(lambda ledger: ledger.prune_held("w")),),
-    "set_use": (among_strangers(lambda ledger: ledger.set_use({"physics/cpus": (0, 1)})),),
+    "set_use": (among_strangers(lambda ledger: ledger.set_use({"physics/cpus": (0, 1)}, "0-0")),),
     "count_held": (among_strangers(lambda ledger: ledger.count_held(["w"])),),
     "expire_lease": (among_strangers(lambda ledger: ledger.expire_lease("w", "w-life")),),
     # From here on each driver makes its own strangers.

@@ -11,7 +11,7 @@ from celery_capacity.routing.database import tenants
 from celery_capacity.routing.errors import BacklogFull, InvalidRequest
 from celery_capacity.routing.inspect.backlog_limit import COUNT_FOR, TRUST, TenantLimit
 from celery_capacity.routing.inspect.explain import explain
-from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.states import Outcome
@@ -19,7 +19,9 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.tenants import Rule
 from celery_capacity.routing.recovery import controls as copies
+from celery_capacity.routing.recovery.drift import Reconciled
 from celery_capacity.routing.recovery.reconcile import reconcile
+from celery_capacity.routing.recovery.reconcile_indexes import check_use
 from celery_capacity.routing.store import claims, controls
 from celery_capacity.workers.client.tenants import check_rule
 from celery_capacity.workers.process.stores import transactions
@@ -123,9 +125,30 @@ def test_reconcile_makes_damaged_use_the_sum_of_the_jobs(stage: Stage) -> None:
 def test_use_that_changed_since_it_was_read_is_not_set(stage: Stage) -> None:
     stage.worker("a", cpus=4000)
     job = stage.submit(tenant="physics", cpus=1000)
-    assert stage.ledger.set_use({"physics/cpus": (500, 0), "physics/slots": (0, 7)}) == 0
+    assert stage.ledger.set_use({"physics/cpus": (500, 0), "physics/slots": (0, 7)}, stage.ledger.newest_entry()) == 0
     assert stage.redis.hgetall(keys.USED) == {b"physics/cpus": b"1000", b"physics/slots": b"1"}
     finish(stage, job)
+
+
+def test_use_stays_where_an_end_and_a_start_leave_it_equal(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.worker("a", cpus=4000)
+    jobs = [stage.submit(tenant="physics", cpus=1000)]
+    stage.start(jobs[0])
+    right = stage.redis.hgetall(keys.USED)
+    read = snapshot.read_cards
+
+    def read_late(*arguments: Any) -> Any:
+        # The job was listed, and ends before it is read. Another one starts in its place.
+        stage.end(jobs[0])
+        jobs.append(stage.submit(tenant="physics", cpus=1000))
+        monkeypatch.undo()
+        return read(*arguments)
+
+    monkeypatch.setattr(snapshot, "read_cards", read_late)
+    result = Reconciled()
+    check_use(stage.ledger, {"a"}, result)
+    assert (len(jobs), result.drift, stage.redis.hgetall(keys.USED)) == (2, 0, right)
+    finish(stage, jobs[1])
 
 
 def test_reconcile_counts_what_ran_before_tenants_were_in_use(stage: Stage) -> None:
