@@ -1,4 +1,6 @@
-"""A program that submits jobs and may die meanwhile: `python -m tests.faults.client TRACE COUNT PREFIX [STEP_BY_STEP]`.
+"""A program that submits jobs and may die meanwhile.
+
+    python -m tests.faults.clients.client TRACE COUNT PREFIX [STEP_BY_STEP]
 
 The program prints the number of a job before and after the submission: `try 3`, `took 3`. A reader of its output thus
 knows which jobs were accepted. Step by step, it waits after each job until the ledger knows the job.

@@ -1,0 +1,1 @@
+"""Programs and threads that submit jobs while things break."""
