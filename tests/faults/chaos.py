@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import shutil
 import sys
 import tempfile
@@ -31,12 +30,13 @@ import click
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_capacity.routing.errors import NotAccepted, OutcomeUnknown, PlatformError
+from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.ledger import keys
 from tests.faults.breaking import faults as breaking
 from tests.faults.breaking import lasting, processes
 from tests.faults.breaking.faults import World
 from tests.faults.breaking.servers import own_servers, small_disk
+from tests.faults.clients.load import LOOK_EVERY, Load
 from tests.faults.judging import history
 from tests.faults.judging.healing import Times, times_of
 from tests.faults.judging.oracle import COUNTS, Verdict
@@ -44,13 +44,8 @@ from tests.faults.plan import KINDS, WORKERS, Fault, matching, plan
 from tests.fixtures.jobs.submitting import Submitter
 from tests.fixtures.processes.platforms import READY
 
-#: Seconds that a body takes, and CPUs that it asks for.
-BODIES: Final = (0.01, 0.02, 0.05, 0.1, 0.2)
-CPUS: Final = (0.5, 1.0, 1.0, 2.0)
 #: Seconds between two lines of progress: on a terminal, and elsewhere.
 SHOW_EVERY: Final = (1.0, 10.0)
-#: Seconds between two looks at the processes, and after a submission that was refused.
-LOOK_EVERY: Final = 0.1
 #: Part of the run in which all jobs are submitted. Refused submissions are repeated later.
 SUBMIT_PART: Final = 0.95
 #: Submissions a second, of which some two thirds keep the workers busy.
@@ -106,61 +101,6 @@ def summary(times: list[Times]) -> dict[str, Any]:
     }
 
 
-class Load:
-    """A thread that submits the jobs of a run, evenly over its time.
-
-    A refused job is sent later under another id.
-    """
-
-    def __init__(self, world: World, submitter: Submitter, jobs: int, seconds: float, seed: int) -> None:
-        self._world = world
-        self._submitter = submitter
-        self._jobs = jobs
-        self._seconds = seconds
-        self._seed = seed
-        self.refused = 0
-        self.unsure = 0
-        self.error: BaseException | None = None
-        self._give_up = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    @property
-    def done(self) -> bool:
-        return not self._thread.is_alive()
-
-    def finish(self, within: float) -> None:
-        self._thread.join(within)
-        self._give_up.set()
-        self._thread.join()
-        if self.error is not None:
-            raise self.error
-
-    def _run(self) -> None:
-        chance, oracle = random.Random(self._seed), self._world.oracle
-        began = time.monotonic()
-        for number in range(self._jobs):
-            seconds, cpus = chance.choice(BODIES), chance.choice(CPUS)
-            self._give_up.wait(began + self._seconds * number / self._jobs - time.monotonic())
-            while not self._give_up.is_set():
-                try:
-                    # A third of the jobs say how long they run, some of them wrongly.
-                    lasts = max(seconds, 0.01) * (1 + number % 2) if number % 3 == 0 else None
-                    oracle.send(self._submitter, seconds=seconds, cpus=cpus, lasts=lasts)
-                    break
-                except NotAccepted:
-                    self.refused += 1
-                except OutcomeUnknown:
-                    self.unsure += 1
-                    break
-                except BaseException as error:
-                    self.error = error
-                    return
-                self._give_up.wait(LOOK_EVERY)
-
-
 def run(seed: int, seconds: float, jobs: int, faults: list[Fault], folder: Path, say: Callable[[str], None]) -> Outcome:
     """Run once and return the outcome.
 
@@ -176,7 +116,7 @@ def run(seed: int, seconds: float, jobs: int, faults: list[Fault], folder: Path,
             say("no disk can be mounted here: it is not filled")
             outcome.faults = faults = [fault for fault in faults if fault.kind != lasting.DISK_IS_FULL]
         submitter = Submitter(world.platform)
-        started = [world.start(name) for name, _, _ in WORKERS]
+        started = [world.start(name) for name, *_ in WORKERS]
         for worker in started:
             worker.wait_for(READY)
         world.beat = world.platform.start("beat", "beat", "--schedule", str(folder / "schedule"))

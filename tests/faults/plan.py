@@ -16,8 +16,15 @@ DOUBLE: Final = 1 / 3
 #: Seconds at the start in which nothing breaks, and part of the run at its end, so that the last faults heal.
 QUIET: Final = 2.0
 REST_PART: Final = 0.05
-#: The workers of a run: name, CPUs, pool.
-WORKERS: Final = (("a", 4, "prefork"), ("b", 4, "threads"), ("c", 2, "prefork"), ("d", 2, "threads"))
+#: The workers of a run: name, CPUs, pool, value of their label.
+WORKERS: Final = (
+    ("a", 4, "prefork", "left"),
+    ("b", 4, "threads", "right"),
+    ("c", 2, "prefork", "left"),
+    ("d", 2, "threads", "right"),
+)
+#: Key of the label.
+LABEL: Final = "side"
 #: Placeholder in `touches` for any of the workers.
 A_WORKER: Final = "worker"
 #: Seconds of a fault that must outlast the tombstone of an ended job, and of a fault that must outlast every lease too:
@@ -169,7 +176,7 @@ def _possible(kinds: Sequence[Kind], busy: dict[str, float], at: float, beat: bo
         if (kind.touches == "beat" and not beat) or any(busy.get(name, 0.0) > at for name in kind.also):
             continue
         if kind.touches == A_WORKER:
-            named = [name for name, _, pool in WORKERS if kind.pool in ("", pool)]
+            named = [name for name, _, pool, _ in WORKERS if kind.pool in ("", pool)]
         else:
             named = [kind.touches]
         free = [name for name in named if busy.get(name, 0.0) <= at]

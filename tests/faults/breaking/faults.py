@@ -25,7 +25,7 @@ from tests.faults.breaking import servers as on_servers
 from tests.faults.breaking.seams import Seam
 from tests.faults.breaking.servers import CONNECTIONS, Servers
 from tests.faults.judging.watching import Oracle
-from tests.faults.plan import WORKERS, Fault
+from tests.faults.plan import LABEL, WORKERS, Fault
 from tests.fixtures.processes.platforms import READY, Platform, Process
 from tests.fixtures.servers.pair import ANSWER_WITHIN, empty_database, empty_redis, environment_of
 from tests.fixtures.servers.proxy import Proxy
@@ -79,9 +79,10 @@ class World:
         self.clients: dict[str, Process] = {}
 
     def start(self, name: str, ready: bool = False) -> Process:
-        cpus, pool = next((cpus, pool) for worker_name, cpus, pool in WORKERS if worker_name == name)
+        cpus, pool, side = next(line[1:] for line in WORKERS if line[0] == name)
         seam = self.seams.setdefault(name, Seam(self.platform.folder / f"seam-{name}"))
-        worker = self.platform.worker(name, cpus, pool, ready=ready, STEP_BY_FILE=str(seam.path))  # type: ignore[arg-type]
+        environment = {"STEP_BY_FILE": str(seam.path), "PLATFORM_LABELS": f"{LABEL}={side}"}
+        worker = self.platform.worker(name, cpus, pool, ready=ready, **environment)  # type: ignore[arg-type]
         self.workers[name] = worker
         return worker
 

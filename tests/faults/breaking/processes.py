@@ -108,7 +108,7 @@ def _stop_beat(world: World, fault: Fault) -> Generator[None, None, None]:
 def _stop_client(world: World, fault: Fault) -> Generator[None, None, None]:
     """Stop a program amid its submissions."""
     prefix = f"client-{next(_prefixes)}"
-    arguments = [sys.executable, "-m", "tests.faults.client", str(world.oracle.trace), str(CLIENT_JOBS), prefix]
+    arguments = [sys.executable, "-m", "tests.faults.clients.client", str(world.oracle.trace), str(CLIENT_JOBS), prefix]
     process = Process(prefix, arguments, world.platform.environment, world.platform.folder)
     world.clients[prefix] = process
     # If a store is away just now, the program prints less and is stopped all the same.
@@ -143,7 +143,7 @@ def _stop_opener(world: World, fault: Fault) -> Generator[None, None, None]:
     chance = random.Random(fault.chance)
     empty_redis_now(world)
     time.sleep(chance.uniform(*OPENS_WITHIN))
-    stopped = [world.workers[name] for name in chance.sample([name for name, _, _ in WORKERS], len(WORKERS) - 1)]
+    stopped = [world.workers[name] for name in chance.sample([name for name, *_ in WORKERS], len(WORKERS) - 1)]
     for worker in stopped:
         worker.signal(signal.SIGSTOP)
     yield

@@ -33,7 +33,7 @@ SUBMITTERS = 4
 def client(platform: Platform, oracle: Oracle, jobs: int, *how: str, **environment: str) -> Process:
     """Submit so many jobs in a separate process, and report the accepted jobs to the oracle after its end."""
     prefix = f"client-{next(_clients)}"
-    arguments = [sys.executable, "-m", "tests.faults.client", str(oracle.trace), str(jobs), prefix, *how]
+    arguments = [sys.executable, "-m", "tests.faults.clients.client", str(oracle.trace), str(jobs), prefix, *how]
     process = Process(prefix, arguments, {**platform.environment, **environment}, platform.folder)
     process.wait()
     process.finish(10.0)

@@ -14,7 +14,8 @@
     {"what": "counter", "name": "taken_back", "value": 0}
 
 Times are seconds of the machine's monotonic clock. `unknown`: the process with the value died after its job had
-ended, so a result without a value is right.
+ended, so a result without a value is right. A submission also has its `limit` by key, such as {"key": 2}, and the
+`workers` on which it may run, where it says so.
 """
 
 from __future__ import annotations
@@ -73,10 +74,16 @@ def evidence(records: Iterable[Record]) -> Evidence:
         records_of.setdefault(record["what"], []).append(record)
     states = {row["job"]: row["state"] for row in records_of.get("row", [])}
     expected, refused = {}, []
+    limits: dict[str, dict[str, int]] = {}
+    workers: dict[str, frozenset[str]] = {}
     for submission in records_of.get("submit", []):
         job, outcome = submission["job"], submission["outcome"]
         if outcome == "accepted" or (outcome == "unsure" and job in states):
             expected[job] = frozenset(submission["expected"])
+            if submission.get("limit"):
+                limits[job] = submission["limit"]
+            if submission.get("workers"):
+                workers[job] = frozenset(submission["workers"])
         elif outcome == "refused" and job in states:
             refused.append(job)
     attempts: dict[str, dict[Token, Ended]] = {}
@@ -98,6 +105,8 @@ def evidence(records: Iterable[Record]) -> Evidence:
         stuck=[f"{job} is {state}" for job, state in states.items() if state in WAITING],
         deaths=[death["text"] for death in records_of.get("death", [])],
         refused=sorted(refused),
+        limits=limits,
+        workers=workers,
     )
 
 

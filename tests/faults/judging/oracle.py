@@ -28,6 +28,8 @@ COUNTS: Final = {
     "doubled effects": "more than one effect of a job, or a succeeded one without its effect",
     "two starts": "one attempt of a job started twice",
     "overcommit": "attempts that held their lease ran at once above the capacity of their worker",
+    "limit exceeded": "more bodies of a key ran at once than its limit, by attempts that held their lease",
+    "wrong worker": "a body started on a worker that its job did not ask for",
     "leak": "at rest Redis and Postgres differ, or something is still allocated",
     "stuck": "waits although it fits",
     "taken back": "a live worker lost a job by its own heartbeat, though its body ran to its end",
@@ -139,6 +141,10 @@ class Evidence:
     deaths: Sequence[str] = ()
     #: Refused jobs, by the submitter's account, that have a row all the same.
     refused: Sequence[str] = ()
+    #: Limits by key of each job that has some: key and number of jobs at once.
+    limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    #: Workers on which a job may run, for each job that says so.
+    workers: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -185,6 +191,8 @@ def judge(evidence: Evidence) -> Verdict:
             who = [f"pid {run.start.pid} of {run.start.worker}" for run in runs if run.start.job == job]
             verdict.found["two starts"].append(f"{job} attempt {shown(token)}: {times} times ({', '.join(who)})")
     verdict.found["overcommit"] += _overcommit(evidence, runs)
+    verdict.found["limit exceeded"] += _limits_exceeded(evidence, runs)
+    verdict.found["wrong worker"] += _wrong_workers(evidence, runs)
     for job, attempts in evidence.attempts.items():
         taken = [token for token, ended in attempts.items() if ended.error == NOT_HELD and token in done.get(job, [])]
         verdict.found["taken back"] += [f"{job} attempt {shown(token)}" for token in taken]
@@ -226,13 +234,12 @@ def _is_later_life(line: Line, start: Line) -> bool:
     return line.worker == start.worker and line.incarnation != start.incarnation and line.at > start.at
 
 
-def _overcommit(evidence: Evidence, runs: Sequence[Run]) -> list[str]:
-    """Return the workers on which attempts that held their lease ran above the capacity.
+def _held(evidence: Evidence, runs: Sequence[Run]) -> Iterator[tuple[Line, float, float]]:
+    """Yield the start of each run, and the times from and to which its attempt held the lease while it ran.
 
-    A run counts while its attempt held the lease. A run that neither ended nor lost its lease lasts to the last line.
+    A run that neither ended nor lost its lease lasts to the last line.
     """
     last = max((line.at for line in evidence.lines), default=0.0)
-    changes: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
     for run in runs:
         start = run.start
         begin, end = start.at, run.ended
@@ -244,21 +251,61 @@ def _overcommit(evidence: Evidence, runs: Sequence[Run]) -> list[str]:
         if ended is not None and ended.at is not None:
             end = min(end, ended.at - CLOCKS if run.ended is None or ended.at < run.ended else end)
         if end > begin:
-            name = f"{start.job} {shown(start.token)}"
-            changes[start.worker] += [(begin, start.millicores, name), (end, -start.millicores, name)]
+            yield start, begin, end
+
+
+#: A change of what is taken up: its moment, its amount, and the run that makes it.
+Change = tuple[float, int, str]
+
+
+def _peak(changes: Iterable[Change]) -> tuple[int, set[str]]:
+    """Return the largest amount that is taken up at once, and the runs that take it up then."""
+    now, most, running, peak = 0, 0, set[str](), set[str]()
+    # Of changes at the same moment, ends come first.
+    for _, change, name in sorted(changes, key=lambda change: (change[0], change[1])):
+        now += change
+        (running.add if change > 0 else running.discard)(name)
+        if now > most:
+            most, peak = now, set(running)
+    return most, peak
+
+
+def _overcommit(evidence: Evidence, runs: Sequence[Run]) -> list[str]:
+    """Return the workers on which attempts that held their lease ran above the capacity."""
+    changes: dict[str, list[Change]] = defaultdict(list)
+    for start, begin, end in _held(evidence, runs):
+        name = f"{start.job} {shown(start.token)}"
+        changes[start.worker] += [(begin, start.millicores, name), (end, -start.millicores, name)]
     violations = []
     for worker, moments in changes.items():
-        now, most, running, peak = 0, 0, set[str](), set[str]()
-        # Of changes at the same moment, ends come first.
-        for _, change, name in sorted(moments, key=lambda change: (change[0], change[1])):
-            now += change
-            (running.add if change > 0 else running.discard)(name)
-            if now > most:
-                most, peak = now, set(running)
+        most, peak = _peak(moments)
         capacity = evidence.capacities.get(worker)
         if capacity is not None and most > capacity:
             violations.append(f"{worker}: {most} of {capacity} millicores ({', '.join(sorted(peak))})")
     return violations
+
+
+def _limits_exceeded(evidence: Evidence, runs: Sequence[Run]) -> list[str]:
+    """Return the keys of which more jobs ran at once, by attempts that held their lease, than the limit allows."""
+    changes: dict[tuple[str, int], list[Change]] = defaultdict(list)
+    limited = [run for run in runs if run.start.job in evidence.limits]
+    for start, begin, end in _held(evidence, limited):
+        name = f"{start.job} {shown(start.token)}"
+        for key, most in evidence.limits[start.job].items():
+            changes[key, most] += [(begin, 1, name), (end, -1, name)]
+    violations = []
+    for (key, most), moments in changes.items():
+        number, peak = _peak(moments)
+        if number > most:
+            violations.append(f"{key}: {number} at once, the limit is {most} ({', '.join(sorted(peak))})")
+    return violations
+
+
+def _wrong_workers(evidence: Evidence, runs: Sequence[Run]) -> Iterator[str]:
+    for run in runs:
+        allowed = evidence.workers.get(run.start.job)
+        if allowed is not None and run.start.worker not in allowed:
+            yield f"{run.start.job} {shown(run.start.token)} ran on {run.start.worker}, not on {sorted(allowed)}"
 
 
 @dataclass

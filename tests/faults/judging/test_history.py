@@ -69,6 +69,14 @@ def run_again(records: Records) -> None:
     records += [body("start", "j2", 2.5, pid=8), body("end", "j2", 2.9, pid=8)]
 
 
+def above_the_limit(records: Records) -> None:
+    """Let both jobs run at once, on a worker with room for them, though their key allows one."""
+    records += [{"what": "worker", "name": "a", "millicores": 2000}]
+    of(records, "start").update(at=0.5)
+    for job in ("j1", "j2"):
+        of(records, "submit", job).update(limit={"customer:1": 1})
+
+
 DOCTORED: list[tuple[str, Callable[[Records], None]]] = [
     ("lost", drop("row")),
     ("lost", change("row", state="running")),
@@ -78,6 +86,8 @@ DOCTORED: list[tuple[str, Callable[[Records], None]]] = [
     ("doubled effects", drop("effect")),
     ("two starts", run_again),
     ("overcommit", change("start", at=0.5)),
+    ("limit exceeded", above_the_limit),
+    ("wrong worker", change("submit", workers=["b"])),
     ("leak", add(what="leak", text="I3: worker a has 1000 millicores allocated")),
     ("stuck", change("row", state="waiting")),
     ("taken back", lambda records: records.append({**of(records, "attempt"), "attempt": 1, "error": NOT_HELD})),

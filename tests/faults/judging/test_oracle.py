@@ -70,6 +70,15 @@ LOST = Ended("lost", 0.5)
         ("doubled effects", {"effects": {"j1": 1}}),
         ("two starts", {"lines": run("j1", 0.0, 0.4) + run("j1", 0.5, 1.0, pid=8) + run("j2", 1.2, 2.0)}),
         ("overcommit", {"lines": run("j1", 0.0, 1.0) + run("j2", 0.8, 2.0)}),
+        (
+            "limit exceeded",
+            {
+                "lines": run("j1", 0.0, 1.0) + run("j2", 0.8, 2.0),
+                "capacities": {"a": 2000},
+                "limits": {"j1": {"k": 1}, "j2": {"k": 1}},
+            },
+        ),
+        ("wrong worker", {"workers": {"j1": frozenset({"a"}), "j2": frozenset({"b"})}}),
         ("leak", {"leaks": ["I3: something is allocated"]}),
         ("stuck", {"states": {"j1": "succeeded", "j2": "waiting"}, "stuck": ["j2 is waiting"]}),
         ("wrong results", {"wrong_results": ["j1: None"]}),

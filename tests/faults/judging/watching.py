@@ -83,6 +83,8 @@ class Oracle:
         self.records: list[history.Record] = []
         #: Submission time of each job, by the monotonic clock.
         self._submitted: dict[str, float] = {}
+        #: Limits by key, and workers that may run it, of each job that has some.
+        self._asked_for: dict[str, dict[str, Any]] = {}
         with platform.engine.connect() as connection, connection.begin():
             connection.execute(text("SET LOCAL synchronous_commit = on"))
             connection.execute(text(TABLE))
@@ -98,9 +100,12 @@ class Oracle:
         how: str = "",
         expected: Iterable[str] = SUCCEEDS,
         lasts: float | None = None,
+        workers: Sequence[str] = (),
         **options: Any,
     ) -> str:
         """Submit a job and return its id. `lasts`: the run time that the call expects.
+
+        `workers`: the workers on which the job may run, by its options; all where it is empty.
 
         The job is accepted when this returns. Raises the errors of `apply_async`.
         """
@@ -108,6 +113,8 @@ class Oracle:
             number = next(self._numbers)
         job = f"{self._prefix}-{number}"
         self._submitted[job] = time.monotonic()
+        if workers or options.get("limit"):
+            self._asked_for[job] = {"limit": options.get("limit"), "workers": list(workers)}
         arguments = (str(self.trace), number, seconds, round(cpus * 1000), how)
         try:
             if lasts is not None:
@@ -250,7 +257,7 @@ class Oracle:
                 "expected": sorted(expected),
                 "at": self._submitted.get(job),
             }
-            yield {"what": "submit", "job": job, **submission}
+            yield {"what": "submit", "job": job, **submission, **self._asked_for.get(job, {})}
         for line in read(self.trace):
             yield {name: getattr(line, name) for name in line.__slots__}
         yield from self._effects()
