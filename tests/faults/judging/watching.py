@@ -242,8 +242,15 @@ class Oracle:
         report = verify.check(self.platform.engine, self.platform.redis, at_rest=True, patience=patience)
         rows = self._rows()
         self._settle_unsure(set(rows))
-        self.records = [*self._collect(rows), *({"what": "leak", "text": line} for line in report.lines())]
+        leaks = [*report.lines(), *([] if late else self._held_keys())]
+        self.records = [*self._collect(rows), *({"what": "leak", "text": line} for line in leaks)]
         return judge(history.evidence(self.records))
+
+    def _held_keys(self) -> list[str]:
+        """Return a line for each key that a job holds, or waits for, though all jobs are over."""
+        with self.platform.engine.connect() as connection:
+            rows = connection.execute(text("SELECT key, job, phase FROM job_keys ORDER BY key, job")).all()
+        return [f"{row.key} has {row.job}, which {row.phase}" for row in rows]
 
     def _collect(self, rows: Mapping[str, Any]) -> Iterator[history.Record]:
         """Yield all evidence but leaks, as the lines of a history."""
