@@ -88,6 +88,12 @@ WITH x AS (
 UPDATE jobs SET priority = priority + 1, reprioritized = true FROM x WHERE jobs.id = x.id
 RETURNING jobs.id
 """)
+#: Another runner that gives the same step waits here, and sees then how far it is given.
+_IS_CURRENT: Final = text("""
+SELECT EXISTS (SELECT FROM (
+  SELECT step FROM ageing WHERE step = :step AND seq = :seq AND due_at = :due_at FOR NO KEY UPDATE
+) AS x)
+""")
 _ADVANCE: Final = text("""
 UPDATE ageing SET seq = coalesce(:seq, seq), due_at = coalesce(CAST(:due_at AS timestamptz), due_at) WHERE step = :step
 """)
@@ -129,7 +135,13 @@ def begun_steps(connection: Connection) -> list[Step]:
 
 
 def raise_next(connection: Connection, step: Step) -> tuple[list[str], Step | None]:
-    """Give a step to the next jobs that have come to it; return those raised, and the step to go on with, if any."""
+    """Give a step to the next jobs that have come to it; return those raised, and the step to go on with, if any.
+
+    Nothing is raised where another runner has given the step further meanwhile, or with another setting.
+    """
+    standing = {"step": step.number, "seq": step.submitted, "due_at": step.due}
+    if not connection.execute(_IS_CURRENT, standing).scalar_one():
+        return [], None
     if step.until is not None and step.until > step.submitted:
         jobs = connection.execute(_SUBMITTED, {"after": step.submitted, "until": step.until}).all()
         reached = jobs[-1].seq if len(jobs) == CHUNK else step.until

@@ -12,6 +12,7 @@ from celery_capacity.routing.database import ageing as table
 from celery_capacity.routing.policy.placement import TOP_PRIORITY
 from celery_capacity.workers.client.priorities import set_priority
 from celery_capacity.workers.duties import ageing
+from celery_capacity.workers.process.stores import transactions
 from tests.fixtures.stores.authorities import Authority
 
 #: Seconds for a step.
@@ -132,6 +133,24 @@ def test_operators_priority_ages_on(ageing_cluster: Authority) -> None:
     set_priority(ageing_cluster.stores, [job], 4)
     pass_time(ageing_cluster, STEP)
     assert (duty(ageing_cluster), priorities(ageing_cluster, job)) == (1, [5])
+
+
+def test_second_runner_gives_no_step_twice(ageing_cluster: Authority) -> None:
+    jobs = [ageing_cluster.submit(cpus=1000), ageing_cluster.submit(cpus=1000, due_in=3600)]
+    ageing_cluster.make_due(jobs[1])
+    ageing_cluster.duty()
+    note(ageing_cluster)
+    pass_time(ageing_cluster, STEP)
+    with transactions(ageing_cluster.stores.engine).begin() as connection:
+        steps = table.begun_steps(connection)
+    assert duty(ageing_cluster) == 2
+    for begun in steps:
+        step: table.Step | None = begun
+        while step is not None:
+            with transactions(ageing_cluster.stores.engine).begin() as connection:
+                raised, step = table.raise_next(connection, step)
+            assert raised == []
+    assert (duty(ageing_cluster), priorities(ageing_cluster, *jobs)) == (0, [1, 1])
 
 
 def test_other_setting_starts_the_ages_anew(ageing_cluster: Authority) -> None:
