@@ -56,8 +56,17 @@ def _raise(stores: Stores, in_ledger: bool) -> dict[str, int]:
 
 
 def _move(stores: Stores, jobs: Sequence[str]) -> None:
-    """Have the ledger move jobs to their new places. One that it does not have yet comes with its row's priority."""
-    with stores.engine.connect() as connection:
-        rows = controls.ranked(connection, jobs).values()
-    stores.ledger.reprioritize([(row.job, row.order, row.behind or "") for row in rows])
-    stores.ledger.place_shapes(row.behind for row in rows if row.behind)
+    """Have the ledger move jobs to their new places. One that it does not have yet comes with its row's priority.
+
+    A job is moved again if its priority changed meanwhile: an operator may have moved it between the read and the move.
+    """
+    moved: dict[str, int] = {}
+    while True:
+        with stores.engine.connect() as connection:
+            ranked = controls.ranked(connection, jobs).values()
+        rows = [row for row in ranked if moved.get(row.job) != row.order]
+        if not rows:
+            return
+        stores.ledger.reprioritize([(row.job, row.order, row.behind or "") for row in rows])
+        stores.ledger.place_shapes(row.behind for row in rows if row.behind)
+        moved |= {row.job: row.order for row in rows}

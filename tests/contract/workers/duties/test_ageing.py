@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from celery_capacity.routing.database import ageing as table
+from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.replies import PlaceVerdict
 from celery_capacity.routing.policy.placement import TOP_PRIORITY
 from celery_capacity.workers.client.priorities import set_priority
 from celery_capacity.workers.duties import ageing
@@ -151,6 +154,29 @@ def test_second_runner_gives_no_step_twice(ageing_cluster: Authority) -> None:
                 raised, step = table.raise_next(connection, step)
             assert raised == []
     assert (duty(ageing_cluster), priorities(ageing_cluster, *jobs)) == (0, [1, 1])
+
+
+def test_operators_priority_holds_that_comes_while_a_job_is_moved(
+    ageing_cluster: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ageing_cluster.submit(cpus=1000)
+    note(ageing_cluster)
+    pass_time(ageing_cluster, STEP)
+    move, calls = Ledger.reprioritize, list[int]()
+
+    def late(ledger: Ledger, jobs: Sequence[tuple[str, int, str]]) -> list[PlaceVerdict]:
+        calls.append(len(jobs))
+        if len(calls) == 1:
+            set_priority(ageing_cluster.stores, [job], 8)
+        return move(ledger, jobs)
+
+    monkeypatch.setattr(Ledger, "reprioritize", late)
+    assert duty(ageing_cluster) == 1
+    if not calls:
+        set_priority(ageing_cluster.stores, [job], 8)
+    other = ageing_cluster.submit(cpus=1000, priority=7)
+    assert [ends(ageing_cluster), ends(ageing_cluster)] == [[job], [other]]
+    ends(ageing_cluster)
 
 
 def test_other_setting_starts_the_ages_anew(ageing_cluster: Authority) -> None:
