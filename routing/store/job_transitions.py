@@ -68,7 +68,8 @@ END_LOST: Final = "its end was lost with the ledger"
 # attempts are in `attempts`. An attempt that ends while its row holds a successor does not end the job: the successor
 # runs. An attempt that ended its job itself (`routing.store.fencing`) has stored how: its worker's report adds only the
 # outbox. A revoked job that would go on (`routing.recovery.revocation`) stops there. A job that starts by a rate goes
-# on under that rate again, and one with limits by key under these. A replacement brings limits of its own.
+# on under that rate again, and one with limits by key under these. A replacement brings limits of its own. A job that
+# waits again after an attempt of at least PLATFORM_AGEING ages from then: it missed steps (`routing.database.ageing`).
 # The statement runs some 50 times a second, so each table is joined once, by its key, and the rows come as two texts:
 # Postgres parses, plans and evaluates each parameter of a prepared statement for itself; 23 arrays were a sixth of the
 # cost. Postgres expects 100 rows of such a text. LIMIT tells it the number, or makes it expect 10 in a generic plan.
@@ -141,7 +142,11 @@ UPDATE jobs SET
   outbox = CASE WHEN stopped THEN '{outbox.UNTOLD}'
                  WHEN committed AND e.state NOT IN ({_FINAL}) THEN '{outbox.UNTOLD}'
                 WHEN NOT goes_on AND e.state IN ({_FINAL}) THEN nullif(e.outbox, '') END,
-  due_at = CASE WHEN NOT goes_on AND e.state <> '{State.SCHEDULED.value}' THEN jobs.due_at
+  due_at = CASE WHEN NOT goes_on AND jobs.step < {Step.BACK.value} AND e.step IN ({Step.BACK.value}, {Step.FILED.value})
+                  AND e.state IN ('{State.ACCEPTED.value}', '{State.WAITING.value}')
+                  AND jobs.admitted_at <= to_timestamp(e.at / 1000.0)
+                    - (SELECT max(seconds) FROM ageing) * interval '1 second' THEN to_timestamp(e.at / 1000.0)
+                WHEN NOT goes_on AND e.state <> '{State.SCHEDULED.value}' THEN jobs.due_at
                 WHEN NOT jobs.rated AND next_limits IS NULL
                 THEN coalesce(CASE WHEN goes_on THEN jobs.successor_due_at ELSE jobs.due_at END, now()) END,
   not_before = CASE WHEN goes_on AND (jobs.rated OR next_limits IS NOT NULL) THEN jobs.successor_due_at

@@ -179,6 +179,20 @@ def test_operators_priority_holds_that_comes_while_a_job_is_moved(
     ends(ageing_cluster)
 
 
+def test_job_that_waits_again_after_a_long_attempt_ages_from_then(ageing_cluster: Authority) -> None:
+    job = ageing_cluster.submit(cpus=1000)
+    assert ends(ageing_cluster) == [job]
+    note(ageing_cluster)
+    pass_time(ageing_cluster, STEP * (TOP_PRIORITY + 1))
+    ageing_cluster.stage.sql("UPDATE jobs SET admitted_at = admitted_at - make_interval(secs => 5000)")
+    duty(ageing_cluster)
+    ageing_cluster.lose("a")
+    assert (ageing_cluster.waits(job), priorities(ageing_cluster, job)) == (True, [0])
+    assert duty(ageing_cluster) == 0
+    pass_time(ageing_cluster, STEP)
+    assert (duty(ageing_cluster), priorities(ageing_cluster, job)) == (1, [1])
+
+
 def test_other_setting_starts_the_ages_anew(ageing_cluster: Authority) -> None:
     job = ageing_cluster.submit(cpus=1000)
     note(ageing_cluster)
