@@ -12,6 +12,7 @@ from rich.text import Text
 
 from celery_capacity.platform.console.command import Command, json_option
 from celery_capacity.platform.console.terminal import facts, harmless, print_json, talk
+from celery_capacity.routing.config.redaction import HIDDEN
 from celery_capacity.routing.errors import InvalidRequest, SettingsError, mask_url
 from celery_capacity.workers.process.exit_codes import Exit
 
@@ -55,7 +56,7 @@ class Line:
 def command(context: click.Context, only_set: bool, as_json: bool) -> None:
     """List the settings: value, default, unit and meaning.
 
-    Settings are variables of the environment. Passwords in URLs are masked. No store is asked.
+    Settings are variables of the environment. Passwords in URLs and the token are masked. No store is asked.
     """
     from celery_capacity.routing.config.settings import unknown_names
 
@@ -83,7 +84,11 @@ def _lines(environ: Mapping[str, str]) -> list[Line]:
             secret_files.parsed(environ, name, meaning.parse)
         except InvalidRequest as error:
             problem = str(error)
-        shown = f"the URL in the file {path}" if path else None if value is None else mask_url(value)
+        secret = name in secret_files.NO_URL
+        if path:
+            shown: str | None = f"the {'token' if secret else 'URL'} in the file {path}"
+        else:
+            shown = None if value is None else HIDDEN if secret else mask_url(value)
         lines.append(Line(name, shown, meaning.shown, meaning.unit, meaning.text, problem))
     return lines
 

@@ -1,8 +1,8 @@
-"""URLs that stand in files, so that a password need not stand in the environment.
+"""URLs and the token that stand in files, so that a secret need not stand in the environment.
 
 `docker inspect`, a crash report or a child process shows the environment.
 
-Each variable of `FROM_FILES` has a second one named `<variable>_FILE`: the path of a file whose only line is the URL.
+Each variable of `FROM_FILES` has a second one named `<variable>_FILE`: the path of a file whose only line is the value.
 Secrets of Docker, Kubernetes and systemd are such files. The content of a file is never shown, not even with the
 password masked: a wrong path may lead to any other secret.
 """
@@ -23,11 +23,15 @@ FROM_FILES: Final = (
     "PLATFORM_DIRECT_DATABASE_URL",
     "CELERY_BROKER_URL",
     "CELERY_RESULT_BACKEND",
+    "PLATFORM_TOKEN",
 )
+#: Variables of these whose value is no URL.
+NO_URL: Final = frozenset({"PLATFORM_TOKEN"})
 SUFFIX: Final = "_FILE"
 #: bytes; no URL is longer, and a wrong file (a device, a dump) is not read to its end
 MAX_BYTES: Final = 64 * 1024
 
+_WORD: Final = re.compile(r"\S+")
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
 
 
@@ -43,16 +47,16 @@ def parsed(environ: Mapping[str, str], env: str, parse: Callable[[str, str], Any
     named = f"{env}{SUFFIX}={path}"
     if text:
         raise InvalidRequest(f"{env} is set and {named} too", value=path, advice="Set one of them.")
-    url = _read(named, path)
+    content = _read(named, path, "token" if env in NO_URL else "URL")
     try:
-        return parse(url, env)
+        return parse(content, env)
     except InvalidRequest as error:
         advice = error.advice
     # Raise after the block, so that the error that shows the value is not even the context of this one.
     raise InvalidRequest(f"{named}: what the file holds is not valid", value=path, advice=advice)
 
 
-def _read(named: str, path: str) -> str:
+def _read(named: str, path: str, kind: str) -> str:
     file = Path(path)
     if not file.is_absolute():
         raise InvalidRequest(
@@ -66,8 +70,9 @@ def _read(named: str, path: str) -> str:
         raise InvalidRequest(
             f"{named} cannot be read: {reason}", value=path, advice="The user of this process must be able to read it."
         ) from None
-    url = content.decode("utf-8", "replace").strip()
-    if len(content) > MAX_BYTES or not _URL.fullmatch(url):
-        problem = "is empty" if not url else "does not hold one URL and nothing else"
-        raise InvalidRequest(f"{named} {problem}", value=path, advice="Write the URL into it, in one line.")
-    return url
+    value = content.decode("utf-8", "replace").strip()
+    form = _URL if kind == "URL" else _WORD
+    if len(content) > MAX_BYTES or not form.fullmatch(value):
+        problem = "is empty" if not value else f"does not hold one {kind} and nothing else"
+        raise InvalidRequest(f"{named} {problem}", value=path, advice=f"Write the {kind} into it, in one line.")
+    return value

@@ -27,6 +27,10 @@ ZERO = {
     "share_halves_in": "no past use",
 }
 
+#: Fewest and most characters of a token.
+SHORTEST_TOKEN = 16
+LONGEST_TOKEN = 500
+
 _MODULE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 
 
@@ -37,6 +41,15 @@ def plain_text(value: str, env: str) -> str:
 
 def _wrong(env: str, value: str, right: str) -> InvalidRequest:
     return InvalidRequest(f"{env}={show(value)} is not valid", value=value, advice=right)
+
+
+def token(value: str, env: str) -> str:
+    """Return a token that nobody guesses, and that fits into a header. The error does not show it."""
+    if not re.fullmatch(rf"[!-~]{{{SHORTEST_TOKEN},{LONGEST_TOKEN}}}", value):
+        form = f"{SHORTEST_TOKEN} to {LONGEST_TOKEN} letters, digits and signs"
+        advice = f"{env} must be {form}: `openssl rand -hex 24` makes one."
+        raise InvalidRequest(f"{env} is not valid", advice=advice)
+    return value
 
 
 def database_url(value: str, env: str) -> str:

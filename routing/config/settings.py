@@ -189,6 +189,12 @@ class Settings:
         unit="host:port",
         shown="127.0.0.1:8000",
     )
+    token: str | None = _setting(
+        "PLATFORM_TOKEN",
+        "Token that the dashboard asks for. It must have one to listen beyond this machine.",
+        setting_values.token,
+        unit="16 characters or more",
+    )
     heartbeat_interval: float = _duration(
         "PLATFORM_HEARTBEAT_INTERVAL", 30.0, "Between two heartbeats that beat sends."
     )
@@ -339,7 +345,7 @@ class Settings:
         )
 
     def __repr__(self) -> str:
-        shown = (f"{f.name}={mask_url(repr(getattr(self, f.name)))}" for f in fields(self))
+        shown = (f"{f.name}={mask_url(repr(getattr(self, f.name)))}" for f in fields(self) if f.name != "token")
         return f"{type(self).__name__}({', '.join(shown)})"
 
 

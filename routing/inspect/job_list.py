@@ -15,7 +15,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Connection, Engine, Select, and_, func, or_, select, true
 
 from celery_capacity.routing.database import schema
-from celery_capacity.routing.database.job_conditions import in_group, matches
+from celery_capacity.routing.database.job_conditions import in_group, like_pattern, matches
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.store.queries import SHOWN, JobLine, columns
 
@@ -32,7 +32,8 @@ class JobFilter:
     """Conditions that all must hold; None is no condition.
 
     `task`, `worker` and `queue` may have `*` for any characters. `group`: the id of a group, of a chord's header, or of
-    the first task of a workflow. `since`: seconds since the submission, at most.
+    the first task of a workflow. `since` and `until`: seconds since the submission, at most and at least. `text`: part
+    of the id, of the task's name or of the error, in letters of either case.
     """
 
     states: tuple[State, ...] = tuple(State)
@@ -41,19 +42,26 @@ class JobFilter:
     queue: str | None = None
     group: str | None = None
     since: float | None = None
+    until: float | None = None
+    text: str | None = None
 
     @property
     def examines_rows(self) -> bool:
         """Return whether rows must be looked at one by one."""
-        return (self.task, self.worker, self.queue, self.group, self.since) != (None,) * 5
+        conditions = (self.task, self.worker, self.queue, self.group, self.since, self.until, self.text)
+        return conditions != (None,) * len(conditions)
 
 
 @dataclass(frozen=True, slots=True)
 class JobList:
-    """Jobs, the newest first. `now`: Postgres's clock when they were read."""
+    """Jobs, the newest first. `now`: Postgres's clock when they were read.
+
+    `next_before`: the place in the order of submissions before which the next page begins; None on the last page.
+    """
 
     lines: Sequence[JobLine]
     now: datetime
+    next_before: int | None = None
 
 
 def snapshot(engine: Engine) -> Connection:
@@ -64,12 +72,16 @@ def snapshot(engine: Engine) -> Connection:
     return engine.connect().execution_options(isolation_level="REPEATABLE READ")
 
 
-def newest(connection: Connection, wanted: JobFilter, limit: int) -> JobList:
-    """Return at most `limit` jobs that the filter selects, the last submitted first."""
+def newest(connection: Connection, wanted: JobFilter, limit: int, before: int | None = None) -> JobList:
+    """Return at most `limit` jobs that the filter selects, the last submitted first.
+
+    `before`: only jobs before this place in the order of submissions, the `next_before` of the page before.
+    """
     search = _Search(connection, wanted)
-    rows = [row for state in wanted.states for row in search.newest(state, limit)]
+    rows = [row for state in wanted.states for row in search.newest(state, limit, before)]
     rows.sort(key=lambda row: -int(row["seq"]))
-    return JobList([JobLine({name: row[name] for name in SHOWN}) for row in rows[:limit]], search.now)
+    rest = int(rows[limit - 1]["seq"]) if len(rows) >= limit else None
+    return JobList([JobLine({name: row[name] for name in SHOWN}) for row in rows[:limit]], search.now, rest)
 
 
 def count(connection: Connection, wanted: JobFilter) -> int:
@@ -93,10 +105,9 @@ class _Search:
         #: Only messages name groups, and not every role may read them.
         self.now, self._readable = connection.execute(asked).one()
 
-    def newest(self, state: State, limit: int) -> list[Mapping[str, Any]]:
-        """Return the newest jobs of a state that the filter selects, at most `limit`."""
+    def newest(self, state: State, limit: int, before: int | None = None) -> list[Mapping[str, Any]]:
+        """Return the newest jobs of a state that the filter selects, at most `limit`, below a place in the order."""
         rows: list[Mapping[str, Any]] = []
-        before: int | None = None
         # Without conditions each examined row is selected, so no more are read than are listed.
         size = PAGE if self._wanted.examines_rows else limit
         while len(rows) < limit:
@@ -145,6 +156,11 @@ class _Search:
             conditions.append(in_group(page, wanted.group, readable=self._readable))
         if wanted.since is not None:
             conditions.append(page.submitted_at >= self.now - timedelta(seconds=wanted.since))
+        if wanted.until is not None:
+            conditions.append(page.submitted_at <= self.now - timedelta(seconds=wanted.until))
+        if wanted.text is not None:
+            part = like_pattern(f"*{wanted.text.replace('*', '')}*")
+            conditions.append(or_(*(column.ilike(part, escape="\\") for column in (page.id, page.name, page.error))))
         return and_(true(), *conditions)
 
     @property

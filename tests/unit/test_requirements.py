@@ -32,6 +32,7 @@ from celery_capacity import create_app, fenced
 import kombu.transport.redis, celery.backends.redis
 from celery_capacity.platform.actions import cancel, retry, submit, wait
 from celery_capacity.platform.commands import cluster, dashboard, db, job, jobs, reconcile, verify
+from celery_capacity.platform.web import application
 """
 
 

@@ -4,49 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import signal
 import socket
 import threading
+import urllib.error
 import urllib.request
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from tornado.httpclient import AsyncHTTPClient, HTTPResponse
-from tornado.httpserver import HTTPServer
-from tornado.netutil import bind_sockets
 
-from celery_capacity.platform import dashboard
+from celery_capacity.platform.web.http import security
+from celery_capacity.platform.web.prepared import MAX_AGE, Prepared
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.inspect import overview
 from tests.fixtures.processes.platforms import Platform
+from tests.fixtures.servers.web import Fetch, serve
 from tests.fixtures.stores.staged import Stage
-
-Fetch = Callable[..., Awaitable[HTTPResponse]]
-
-
-def _serve(read: dashboard.Read, ask: Callable[[Fetch], Awaitable[Any]]) -> Any:
-    """Return the result of `ask`, which may fetch pages from a dashboard that reads by `read`."""
-
-    async def run() -> Any:
-        server = HTTPServer(dashboard.application(read))
-        sockets = bind_sockets(0, "127.0.0.1")
-        server.add_sockets(sockets)
-        client = AsyncHTTPClient(force_instance=True)
-
-        async def fetch(path: str, **options: Any) -> HTTPResponse:
-            url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}{path}"
-            return await client.fetch(url, raise_error=False, **options)
-
-        try:
-            return await ask(fetch)
-        finally:
-            client.close()
-            server.stop()
-            await server.close_all_connections()
-
-    return asyncio.run(run())
 
 
 def _nothing() -> dict[str, Any]:
@@ -63,7 +36,7 @@ def test_the_dashboard_answers_what_cluster_prints(stage: Stage) -> None:
     async def ask(fetch: Fetch) -> Any:
         return await fetch("/api/v1/dashboard")
 
-    answer = _serve(read, ask)
+    answer = serve(read, ask)
     assert (answer.code, answer.headers["Content-Type"]) == (200, "application/json")
     assert answer.headers["Cache-Control"] == "no-store"
     seen = json.loads(answer.body)
@@ -87,7 +60,7 @@ def test_many_requests_at_once_read_the_stores_once() -> None:
         everybody.set()
         return await asyncio.gather(*waiting)
 
-    bodies = {answer.body for answer in _serve(read, ask)}
+    bodies = {answer.body for answer in serve(read, ask)}
     assert bodies == {b'{"reads": 1}'}
     assert "MainThread" not in asked
 
@@ -100,9 +73,9 @@ def test_a_value_that_is_too_old_is_read_again() -> None:
         return {"reads": reads[0]}
 
     async def ask() -> list[bytes]:
-        prepared = dashboard.Prepared(read, lambda: now[0])
+        prepared = Prepared(read, lambda: now[0])
         bodies = [await prepared.body(), await prepared.body()]
-        now[0] += dashboard.MAX_AGE
+        now[0] += MAX_AGE
         return [*bodies, await prepared.body()]
 
     assert asyncio.run(ask()) == [b'{"reads": 1}', b'{"reads": 1}', b'{"reads": 2}']
@@ -119,7 +92,7 @@ def test_store_without_answer_is_a_problem_and_the_next_request_reads_anew() -> 
     async def ask(fetch: Fetch) -> Any:
         return await fetch("/api/v1/dashboard"), await fetch("/api/v1/dashboard")
 
-    failed, served = _serve(read, ask)
+    failed, served = serve(read, ask)
     assert (failed.code, failed.headers["Content-Type"]) == (503, "application/problem+json")
     problem = json.loads(failed.body)
     assert problem["reference"] == "store-unavailable"
@@ -131,9 +104,9 @@ def test_store_without_answer_is_a_problem_and_the_next_request_reads_anew() -> 
 @pytest.mark.parametrize("path", ["/api/v1/dashboard", "/health"])
 def test_nothing_can_be_changed(method: str, path: str) -> None:
     async def ask(fetch: Fetch) -> Any:
-        return await fetch(path, method=method, allow_nonstandard_methods=True)
+        return await fetch(path, method=method)
 
-    answer = _serve(_nothing, ask)
+    answer = serve(_nothing, ask)
     assert (answer.code, answer.headers["Content-Type"]) == (405, "application/problem+json")
 
 
@@ -161,17 +134,17 @@ def test_only_a_host_of_its_own_is_answered(path: str, host: str, status: int) -
     async def ask(fetch: Fetch) -> Any:
         return await fetch(path, headers={"Host": host})
 
-    assert _serve(_nothing, ask).code == status
-    assert dashboard.is_own(host, {"localhost", socket.gethostname().lower()}) == (status == 200)
+    assert serve(_nothing, ask).code == status
+    assert security.is_own(host, {"localhost", socket.gethostname().lower()}) == (status == 200)
 
 
 @pytest.mark.parametrize("path", ["/api/v1/dashboard", "/health", "/nothing"])
 def test_every_answer_says_what_a_browser_may_do_with_it(path: str) -> None:
     async def ask(fetch: Fetch) -> Any:
-        return await fetch(path), await fetch(path, method="POST", allow_nonstandard_methods=True)
+        return await fetch(path), await fetch(path, method="POST")
 
-    for answer in _serve(_nothing, ask):
-        assert {name: answer.headers[name] for name in dashboard.HEADERS} == dashboard.HEADERS
+    for answer in serve(_nothing, ask):
+        assert {name: answer.headers[name] for name in security.HEADERS} == security.HEADERS
         assert "Server" not in answer.headers
         assert "Access-Control-Allow-Origin" not in answer.headers
 
@@ -180,7 +153,7 @@ def test_an_unknown_path_is_a_problem() -> None:
     async def ask(fetch: Fetch) -> Any:
         return await fetch("/nothing")
 
-    answer = _serve(_nothing, ask)
+    answer = serve(_nothing, ask)
     assert answer.code == 404
     assert json.loads(answer.body) == {"type": "about:blank", "title": "Not Found", "status": 404}
 
@@ -192,7 +165,7 @@ def test_a_defect_is_a_problem_that_gives_nothing_away() -> None:
     async def ask(fetch: Fetch) -> Any:
         return await fetch("/api/v1/dashboard")
 
-    answer = _serve(read, ask)
+    answer = serve(read, ask)
     assert answer.code == 500
     assert json.loads(answer.body) == {"type": "about:blank", "title": "Internal Server Error", "status": 500}
 
@@ -208,10 +181,26 @@ def test_the_command_serves_until_it_is_told_to_end(platform: Platform, number: 
     assert not any("login" in line for line in process.lines)
 
 
-def test_an_address_for_others_warns_that_there_is_no_login(platform: Platform) -> None:
-    process = platform.start("open", "dashboard", "--host", "0.0.0.0", "--port", "0", says="no login yet")
-    (warning,) = (line for line in process.lines if "no login" in line)
-    assert re.fullmatch(r"Warning: .* Whoever reaches 0\.0\.0\.0:\d+ sees the cluster: .*127\.0\.0\.1\.", warning)
+def test_dashboard_refuses_other_address_without_token(platform: Platform) -> None:
+    ended = platform.celery("dashboard", "--host", "0.0.0.0", "--port", "0")
+    assert ended.returncode == 1
+    assert "does not listen on 0.0.0.0 without a token" in ended.stderr
+    assert "PLATFORM_TOKEN" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_dashboard_serves_other_address_with_token(platform: Platform) -> None:
+    token = "0123456789abcdef"
+    process = platform.start(
+        "open", "dashboard", "--host", "0.0.0.0", "--port", "0", says="Page:", PLATFORM_TOKEN=token
+    )
+    url = next(line.split()[-1] for line in process.lines if "/api/v1/dashboard" in line)
+    asked = urllib.request.Request(url.replace("0.0.0.0", "127.0.0.1"))
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(asked, timeout=10)
+    asked.add_header("Authorization", f"Bearer {token}")
+    with urllib.request.urlopen(asked, timeout=10) as answer:
+        assert json.load(answer)["resources"]["active_workers"] == 0
 
 
 def test_a_port_that_is_taken_is_told(platform: Platform) -> None:

@@ -16,7 +16,7 @@ from celery.result import AsyncResult
 from sqlalchemy import Engine, create_engine, make_url, text
 
 from celery_capacity import create_app
-from celery_capacity.platform import dashboard
+from celery_capacity.platform.web.http.security import HEADERS
 from celery_capacity.routing.config import redaction
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect import overview
@@ -24,8 +24,8 @@ from tests.fixtures import tasks
 from tests.fixtures.processes.platforms import ROOT, Platform
 from tests.fixtures.servers.guarded import guarded_server
 from tests.fixtures.servers.pair import environment_of
+from tests.fixtures.servers.web import serve
 from tests.fixtures.waiting import until
-from tests.integration.commands.test_dashboard import _serve
 
 LOGIN, STAY = "tests.tasks.login.login", "tests.tasks.login.stay"
 #: Beginning of each secret, so that one look finds all of them.
@@ -188,7 +188,7 @@ def _page(app: Celery) -> str:
         return f"{answer.headers} {answer.body.decode()}"
 
     stores = app.platform
-    return str(_serve(lambda: overview.read(stores.redis, stores.engine).to_json(), ask))
+    return str(serve(lambda: overview.read(stores.redis, stores.engine).to_json(), ask))
 
 
 @pytest.mark.parametrize(
@@ -246,5 +246,5 @@ def test_a_caller_may_say_what_is_shown() -> None:
 
 def test_the_dashboard_listens_on_this_machine_alone_unless_told_otherwise() -> None:
     assert Settings.from_environ({}).dashboard[0] == "127.0.0.1"
-    assert dashboard.HEADERS["X-Frame-Options"] == "DENY"
+    assert HEADERS["X-Frame-Options"] == "DENY"
     assert ROOT.joinpath("deploy", "redis.acl").exists()

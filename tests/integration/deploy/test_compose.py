@@ -160,7 +160,11 @@ def test_only_the_migrations_have_the_rights_of_an_owner() -> None:
         used = set(SERVICES[name]["secrets"])
         assert ("database_url_owner" in used) == (name == "migrations"), name
         assert "postgres_password" not in used
-    assert set(SERVICES["dashboard"]["secrets"]) == {"redis_url_dashboard", "database_url_dashboard"}
+    assert set(SERVICES["dashboard"]["secrets"]) == {
+        "redis_url_dashboard",
+        "database_url_dashboard",
+        "dashboard_token",
+    }
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -411,6 +415,8 @@ def test_health_check_of_postgres_asks_whether_it_takes_connections(tmp_path: Pa
 
 #: User and password of Flower.
 LOGIN: Final = "admin:secret"
+#: Token of the dashboard.
+DASHBOARD_TOKEN: Final = "0123456789abcdef"
 
 
 def status(address: str, login: str = "") -> int:
@@ -430,7 +436,10 @@ def composed(platform: Platform, tmp_path: Path) -> Iterator[Composed]:
     """Yield the services as processes on the test's servers. The books are checked afterwards, as for any platform."""
     urls = {"redis_url": platform.environment["REDIS_URL"], "database_url": platform.environment["DATABASE_URL"]}
     urls |= {f"{name}_dashboard": url for name, url in urls.items()} | {"database_url_owner": urls["database_url"]}
-    running = Composed({**urls, "flower_conf": f'basic_auth = ["{LOGIN}"]'}, _empty(tmp_path, "composed"))
+    running = Composed(
+        {**urls, "dashboard_token": DASHBOARD_TOKEN, "flower_conf": f'basic_auth = ["{LOGIN}"]'},
+        _empty(tmp_path, "composed"),
+    )
     yield running
     # The platform ends these processes after the check of the books. A failed test shows their output.
     platform.processes.extend(running.processes.values())
@@ -446,7 +455,9 @@ def test_all_services_of_ours_come_up_healthy_work_and_end(composed: Composed, p
     for name in stay:
         until(lambda name=name: composed.health(name).returncode == 0, f"{name} is healthy")  # type: ignore[misc]
 
-    with urllib.request.urlopen(composed.address("dashboard", "/api/v1/dashboard"), timeout=10) as answer:
+    asked = urllib.request.Request(composed.address("dashboard", "/api/v1/dashboard"))
+    asked.add_header("Authorization", f"Bearer {DASHBOARD_TOKEN}")
+    with urllib.request.urlopen(asked, timeout=10) as answer:
         seen: Any = json.load(answer)
     assert {worker["name"] for worker in seen["workers"]} == {"worker-01", "worker-02"}
     assert status(composed.address("flower", "/workers")) == 401

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -25,11 +24,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from kombu.serialization import loads
 from sqlalchemy import Engine, text
-from tornado.httpserver import HTTPServer
-from tornado.netutil import bind_sockets
 
 from celery_capacity import NotAccepted, OutcomeUnknown, PlatformError, create_app
-from celery_capacity.platform import dashboard
+from celery_capacity.platform.web.application import Application
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.workers import plugin
 from celery_capacity.workers.broker.transport import receiving
@@ -40,6 +37,7 @@ from celery_capacity.workers.process.stores import Stores, platform_of
 from tests.fixtures.jobs.hostile import CORPUS, TEXTS, jsons, texts, values
 from tests.fixtures.processes.platforms import FOREIGN
 from tests.fixtures.property_tests import examples
+from tests.fixtures.servers.web import UNBOUNDED, Prescribed, serving
 from tests.fixtures.stores.staged import Stage
 
 TASK = "tests.fixtures.tasks.add"
@@ -310,12 +308,8 @@ SILENT = 2.0
 
 def _ask(requests: list[bytes]) -> list[bytes]:
     """Return the dashboard's answer to each of these requests, each on a connection of its own."""
-
-    async def run() -> list[bytes]:
-        server = HTTPServer(dashboard.application(lambda: {"secret": 1}), **dashboard.LIMITS)
-        sockets = bind_sockets(0, "127.0.0.1", socket.AF_INET)
-        server.add_sockets(sockets)
-        port = sockets[0].getsockname()[1]
+    with serving(Application(Prescribed(lambda: {"secret": 1}), rates=UNBOUNDED)) as url:
+        port = int(url.rpartition(":")[2])
 
         async def ask(request: bytes) -> bytes:
             answer = b""
@@ -327,12 +321,10 @@ def _ask(requests: list[bytes]) -> list[bytes]:
                 writer.close()
             return answer
 
-        answers = await asyncio.gather(*map(ask, requests))
-        server.stop()
-        await server.close_all_connections()
-        return answers
+        async def ask_all() -> list[bytes]:
+            return await asyncio.gather(*map(ask, requests))
 
-    return asyncio.run(run())
+        return asyncio.run(ask_all())
 
 
 def _bytes_of(value: str) -> bytes:

@@ -48,6 +48,7 @@ def test_urls_from_files_are_those_of_the_environment(tmp_path: Path, end: str) 
         "PLATFORM_DIRECT_DATABASE_URL": DATABASE,
         "CELERY_BROKER_URL": "amqp://u:p@host//",
         "CELERY_RESULT_BACKEND": "rediss://host/1",
+        "PLATFORM_TOKEN": "0123456789abcdef",
     }
     assert set(urls) == set(FROM_FILES)
     files = written(tmp_path, **{env: url + end for env, url in urls.items()})

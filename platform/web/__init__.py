@@ -1,0 +1,1 @@
+"""The web page of the cluster and its HTTP API, in one process: `celery -A platform dashboard`."""

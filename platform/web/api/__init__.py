@@ -1,0 +1,1 @@
+"""The API below `/api/v1`: its routes, its models, and the stream of events."""

@@ -1,0 +1,140 @@
+"""The paths below `/api/v1`, and the checks of health. Read only."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, FastAPI, Header, Path, Query, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response, StreamingResponse
+
+from celery_capacity.platform.web.api import models
+from celery_capacity.platform.web.api.feed import Feed
+from celery_capacity.platform.web.api.filters import Cursor, Limit, Text, filter_of
+from celery_capacity.platform.web.api.stream import stream
+from celery_capacity.platform.web.http.problems import MEDIA_TYPE, wrong_parameter
+from celery_capacity.platform.web.prepared import Prepared, to_json
+from celery_capacity.platform.web.sources import MAX_PAGE, PAGE, Sources
+from celery_capacity.routing.model.states import State
+
+#: Errors that each path may answer with.
+_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": models.Problem, "content": {MEDIA_TYPE: {}}} for status in (400, 401, 404, 421, 429, 500, 503)
+}
+
+
+class Values:
+    """Values that all requests share, each read when one asks for it."""
+
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+        self.dashboard = Prepared(lambda: sources.dashboard())
+        self.groups = Prepared(lambda: sources.groups())
+        self.tasks = Prepared(lambda: sources.tasks())
+        self.held = Prepared(lambda: sources.held())
+
+
+def _json(body: bytes | dict[str, Any]) -> Response:
+    return Response(body if isinstance(body, bytes) else to_json(body), media_type="application/json")
+
+
+def _answers(model: type[models.Closed]) -> dict[str, Any]:
+    return {"responses": {200: {"model": model}, **_ERRORS}, "response_class": Response}
+
+
+def add_routes(app: FastAPI, values: Values, feed: Feed) -> None:
+    """Add all paths of the API."""
+    router = APIRouter(prefix="/api/v1", tags=["read"])
+    _add_cluster(router, values)
+    _add_jobs(router, values)
+    _add_events(router, feed)
+    app.include_router(router)
+    _add_health(app, values)
+
+
+def _add_cluster(router: APIRouter, values: Values) -> None:
+    @router.get("/dashboard", **_answers(models.Dashboard))
+    async def dashboard() -> Response:
+        """Return the cluster at a moment, as `cluster --json` prints it."""
+        return _json(await values.dashboard.body())
+
+    @router.get("/workers", **_answers(models.Workers))
+    async def workers(limit: Limit = PAGE, cursor: Text = None) -> Response:
+        """Return the live workers by name."""
+        seen = await values.dashboard.value()
+        behind = [worker for worker in seen["workers"] if worker["name"] > (cursor or "")]
+        page = behind[:limit]
+        rest = page[-1]["name"] if len(page) < len(behind) else None
+        return _json({"workers": page, "next_cursor": rest, "source": seen["source"], "at": seen["at"]})
+
+    @router.get("/backlog", **_answers(models.Backlog))
+    async def backlog() -> Response:
+        """Return what waits, why, and since when; first what no worker can ever take."""
+        seen = await values.dashboard.value()
+        shown = {name: seen[name] for name in ("backlog", "pauses", "source", "at")}
+        waiting = seen["resources"]["waiting_jobs"]
+        return _json({"waiting": waiting, "groups": await values.groups.value(), **shown})
+
+    @router.get("/tasks", **_answers(models.Tasks))
+    async def tasks() -> Response:
+        """Return the figures of each task over the newest jobs."""
+        return _json(await values.tasks.body())
+
+
+def _add_jobs(router: APIRouter, values: Values) -> None:
+    @router.get("/jobs", **_answers(models.Jobs))
+    async def jobs(
+        state: Annotated[list[State], Query(description="only jobs in these states")] = [],  # noqa: B006
+        task: Text = None,
+        queue: Text = None,
+        worker: Text = None,
+        group: Text = None,
+        text: Text = None,
+        since: Text = None,
+        until: Text = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = PAGE,
+        cursor: Cursor = None,
+    ) -> Response:
+        """Return jobs, the newest first. `*` stands for any text in `task`, `queue` and `worker`."""
+        wanted = filter_of(state, task=task, queue=queue, worker=worker, group=group, text=text, times=(since, until))
+        return _json(await run_in_threadpool(values.sources.jobs, wanted, limit, cursor))
+
+    @router.get("/jobs/{job_id}", **_answers(models.JobDetail))
+    async def job(job_id: Annotated[str, Path(max_length=300, description="an id, or its beginning")]) -> Response:
+        """Return one job with its attempts, and why it waits."""
+        document = await run_in_threadpool(values.sources.job, job_id)
+        return _json(document.to_json())
+
+
+def _add_events(router: APIRouter, feed: Feed) -> None:
+    @router.get("/events", responses={200: {"content": {"text/event-stream": {}}}, **_ERRORS}, response_class=Response)
+    async def events(
+        only: Annotated[str | None, Query(description="`changes`: at most four events a second, without data")] = None,
+        last_event_id: Annotated[str | None, Header(max_length=64)] = None,
+    ) -> Response:
+        """Follow the changes of jobs (Server-Sent Events): `job`, `cluster`, `source`, `reset` and `tick`.
+
+        A client that sends the `Last-Event-ID` that it saw goes on from there. After `reset` and `source` some events
+        may be missing, and the client reads the state anew.
+        """
+        if only not in (None, "changes"):
+            raise wrong_parameter("only", only, "Leave it out, or write only=changes.")
+        follower = feed.follow(last_event_id)
+        return StreamingResponse(
+            stream(feed, follower, paced=only is not None),
+            media_type="text/event-stream",
+            headers={"X-Accel-Buffering": "no"},
+        )
+
+
+def _add_health(app: FastAPI, values: Values) -> None:
+    async def health(_request: Request) -> Response:
+        return _json({"status": "ok"})
+
+    async def ready(_request: Request) -> Response:
+        await values.dashboard.value()
+        return _json({"status": "ok"})
+
+    for path in ("/health", "/healthz"):
+        app.add_route(path, health, methods=["GET"], include_in_schema=False)
+    app.add_route("/readyz", ready, methods=["GET"], include_in_schema=False)

@@ -1,0 +1,1 @@
+"""The pages for people: rendered here, kept live by one small module of JavaScript."""

@@ -1,0 +1,255 @@
+"""The paths of the pages. Each shows the documents of the API; the browser asks for it again when something changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import parse_qs, quote, urlencode
+
+from fastapi import FastAPI, Request
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from celery_capacity.platform.console import render, wording
+from celery_capacity.platform.console.command import problem_of_store
+from celery_capacity.platform.console.terminal import harmless
+from celery_capacity.platform.web.api.filters import filter_of
+from celery_capacity.platform.web.api.routes import Values
+from celery_capacity.platform.web.http import login as logins
+from celery_capacity.platform.web.http.login import Login
+from celery_capacity.platform.web.http.problems import wrong_parameter
+from celery_capacity.platform.web.http.security import Rates
+from celery_capacity.platform.web.pages import bars, timeline
+from celery_capacity.platform.web.pages.language import COOKIE, LANGUAGES, language_of, reason_words, translator
+from celery_capacity.platform.web.sources import PAGE
+from celery_capacity.routing.config.redaction import hidden_text
+from celery_capacity.routing.errors import PlatformError
+from celery_capacity.routing.model.amounts import DEFAULT_QUEUE
+from celery_capacity.routing.model.expected import duration_text
+from celery_capacity.routing.model.request import Request as Amounts
+from celery_capacity.routing.model.states import FINAL, State
+
+_FOLDER: Final = Path(__file__).parent
+#: Seconds for which a browser keeps the chosen language: a year.
+KEEP_LANGUAGE: Final = 365 * 86400
+#: Workers on a page, and seconds without a heartbeat after which a worker is shown as late.
+WORKERS: Final = 60
+LATE: Final = 40.0
+#: Logins that a client may try at once, and each second.
+TRIES: Final = 10
+TRIES_PER_SECOND: Final = 0.2
+#: Characters of a value on the page of a job.
+SHOWN_VALUE: Final = 20_000
+
+
+def _age_since(time: str | datetime | None, now: datetime) -> float | None:
+    if time is None:
+        return None
+    moment = datetime.fromisoformat(time) if isinstance(time, str) else time
+    return max(0.0, (now - moment).total_seconds())
+
+
+def _value(text: str | None) -> str:
+    """Return the text of arguments or of a result as it may be shown: secrets hidden, and not endless."""
+    shown = hidden_text(text or "")
+    return shown if len(shown) <= SHOWN_VALUE else f"{shown[:SHOWN_VALUE]}…"
+
+
+class Pages:
+    """The pages, on values that all requests share."""
+
+    def __init__(self, values: Values, login: Login | None) -> None:
+        self._values = values
+        self._login = login
+        self._tries = Rates(TRIES, TRIES_PER_SECOND)
+        self._templates = Environment(
+            loader=FileSystemLoader(_FOLDER / "templates"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        filters: dict[str, Any] = {
+            "shown": lambda text: harmless(str(text)),
+            "age": render.age,
+            "amounts": lambda request: str(Amounts.from_people(request)),
+            "path": lambda text: quote(str(text), safe=""),
+            "colour": bars.colour_of,
+        }
+        self._templates.filters.update(filters)
+
+    def page(self, request: Request, name: str, status: int = 200, **values: Any) -> Response:
+        """Return a page in the language of the request."""
+        language = language_of(request)
+        query = request.url.query
+        html = self._templates.get_template(f"{name}.html").render(
+            t=translator(language),
+            reason=lambda kind: reason_words(kind, language),
+            language=language,
+            languages=LANGUAGES,
+            here=request.url.path + (f"?{query}" if query else ""),
+            section=name,
+            with_login=self._login is not None,
+            default_queue=DEFAULT_QUEUE,
+            **values,
+        )
+        return HTMLResponse(html.encode("utf-8", "backslashreplace"), status)
+
+    async def cluster(self, request: Request) -> Response:
+        seen, held = await self._values.dashboard.value(), await self._values.held.value()
+        wanted, after = request.query_params.get("name", ""), request.query_params.get("after", "")
+        chosen = [worker for worker in seen["workers"] if wanted in worker["name"] and worker["name"] > after]
+        shown = [
+            {
+                **worker,
+                "bars": bars.of_worker(worker, held.get(worker["name"], [])),
+                "jobs": len(held.get(worker["name"], [])),
+                "late": (worker["heartbeat_age_seconds"] or 0) > LATE,
+            }
+            for worker in chosen[:WORKERS]
+        ]
+        more = urlencode({"name": wanted, "after": shown[-1]["name"]}) if len(chosen) > len(shown) else ""
+        totals = bars.totals(seen["resources"])
+        return self.page(request, "cluster", seen=seen, totals=totals, workers=shown, wanted=wanted, more=more)
+
+    async def waiting(self, request: Request) -> Response:
+        seen, groups = await self._values.dashboard.value(), await self._values.groups.value()
+        return self.page(request, "waiting", seen=seen, groups=groups)
+
+    async def jobs(self, request: Request) -> Response:
+        asked = request.query_params
+        words = {name: asked.get(name) or None for name in ("task", "queue", "worker", "group", "text")}
+        states = [state for state in asked.getlist("state") if state]
+        if any(state not in list(State) for state in states):
+            raise wrong_parameter("state", states[0], f"Write one of {', '.join(State)}.")
+        cursor = asked.get("cursor", "")
+        if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
+            raise wrong_parameter("cursor", cursor, "Follow the link to older jobs.")
+        times = (asked.get("since"), asked.get("until"))
+        wanted = filter_of(list(map(State, states)), **words, times=times)
+        listed = await run_in_threadpool(self._values.sources.jobs, wanted, PAGE, int(cursor) if cursor else None)
+        now = datetime.now().astimezone()
+        rows = [{**job, "age": _age_since(job["submitted_at"], now), **_spans(job, now)} for job in listed["jobs"]]
+        kept = [(name, value) for name, value in asked.multi_items() if name != "cursor" and value]
+        older = urlencode([*kept, ("cursor", listed["next_cursor"])]) if listed["next_cursor"] else ""
+        return self.page(request, "jobs", rows=rows, asked=dict(asked), states=[*State], older=older, first=not cursor)
+
+    async def job(self, request: Request) -> Response:
+        document = await run_in_threadpool(self._values.sources.job, request.path_params["job_id"])
+        file, why = document.file, document.why
+        waits = why is not None and why.waits
+        return self.page(
+            request,
+            "job",
+            job=file.job,
+            attempts=file.attempts,
+            lines=timeline.lines(file),
+            call={name: _value(text) for name, text in document.call.items()},
+            readable=file.job["message_bytes"] is not None,
+            why=why.why.value if why is not None and waits else None,
+            reasons=[*render.reasons(why), *wording.details(why)] if why is not None and waits else [],
+            expected=duration_text(file.job["expected_ms"]) if file.job["expected_ms"] else "",
+            progress=render.progress(file.job["progress"]),
+            final=file.job["state"] in FINAL,
+            spans=_spans(file.job.to_json(), file.now),
+        )
+
+    async def tasks(self, request: Request) -> Response:
+        return self.page(request, "tasks", figures=await self._values.tasks.value())
+
+    async def choose_language(self, request: Request) -> Response:
+        code = request.path_params["code"]
+        target = logins.path_of_this_server(request.query_params.get("next", "/"))
+        answer = RedirectResponse(target, 303)
+        if code in LANGUAGES:
+            answer.set_cookie(COOKIE, code, max_age=KEEP_LANGUAGE, httponly=True, samesite="strict")
+        return answer
+
+    async def log_in(self, request: Request) -> Response:
+        target = logins.path_of_this_server(request.query_params.get("next", "/"))
+        if self._login is None:
+            return RedirectResponse("/", 303)
+        if request.method == "GET":
+            return self.page(request, "login", target=target, problem="")
+        if not logins.is_from_here(request.headers):
+            return self.page(request, "login", 403, target=target, problem="This is not the token.")
+        if not self._tries.take(request.client.host if request.client else ""):
+            return self.page(request, "login", 429, target=target, problem="Too many attempts. Wait a minute.")
+        form = parse_qs((await _body(request)).decode("utf-8", "replace"))
+        if not self._login.is_token(form.get("token", [""])[0].strip()):
+            return self.page(request, "login", 401, target=target, problem="This is not the token.")
+        answer = RedirectResponse(target, 303)
+        session = self._login.new_session()
+        answer.set_cookie(
+            logins.COOKIE,
+            session,
+            max_age=logins.SESSION,
+            httponly=True,
+            samesite="strict",
+            secure=request.url.scheme == "https",
+        )
+        return answer
+
+    async def log_out(self, request: Request) -> Response:
+        answer = RedirectResponse("/login", 303)
+        if logins.is_from_here(request.headers):
+            answer.delete_cookie(logins.COOKIE, httponly=True, samesite="strict")
+        return answer
+
+    async def problem(self, request: Request, error: PlatformError) -> Response:
+        """Return an error as a page."""
+        title = "Not found" if error.status == HTTPStatus.NOT_FOUND else "Something is wrong"
+        return self.page(request, "problem", error.status, title=title, problem=error)
+
+
+async def _body(request: Request) -> bytes:
+    """Return the body of a form. Raises `InvalidRequest` for one that is too large."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > logins.MAX_BODY:
+            raise wrong_parameter("token", f"{len(body)} bytes", "Send the token alone.")
+    return body
+
+
+def _spans(job: Mapping[str, Any], now: datetime) -> dict[str, float | None]:
+    times = {name: job[name] and datetime.fromisoformat(job[name]) for name in job if name.endswith("_at")}
+    from celery_capacity.platform.console.job_views import spans
+
+    return {name: seconds for name, seconds in spans({**job, **times}, now).items() if name != "age"}
+
+
+def add_pages(app: FastAPI, values: Values, login: Login | None) -> None:
+    """Add the pages and their files. An error on a page is a page too."""
+    pages = Pages(values, login)
+
+    def with_problems(read: Any) -> Any:
+        async def answer(request: Request) -> Response:
+            try:
+                return await read(request)  # type: ignore[no-any-return]
+            except Exception as error:
+                problem = problem_of_store(error)
+                if problem is None:
+                    raise
+                return await pages.problem(request, problem)
+
+        return answer
+
+    paths = {
+        "/": pages.cluster,
+        "/waiting": pages.waiting,
+        "/jobs": pages.jobs,
+        "/jobs/{job_id}": pages.job,
+        "/tasks": pages.tasks,
+        "/language/{code}": pages.choose_language,
+    }
+    for path, read in paths.items():
+        app.add_route(path, with_problems(read), methods=["GET"], include_in_schema=False)
+    app.add_route("/login", with_problems(pages.log_in), methods=["GET", "POST"], include_in_schema=False)
+    app.add_route("/logout", with_problems(pages.log_out), methods=["POST"], include_in_schema=False)
+    app.mount("/static", StaticFiles(directory=_FOLDER / "static"), name="static")

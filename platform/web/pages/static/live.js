@@ -1,0 +1,76 @@
+// Keep the page live: when the server tells of a change, read this page again and exchange the parts that differ.
+// Nothing of an answer is run: the parser makes no script of it, and the policy of the page allows none.
+
+const PARTS = ".live-part";
+// Milliseconds between two reads.
+const PACE = 400;
+
+const sign = document.getElementById("live");
+let reading = false;
+let stale = false;
+
+function show(state) {
+  if (!sign || sign.dataset.state === state) return;
+  sign.dataset.state = state;
+  sign.textContent = sign.dataset[state];
+}
+
+// A focused element keeps the focus if the new part has its like, by id or by the place that it leads to.
+function focusKey(element) {
+  if (!element || element === document.body) return null;
+  if (element.id) return `#${CSS.escape(element.id)}`;
+  const link = element.getAttribute("href");
+  return link ? `[href="${CSS.escape(link)}"]` : null;
+}
+
+function exchange(next) {
+  const fresh = new Map([...next.querySelectorAll(PARTS)].map((part) => [part.id, part]));
+  for (const part of document.querySelectorAll(PARTS)) {
+    const other = fresh.get(part.id);
+    if (!other || other.isEqualNode(part)) continue;
+    const key = part.contains(document.activeElement) ? focusKey(document.activeElement) : null;
+    const { scrollLeft, scrollTop } = part;
+    part.replaceWith(document.importNode(other, true));
+    const now = document.getElementById(other.id);
+    now.scrollLeft = scrollLeft;
+    now.scrollTop = scrollTop;
+    if (key) now.querySelector(key)?.focus({ preventScroll: true });
+  }
+}
+
+async function read() {
+  if (reading || document.hidden) {
+    stale = true;
+    return;
+  }
+  reading = true;
+  stale = false;
+  try {
+    const answer = await fetch(location.href, { headers: { Accept: "text/html" }, credentials: "same-origin" });
+    if (answer.redirected && new URL(answer.url).pathname === "/login") {
+      location.assign(answer.url);
+      return;
+    }
+    exchange(new DOMParser().parseFromString(await answer.text(), "text/html"));
+    show(answer.ok ? "live" : "interrupted");
+  } catch {
+    show("interrupted");
+  }
+  setTimeout(() => {
+    reading = false;
+    if (stale) read();
+  }, PACE);
+}
+
+show("connecting");
+const events = new EventSource("/api/v1/events?only=changes");
+events.addEventListener("open", () => {
+  show("live");
+  read();
+});
+events.addEventListener("error", () => show("interrupted"));
+for (const kind of ["changed", "reset", "tick"]) events.addEventListener(kind, read);
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden && stale) read();
+});
+window.addEventListener("pagehide", () => events.close());

@@ -1,0 +1,65 @@
+"""What the routes read: each method returns an object for JSON, and may block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Final
+
+import redis
+
+from celery_capacity.platform.console import job_document
+from celery_capacity.platform.console.job_document import JobDocument
+from celery_capacity.platform.web import held_jobs, task_statistics, waiting_groups
+from celery_capacity.routing.inspect import job_list, overview
+from celery_capacity.routing.inspect.job_list import JobFilter
+from celery_capacity.routing.inspect.overview import Overview
+from celery_capacity.routing.ledger.connection import quick_client
+from celery_capacity.workers.process.stores import Stores
+
+#: Jobs on a page of a list, where a request does not say, and at most.
+PAGE: Final = 50
+MAX_PAGE: Final = 500
+
+
+class Sources:
+    """Reads of both stores. `app`: returns the Celery app whose backend has the results. It is slow to import."""
+
+    def __init__(self, stores: Stores, app: Callable[[], Any]) -> None:
+        self.stores = stores
+        self._app = app
+
+    @cached_property
+    def client(self) -> redis.Redis:
+        """Return a client of Redis that gives up soon."""
+        return quick_client(self.stores.redis)
+
+    def overview(self) -> Overview:
+        return overview.read(self.client, self.stores.engine, self.stores.settings.worker_ttl)
+
+    def dashboard(self) -> dict[str, Any]:
+        """Return the object of `cluster --json`."""
+        return self.overview().to_json()
+
+    def held(self) -> dict[str, list[dict[str, Any]]]:
+        with self.stores.engine.connect() as connection:
+            return held_jobs.read(connection)
+
+    def groups(self) -> list[dict[str, Any]]:
+        with self.stores.engine.connect() as connection:
+            return waiting_groups.read(connection, self.client, self.stores.settings)
+
+    def tasks(self) -> dict[str, Any]:
+        with self.stores.engine.connect() as connection:
+            return task_statistics.read(connection)
+
+    def jobs(self, wanted: JobFilter, limit: int, before: int | None) -> dict[str, Any]:
+        """Return a page of jobs, each as in `jobs --json`, and the cursor of the next page."""
+        with job_list.snapshot(self.stores.engine) as connection:
+            listed = job_list.newest(connection, wanted, limit, before)
+        cursor = None if listed.next_before is None else str(listed.next_before)
+        return {"jobs": [line.to_json() for line in listed.lines], "next_cursor": cursor}
+
+    def job(self, job_id: str) -> JobDocument:
+        """Return one job, with why it waits. Raises `UnknownJob`."""
+        return job_document.read(self.stores, self._app, job_id)

@@ -1,0 +1,70 @@
+"""The backlog in groups for people: jobs alike in request, queue, priority and tenant, each group with its reason."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+import redis
+from sqlalchemy import Connection, text
+
+from celery_capacity.platform.console import render, wording
+from celery_capacity.routing.forecast import starts
+from celery_capacity.routing.inspect import explain
+from celery_capacity.routing.inspect.explanation import Explanation
+from celery_capacity.routing.inspect.waiting import BLOCKING
+from celery_capacity.routing.model.request import Request, terms_of
+from celery_capacity.routing.policy.labels import place_of
+from celery_capacity.routing.policy.tenants import tenant_of
+
+#: Groups that are listed: those whose first jobs come first.
+MAX_GROUPS: Final = 100
+#: Groups whose reason is looked up, and the seconds that may take in all.
+EXPLAINED: Final = 25
+PATIENCE: Final = 1.0
+#: Waiting jobs up to which starts are estimated here. Beyond, the page of a job estimates its own.
+ESTIMATED: Final = 2000
+
+_GROUPS: Final = text("""
+SELECT shape, name, queue, priority, count(*) AS waiting,
+  extract(epoch FROM clock_timestamp() - min(submitted_at))::float AS oldest,
+  (array_agg(id ORDER BY seq))[1] AS first
+FROM jobs WHERE state IN ('accepted', 'waiting')
+GROUP BY shape, name, queue, priority ORDER BY priority DESC, min(seq) LIMIT :most
+""")
+
+
+def read(connection: Connection, client: redis.Redis, settings: Any) -> list[dict[str, Any]]:
+    """Return the groups, those first that no worker can ever take."""
+    rows = connection.execute(_GROUPS, {"most": MAX_GROUPS}).all()
+    rules = starts.rules_of(settings) if sum(row.waiting for row in rows) <= ESTIMATED else None
+    until = time.monotonic() + PATIENCE
+    groups = []
+    for number, row in enumerate(rows):
+        why = None
+        if number < EXPLAINED and time.monotonic() < until:
+            losses, ttl = settings.most_losses, settings.worker_ttl
+            why = explain.explain(client, connection, row.first, losses, rules, ttl, settings.share_halves_in)
+        groups.append(_group(row, why))
+    return sorted(groups, key=lambda group: not group["blocked"])
+
+
+def _group(row: Any, why: Explanation | None) -> dict[str, Any]:
+    known = why is not None and why.waits
+    at = why.estimate.at if why is not None and why.estimate is not None else None
+    return {
+        "task": row.name,
+        "queue": row.queue,
+        "priority": row.priority,
+        "tenant": tenant_of(row.shape),
+        "request": Request.from_shape(row.shape).to_people(),
+        "where": str(place_of(terms_of(row.shape))) or None,
+        "waiting": row.waiting,
+        "oldest_seconds": round(max(0.0, row.oldest), 3),
+        "first": row.first,
+        "why": why.why.value if why is not None and known else None,
+        "reasons": [*render.reasons(why), *wording.details(why)] if why is not None and known else [],
+        "blocked": why is not None and why.why in BLOCKING,
+        "position": why.position if why is not None else None,
+        "estimated_start": None if at is None else at.isoformat(),
+    }

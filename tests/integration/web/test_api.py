@@ -1,0 +1,136 @@
+"""The API over running stores: each path answers by its model, and wrong input is refused with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import redis
+
+from celery_capacity.platform.web.api import models
+from celery_capacity.platform.web.application import Application
+from celery_capacity.platform.web.http.security import Rates
+from celery_capacity.platform.web.sources import Sources
+from celery_capacity.workers.process.stores import Stores
+from tests.fixtures.servers.web import serving
+from tests.fixtures.stores.staged import Stage
+
+
+def application(
+    stage: Stage, token: str | None = None, rates: Rates | None = None, *, reachable: bool = True
+) -> Application:
+    """Return a dashboard on the stores of a stage. `reachable`: False where it does not reach Redis."""
+    stores = Stores(lambda _: stage.settings)
+    stores._made.update(settings=stage.settings, engine=stage.engine, ledger=stage.ledger)
+    sources = Sources(stores, lambda: None)
+    if not reachable:
+        sources.client = redis.Redis(port=1, socket_connect_timeout=1)
+    return Application(sources, token=token, rates=rates)
+
+
+@pytest.fixture
+def client(stage: Stage) -> Iterator[httpx.Client]:
+    with serving(application(stage)) as url, httpx.Client(base_url=url, timeout=60) as asking:
+        yield asking
+
+
+PATHS: dict[str, type[models.Closed]] = {
+    "/api/v1/dashboard": models.Dashboard,
+    "/api/v1/workers": models.Workers,
+    "/api/v1/backlog": models.Backlog,
+    "/api/v1/jobs": models.Jobs,
+    "/api/v1/jobs/job-1": models.JobDetail,
+    "/api/v1/tasks": models.Tasks,
+    "/health": models.Health,
+    "/healthz": models.Health,
+    "/readyz": models.Health,
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_path_answers_by_its_model(path: str, stage: Stage, client: httpx.Client) -> None:
+    stage.worker("a", cpus=4000)
+    for cpus in (1000, 4000, 9000):
+        stage.submit(cpus=cpus)
+    answer = client.get(path)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+    PATHS[path].model_validate(answer.json())
+    assert client.head(path).status_code == 200
+
+
+def test_backlog_tells_reason_and_what_never_runs_first(stage: Stage, client: httpx.Client) -> None:
+    stage.worker("a", cpus=4000)
+    for cpus in (3000, 2000, 9000):
+        stage.submit(cpus=cpus)
+    groups = client.get("/api/v1/backlog").json()["groups"]
+    assert [(group["why"], group["blocked"]) for group in groups] == [("too-large", True), ("no-room", False)]
+
+
+def test_jobs_come_in_pages_without_gap_or_double(stage: Stage, client: httpx.Client) -> None:
+    stage.worker("a", cpus=2000)
+    ids = [stage.submit(cpus=1000) for _ in range(7)]
+    seen: list[str] = []
+    page: dict[str, Any] = {"next_cursor": None}
+    for _ in range(9):
+        asked = {"limit": 2, **({"cursor": page["next_cursor"]} if page["next_cursor"] else {})}
+        page = client.get("/api/v1/jobs", params=asked).json()
+        seen += [job["id"] for job in page["jobs"]]
+        if page["next_cursor"] is None:
+            break
+    assert seen == ids[::-1]
+
+
+@pytest.mark.parametrize(
+    ("query", "number"),
+    [
+        ("state=waiting", 2),
+        ("state=waiting&state=running&state=admitted", 3),
+        ("task=ta*", 3),
+        ("task=other", 0),
+        ("queue=celery", 3),
+        ("text=JOB-2", 1),
+        ("text=100%25", 0),
+        ("since=1h", 3),
+        ("until=1h", 0),
+    ],
+)
+def test_filter_selects_jobs(query: str, number: int, stage: Stage, client: httpx.Client) -> None:
+    stage.worker("a", cpus=1000)
+    for _ in range(3):
+        stage.submit(cpus=1000)
+    assert len(client.get(f"/api/v1/jobs?{query}").json()["jobs"]) == number
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["jobs?state=none", "jobs?limit=0", "jobs?limit=99999", "jobs?cursor=x", "jobs?since=x", "jobs?text=%00",
+     "events?only=x"],
+)  # fmt: skip
+def test_wrong_parameter_is_refused_with_advice(path: str, client: httpx.Client) -> None:
+    answer = client.get(f"/api/v1/{path}")
+    assert (answer.status_code, answer.headers["content-type"]) == (400, "application/problem+json")
+    assert answer.json()["reference"] == "invalid-request"
+    assert answer.json()["advice"]
+
+
+def test_unknown_job_is_not_found_and_names_nearest(stage: Stage, client: httpx.Client) -> None:
+    stage.insert({"cpus": 1000})
+    problem = client.get("/api/v1/jobs/job-7").json()
+    assert (problem["status"], problem["reference"]) == (404, "unknown-job")
+    assert "job-1" in problem["detail"]
+
+
+def test_openapi_has_every_path(client: httpx.Client) -> None:
+    document = client.get("/api/v1/openapi.json").json()
+    paths = {f"/api/v1/{name}" for name in ("dashboard", "workers", "backlog", "tasks", "jobs", "jobs/{job_id}")}
+    assert set(document["paths"]) == {*paths, "/api/v1/events"}
+
+
+def test_client_that_asks_too_often_is_told_to_wait(stage: Stage) -> None:
+    app = application(stage, rates=Rates(burst=2, rate=0, clock=lambda: 0.0))
+    with serving(app) as url, httpx.Client(base_url=url, timeout=60) as asking:
+        answers = [asking.get("/health") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert answers[2].headers["retry-after"] == "1"
