@@ -40,9 +40,9 @@ def test_history_runs_on_live_workers_and_on_named_ones(
             assert {entry["tenant"]: entry["starts"] for entry in report["tenants"]} == {"default": 1, "physics": 2}
 
     log = tmp_path / "log.csv"
-    words = platform.celery("simulate", "--from-history", "1h", "--log", str(log))
-    assert words.returncode == 0, words.stderr
-    assert "history: 3 jobs" in words.stdout
+    printed = platform.celery("simulate", "--from-history", "1h", "--log", str(log))
+    assert printed.returncode == 0, printed.stderr
+    assert "history: 3 jobs" in printed.stdout
     assert len(log.read_text().splitlines()) == 4
     small = platform.celery("simulate", "--from-history", "1h", "--worker", "small=0.5")
     assert (small.returncode, "Traceback" in small.stderr) == (1, False), small.stderr
