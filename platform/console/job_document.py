@@ -1,4 +1,4 @@
-"""One job whole, as `job --json`, the API and the page show it: its row, its attempts, its call, and why it waits."""
+"""Job document, as `job --json`, the API and the page show it: its row, its attempts, its call, and why it waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the routes read: each method returns an object for JSON, and may block."""
+"""Sources of the routes: reads of the stores; each method returns an object for JSON, and may block."""
 
 from __future__ import annotations
 

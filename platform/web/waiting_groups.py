@@ -50,7 +50,7 @@ def read(connection: Connection, client: redis.Redis, settings: Any) -> list[dic
 
 
 def _group(row: Any, why: Explanation | None) -> dict[str, Any]:
-    known = why is not None and why.waits
+    waits = why is not None and why.waits
     at = why.estimate.at if why is not None and why.estimate is not None else None
     return {
         "task": row.name,
@@ -62,8 +62,8 @@ def _group(row: Any, why: Explanation | None) -> dict[str, Any]:
         "waiting": row.waiting,
         "oldest_seconds": round(max(0.0, row.oldest), 3),
         "first": row.first,
-        "why": why.why.value if why is not None and known else None,
-        "reasons": [*render.reasons(why), *wording.details(why)] if why is not None and known else [],
+        "why": why.why.value if why is not None and waits else None,
+        "reasons": [*render.reasons(why), *wording.details(why)] if why is not None and waits else [],
         "blocked": why is not None and why.why in BLOCKING,
         "position": why.position if why is not None else None,
         "estimated_start": None if at is None else at.isoformat(),

@@ -4,7 +4,7 @@ The scripts of the ledger publish each transition on the channel of its job (`ro
 Redis does not answer, or Postgres decides, the thread looks at Postgres each second, and compares. It runs only while
 somebody follows.
 
-An event has an id: the life of this feed, and a number. A client that comes again names the last id that it saw. It
+An event has an id: the id of this feed, and a number. A client that comes again names the last id that it saw. It
 gets the events since then, if the feed still has them. Else it gets `reset`, and reads the state anew.
 """
 
@@ -73,7 +73,7 @@ class Event:
 
 
 class Follower:
-    """One client, on the loop that serves it."""
+    """Client that follows, on the loop that serves it."""
 
     def __init__(self) -> None:
         self.events: deque[Event] = deque()
@@ -111,7 +111,7 @@ class Feed:
     def __init__(self, client: Callable[[], Any], engine: Callable[[], Engine]) -> None:
         self._client = client
         self._engine = engine
-        self._life = secrets.token_hex(4)
+        self._feed_id = secrets.token_hex(4)
         self._number = 0
         self._kept: deque[Event] = deque(maxlen=KEPT)
         self._followers: set[Follower] = set()
@@ -157,19 +157,19 @@ class Feed:
 
     def reset(self) -> Event:
         """Return the event that has a client read the state anew."""
-        return Event(f"{self._life}-{self._number}", "reset", {})
+        return Event(f"{self._feed_id}-{self._number}", "reset", {})
 
     def _since(self, last_id: str) -> list[Event] | None:
         """Return the kept events after an id; None where some are missing."""
-        life, _, number = last_id.partition("-")
-        if life != self._life or not (number.isascii() and number.isdigit()) or int(number) > self._number:
+        feed_id, _, number = last_id.partition("-")
+        if feed_id != self._feed_id or not (number.isascii() and number.isdigit()) or int(number) > self._number:
             return None
         missing = self._number - int(number)
         return list(self._kept)[len(self._kept) - missing :] if missing <= len(self._kept) else None
 
     def _start(self) -> None:
         # Nobody heard what happened since the last thread ended, so the ids of then are of no use.
-        self._life, self._number, self.source = secrets.token_hex(4), 0, None
+        self._feed_id, self._number, self.source = secrets.token_hex(4), 0, None
         self._kept.clear()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._hear, name="events", daemon=True)
@@ -177,7 +177,7 @@ class Feed:
 
     def _publish(self, kind: str, data: dict[str, Any]) -> None:
         self._number += 1
-        event = Event(f"{self._life}-{self._number}", kind, data)
+        event = Event(f"{self._feed_id}-{self._number}", kind, data)
         self._kept.append(event)
         for follower in self._followers:
             follower.put(event)

@@ -138,7 +138,7 @@ class Group(Closed):
 
 
 class Backlog(Closed):
-    """What waits: a line for each request as in `cluster --json`, and in groups with reasons."""
+    """Waiting jobs: a line for each request as in `cluster --json`, and in groups with reasons."""
 
     waiting: int
     backlog: list[BacklogLine]
@@ -177,7 +177,7 @@ class Jobs(Closed):
 
 
 class Attempt(Closed):
-    """One admission of a job to a worker."""
+    """Admission of a job to a worker."""
 
     epoch: int
     attempt: int
@@ -191,7 +191,7 @@ class Attempt(Closed):
 
 
 class JobDetail(Job):
-    """One job whole: the object of `job --json`."""
+    """Whole job: the object of `job --json`."""
 
     epoch: int
     declared: bool

@@ -54,7 +54,7 @@ class Login:
         return hmac.new(self._token, f"session {end}".encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
 
-def is_from_here(headers: Headers) -> bool:
+def is_same_origin(headers: Headers) -> bool:
     """Return True if a form comes from a page of this server, as far as its browser tells."""
     site = headers.get("sec-fetch-site")
     if site is not None:

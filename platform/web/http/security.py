@@ -132,8 +132,8 @@ class Guard:
         if path.startswith("/api/"):
             return problem_response(NotLoggedIn().to_problem(), {"WWW-Authenticate": "Bearer"})
         query = scope["query_string"].decode("latin-1")
-        here = path + (f"?{query}" if query else "")
-        return RedirectResponse(f"/login?next={quote(here, safe='/')}", 303)
+        target = path + (f"?{query}" if query else "")
+        return RedirectResponse(f"/login?next={quote(target, safe='/')}", 303)
 
 
 def _complete(headers: MutableHeaders, path: str) -> None:

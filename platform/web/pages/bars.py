@@ -30,7 +30,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One resource of a worker or of the cluster. `words`: "12 of 16"."""
+    """Resource of a worker or of the cluster. `words`: "12 of 16"."""
 
     resource: str
     allocated: str

@@ -92,7 +92,7 @@ class Pages:
             reason=lambda kind: reason_words(kind, language),
             language=language,
             languages=LANGUAGES,
-            here=request.url.path + (f"?{query}" if query else ""),
+            current=request.url.path + (f"?{query}" if query else ""),
             section=name,
             with_login=self._login is not None,
             default_queue=DEFAULT_QUEUE,
@@ -176,7 +176,7 @@ class Pages:
             return RedirectResponse("/", 303)
         if request.method == "GET":
             return self.page(request, "login", target=target, problem="")
-        if not logins.is_from_here(request.headers):
+        if not logins.is_same_origin(request.headers):
             return self.page(request, "login", 403, target=target, problem="This is not the token.")
         if not self._tries.take(request.client.host if request.client else ""):
             return self.page(request, "login", 429, target=target, problem="Too many attempts. Wait a minute.")
@@ -197,7 +197,7 @@ class Pages:
 
     async def log_out(self, request: Request) -> Response:
         answer = RedirectResponse("/login", 303)
-        if logins.is_from_here(request.headers):
+        if logins.is_same_origin(request.headers):
             answer.delete_cookie(logins.COOKIE, httponly=True, samesite="strict")
         return answer
 

@@ -43,9 +43,9 @@ def lines(file: JobFile) -> list[Line]:
 
     def span(kind: str, start: datetime, stop: datetime) -> Span:
         seconds = max(0.0, (stop - start).total_seconds())
-        place = LENGTH * min(1.0, max(0.0, (start - begin).total_seconds() / whole))
-        length = min(LENGTH * seconds / whole, LENGTH - place)
-        return Span(kind, min(place, LENGTH - SHORTEST), max(SHORTEST, length), seconds)
+        begins = LENGTH * min(1.0, max(0.0, (start - begin).total_seconds() / whole))
+        length = min(LENGTH * seconds / whole, LENGTH - begins)
+        return Span(kind, min(begins, LENGTH - SHORTEST), max(SHORTEST, length), seconds)
 
     drawn, free = [], begin
     for attempt in file.attempts[-MAX_ATTEMPTS:]:
