@@ -22,8 +22,18 @@ from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.amounts import ALONE
 from celery_capacity.routing.model.request import Request, run_time_of
 from celery_capacity.routing.policy.labels import named_worker
-from celery_capacity.routing.policy.placement import CANDIDATES, SHAPES, Book, Waiting, fits, held_by
-from celery_capacity.routing.policy.reservation import Held, Patience, Reservation, Rules, large_enough, passes, renew
+from celery_capacity.routing.policy.placement import CANDIDATES, MAX_ADMITTED, SHAPES, Book, Waiting, fits, held_by
+from celery_capacity.routing.policy.reservation import (
+    Held,
+    Patience,
+    Reservation,
+    Rules,
+    large_enough,
+    passes,
+    place_in_line,
+    renew,
+)
+from celery_capacity.routing.policy.tenants import Sharing
 from celery_capacity.routing.store import claims
 from celery_capacity.routing.store.claims import Candidate, waiting_of
 
@@ -38,6 +48,11 @@ SELECT DISTINCT ON (shape, name) id, shape, priority, seq, losses, name FROM (
   (SELECT id, shape, priority, seq, losses, name FROM jobs
    WHERE state = 'scheduled' AND due_at <= now() AND {MAY_START} ORDER BY -priority, seq LIMIT :most)
 ) AS c ORDER BY shape, name, -priority, seq
+""")
+_OF_TENANT: Final = text(f"""
+SELECT id, shape, priority, seq, losses, name FROM jobs
+WHERE state IN ('accepted', 'waiting') AND {tenants.NAMES_TENANT} AND {tenants.OF_TENANT} = :tenant AND {MAY_START}
+ORDER BY -priority, seq LIMIT :most
 """)
 # The workers with the most free CPUs are looked at, and before them those that are reserved or named already. Of two
 # incarnations of a name the newer one counts.
@@ -97,6 +112,7 @@ class _Cluster:
     books: Sequence[Book]
     held: Mapping[str, Sequence[Held]]
     firsts: Mapping[str, Waiting]
+    sharing: Sharing | None
 
 
 def renew_reservations(
@@ -113,11 +129,12 @@ def renew_reservations(
     if memory.epoch != state.epoch:
         memory.epoch, memory.patience = state.epoch, Patience()
         memory.refused.clear()
-    firsts = _firsts(connection, most_losses)
+    sharing = tenants.sharing_in_use(connection)
+    firsts = _firsts(connection, most_losses, sharing)
     if not firsts and not state.rows:
         memory.patience.forget(())
         return {}
-    cluster = _read(connection, firsts, state, memory, worker_ttl, most_losses)
+    cluster = _read(connection, firsts, sharing, state, memory, worker_ttl, most_losses)
     before = {
         row.worker: replace(row.reservation, shape=row.head.shape)
         for row in state.rows
@@ -130,14 +147,13 @@ def renew_reservations(
     return {"reserved": len(renewed.reservations), "overruns": renewed.overruns, "kept": renewed.keepings}
 
 
-def _firsts(connection: Connection, most_losses: int) -> dict[str, Waiting]:
+def _firsts(connection: Connection, most_losses: int, sharing: Sharing | None) -> dict[str, Waiting]:
     """Return the first jobs of the first waiting shapes that no pause and no quota holds back, in order."""
     rows = [
         replace(waiting_of(Candidate(*columns), most_losses), task=name)
-        for *columns, name in connection.execute(_FIRSTS, {"most": MAX_LOOKED_AT})
+        for *columns, name in _first_rows(connection, sharing)
     ]
-    rows.sort(key=lambda waiting: waiting.order)
-    sharing = tenants.sharing_in_use(connection) if rows else None
+    rows.sort(key=lambda waiting: place_in_line(waiting.shape, waiting.order, sharing))
     firsts: dict[str, Waiting] = {}
     for waiting in rows:
         if len(firsts) < SHAPES and (sharing is None or sharing.may_start(waiting)):
@@ -145,9 +161,18 @@ def _firsts(connection: Connection, most_losses: int) -> dict[str, Waiting]:
     return firsts
 
 
+def _first_rows(connection: Connection, sharing: Sharing | None) -> Iterator[Any]:
+    """Yield the first jobs of the first shapes, and of each tenant where tenants are in use."""
+    yield from connection.execute(_FIRSTS, {"most": MAX_LOOKED_AT})
+    if sharing is not None:
+        for tenant in tenants.waiting_tenants(connection)[1:]:
+            yield from connection.execute(_OF_TENANT, {"most": MAX_ADMITTED, "tenant": tenant})
+
+
 def _read(
     connection: Connection,
     firsts: Mapping[str, Waiting],
+    sharing: Sharing | None,
     state: Standing,
     memory: Memory,
     worker_ttl: float,
@@ -174,7 +199,7 @@ def _read(
         for job in held.get(name, ()):
             book = book.holding(job.request)
         books.append(book)
-    return _Cluster(books, held, firsts)
+    return _Cluster(books, held, firsts, sharing)
 
 
 def _heads(cluster: _Cluster, before: Mapping[str, Reservation], now: int, depth: int) -> list[Waiting]:
@@ -189,14 +214,14 @@ def _heads(cluster: _Cluster, before: Mapping[str, Reservation], now: int, depth
         if len(heads) >= depth:
             break
         able = [] if waiting.request.get(ALONE) else large_enough(waiting, cluster.books)
-        if able and not any(_takes(waiting, book, reserved.get(book.worker), now) for book in able):
+        if able and not any(_takes(waiting, book, reserved.get(book.worker), now, cluster.sharing) for book in able):
             heads.append(waiting)
     return heads
 
 
-def _takes(waiting: Waiting, book: Book, reservation: Reservation | None, now: int) -> bool:
+def _takes(waiting: Waiting, book: Book, reservation: Reservation | None, now: int, sharing: Sharing | None) -> bool:
     """Return True if a worker is about to take a job."""
-    return book.open and fits(waiting.request, book) is None and passes(waiting, reservation, now)
+    return book.open and fits(waiting.request, book) is None and passes(waiting, reservation, now, sharing)
 
 
 def _write(

@@ -99,8 +99,8 @@ FOLDERS: Final = ("jobs", "workers", "backlog", "repair", "epoch")
 #: The files of `lua/lib`, with the functions that the operations share. A function stands behind those that it uses.
 LIBRARY: Final = (
     "values", "book", "labels", "times", "opening", "classes", "indexes", "candidates", "spread", "search", "job",
-    "transitions", "border", "beside", "queues", "reservation", "controls", "tenants", "admit", "requeue", "batches",
-    "admit_or_file", "held", "turns", "exclusive", "shapes_to_try", "next_turn", "fill_pass",
+    "transitions", "border", "beside", "queues", "tenants", "shares", "turns", "reservation", "controls", "admit",
+    "requeue", "batches", "admit_or_file", "held", "exclusive", "shapes_to_try", "next_turn", "kept_shape", "fill_pass",
 )  # fmt: skip
 #: Functions that many calls do not reach, or reach once. The functions that only they use stand inside them.
 LAZY: Final = frozenset({

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from celery_capacity.routing.model.amounts import ALONE
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.policy.placement import SUBMISSIONS, Book, Waiting, fits
-from celery_capacity.routing.policy.reservation import Reservation, after_start, passes
+from celery_capacity.routing.policy.placement import Book, Waiting, fits
+from celery_capacity.routing.policy.reservation import Reservation, after_start, passes, place_in_line
 from celery_capacity.routing.policy.tenants import Sharing
 
 
@@ -62,10 +62,10 @@ def fill_or_keep(
     admitted: list[Waiting] = []
     while len(admitted) < most:
         possible = [
-            (_turn(queue[0], sharing), queue[0].order, shape)
+            (place_in_line(shape, queue[0].order, sharing), shape)
             for shape, queue in looked_at.items()
             if queue
-            and _may_start(queue[0], book, elsewhere, reservation, now)
+            and _may_start(queue[0], book, elsewhere, reservation, now, sharing)
             and (sharing is None or sharing.may_start(queue[0]))
         ]
         if not possible:
@@ -80,19 +80,16 @@ def fill_or_keep(
     return Filling(admitted, "")
 
 
-def _turn(waiting: Waiting, sharing: Sharing | None) -> tuple[int, int, int]:
-    """Return what comes before the order of a waiting job where tenants share the workers."""
-    if sharing is None:
-        return 0, 0, 0
-    borrows, level = sharing.turn(waiting.shape)
-    return waiting.order // SUBMISSIONS, int(borrows), level
-
-
 def _may_start(
-    waiting: Waiting, book: Book, elsewhere: Collection[str], reservation: Reservation | None, now: int
+    waiting: Waiting,
+    book: Book,
+    elsewhere: Collection[str],
+    reservation: Reservation | None,
+    now: int,
+    sharing: Sharing | None,
 ) -> bool:
     """Return True if it is a job's turn on a worker: it starts there, or the worker is to be kept for it."""
-    if not book.takes(waiting) or not passes(waiting, reservation, now):
+    if not book.takes(waiting) or not passes(waiting, reservation, now, sharing):
         return False
     if fits(waiting.request, book) is None:
         return True

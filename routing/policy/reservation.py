@@ -12,6 +12,9 @@ delay the start that is reserved for the blocked one.
 - **Passing.** Later jobs start on the reserved worker if they end before that time, or fit beside the head. On other
   workers nothing changes. A job that comes earlier in order ignores the reservation, so that a reservation of a lower
   priority delays no higher one.
+- **Turns.** Where tenants share the workers, order means `place_in_line`: the priority, then the turn of the tenant by
+  the shares of now, then the submission. So no tenant's flood reserves the workers that are another tenant's turn. Of
+  one tenant, and of equal turns, the earlier submission comes first.
 - **Keeping.** Expected times may be unknown or wrong. So a worker is kept for a head that has not started so long after
   the time that was first reserved for it, or after it became the head, where no time is known. It is a worker where the
   head would have room by now, had no job started since that time. So a head that waits for jobs which ran before it
@@ -36,7 +39,8 @@ from typing import Final, NamedTuple
 
 from celery_capacity.routing.model.amounts import ALONE, CPUS, SLOTS
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.policy.placement import CANDIDATES, Book, Waiting, fits
+from celery_capacity.routing.policy.placement import CANDIDATES, SUBMISSIONS, Book, Waiting, fits
+from celery_capacity.routing.policy.tenants import Sharing
 
 #: Share of its expected time by which a job that overran is expected to go on at least: one in so many.
 OVERRUN_SHARE: Final = 8
@@ -321,13 +325,25 @@ def renew(
     return Renewed(made, overruns, keepings)
 
 
-def passes(waiting: Waiting, reservation: Reservation | None, now: int) -> bool:
+def place_in_line(shape: str, order: int, sharing: Sharing | None) -> tuple[int, bool, int, int]:
+    """Return the place of a job among all that wait: by priority, by the turn of its tenant, by order."""
+    borrows, level = (False, 0) if sharing is None else sharing.turn(shape)
+    return order // SUBMISSIONS, borrows, level, order
+
+
+def passes(waiting: Waiting, reservation: Reservation | None, now: int, sharing: Sharing | None = None) -> bool:
     """Return True if a job may start now on a worker with this reservation, as far as there is room."""
-    if reservation is None or waiting.order <= reservation.order:
+    if reservation is None or comes_first(waiting, reservation, sharing):
         return True
     return _ends_before(waiting, reservation, now) or all(
         amount <= reservation.beside.get(name, 0) for name, amount in waiting.request.amounts
     )
+
+
+def comes_first(waiting: Waiting, reservation: Reservation, sharing: Sharing | None = None) -> bool:
+    """Return True if a job comes before the reserved one, or is that one."""
+    place = place_in_line(waiting.shape, waiting.order, sharing)
+    return place <= place_in_line(reservation.shape, reservation.order, sharing)
 
 
 def after_start(waiting: Waiting, reservation: Reservation | None, now: int) -> Reservation | None:

@@ -21,14 +21,24 @@ from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.admission import NONE_POSSIBLE, NONE_YET
 from celery_capacity.routing.ledger.client import Ledger
+from celery_capacity.routing.ledger.scripts import FEW, TENANTS_IN_TURN
 from celery_capacity.routing.ledger.snapshot import WorkerBook
-from celery_capacity.routing.model.amounts import ALONE, LABEL
+from celery_capacity.routing.model.amounts import ALONE, DEFAULT_QUEUE, LABEL
 from celery_capacity.routing.model.request import Request, run_time_of, split_shape, terms_of
 from celery_capacity.routing.policy.labels import named_worker
 from celery_capacity.routing.policy.pauses import Kind
 from celery_capacity.routing.policy.placement import CANDIDATES, SHAPES, Book, Waiting, fits
-from celery_capacity.routing.policy.reservation import Held, Patience, Reservation, Rules, large_enough, passes, renew
-from celery_capacity.routing.policy.tenants import Rule, Sharing, tenant_of
+from celery_capacity.routing.policy.reservation import (
+    Held,
+    Patience,
+    Reservation,
+    Rules,
+    large_enough,
+    passes,
+    place_in_line,
+    renew,
+)
+from celery_capacity.routing.policy.tenants import TENANT_SIGN, Rule, Sharing, tenant_of
 
 #: Held jobs that are read in one round trip.
 CHUNK: Final = 200
@@ -51,7 +61,7 @@ class _Seen:
 
     `firsts`: the first jobs of the first waiting shapes that no pause and no quota holds back, in order. `kept`: shape
     -> worker that is kept for it. `reserved`: the names of the reserved workers, as the scripts know them, or their
-    blanks without any.
+    blanks without any. `sharing`: the shares of tenants, None where none are in use.
     """
 
     now: int
@@ -59,6 +69,7 @@ class _Seen:
     kept: Mapping[str, str]
     reserved: str
     workers: Sequence[str]
+    sharing: Sharing | None = None
 
 
 def renew_reservations(ledger: Ledger, rules: Rules, memory: Memory) -> dict[str, int]:
@@ -112,15 +123,19 @@ def _read(client: redis.Redis) -> _Seen:
     kept = {snapshot.text(shape): snapshot.text(worker) for shape, worker in kept.items()}
     # Of many workers those with the most free CPUs are looked at, those that are reserved already, and named ones.
     some = leases if len(leases) <= CANDIDATES else [*free, *leases][:CANDIDATES]
+    if shared and len(shapes) == SHAPES:
+        shapes = [*shapes, *_heads_of_tenants(client)]
     firsts = _admissible(client, [_waiting(snapshot.text(shape), int(order)) for shape, order in shapes], paused)
+    firsts, sharing = _in_line(client, firsts) if shared and firsts else (firsts, None)
     named = [name for waiting in firsts.values() if (name := named_worker(waiting.terms))]
     workers = dict.fromkeys([*map(snapshot.text, some), *kept.values(), *named])
     return _Seen(
         now=int(time[0]) * 1000 + int(time[1]) // 1000,
-        firsts=_within_quotas(client, firsts) if shared and firsts else firsts,
+        firsts=firsts,
         kept=kept,
         reserved=snapshot.text(reserved or ""),
         workers=list(workers),
+        sharing=sharing,
     )
 
 
@@ -144,24 +159,42 @@ def _admissible(client: redis.Redis, firsts: Iterable[Waiting | None], pauses: A
     return {shape: waiting for shape, waiting in valid.items() if paused.isdisjoint(_pausing(waiting))}
 
 
-def _within_quotas(client: redis.Redis, firsts: Mapping[str, Waiting]) -> dict[str, Waiting]:
-    """Return the jobs that no quota of their tenants holds back, by shape."""
+def _heads_of_tenants(client: redis.Redis) -> list[tuple[bytes, float]]:
+    """Return the first shapes of each tenant, with the orders of their first jobs."""
+    tenants = client.zrange(keys.TENANT_HEADS, 0, TENANTS_IN_TURN - 1)
+    pipe = client.pipeline(transaction=False)
+    for name in [LABEL + DEFAULT_QUEUE, *(f"{TENANT_SIGN}{snapshot.text(tenant)}" for tenant in tenants)]:
+        pipe.zrange(keys.KEYS["shapes_of"] + name, 0, FEW - 1, withscores=True)
+    return [row for rows in pipe.execute() for row in rows]
+
+
+def _sharing(client: redis.Redis, firsts: Collection[str]) -> Sharing:
+    """Return the shares of the tenants of these shapes."""
     names = sorted({tenant_of(shape) for shape in firsts})
-    texts = zip(names, client.hmget(keys.TENANTS, names), strict=True)
-    rules = {name: Rule(quota=_quota(snapshot.text(rule))) for name, rule in texts if rule is not None}
-    asked = [(name, resource) for name, rule in rules.items() for resource in rule.quota]
-    amounts = client.hmget(keys.USED, [f"{name}/{resource}" for name, resource in asked]) if asked else []
-    used: dict[str, dict[str, int]] = {name: {} for name in rules}
-    for (name, resource), amount in zip(asked, amounts, strict=True):
-        used[name][resource] = int(amount or 0)
-    sharing = Sharing(rules, used)
-    return {shape: waiting for shape, waiting in firsts.items() if sharing.may_start(waiting)}
+    pipe = client.pipeline(transaction=False)
+    pipe.hmget(keys.TENANTS, names)
+    pipe.hmget(keys.PAST, names)
+    pipe.hgetall(keys.TOTALS)
+    pipe.hgetall(keys.USED)
+    rules, past, total, use = pipe.execute()
+    used: dict[str, dict[str, int]] = {}
+    for field_, amount in use.items():
+        tenant, _, name = snapshot.text(field_).partition("/")
+        used.setdefault(tenant, {})[name] = int(amount)
+    return Sharing(
+        {name: Rule.from_text(snapshot.text(rule)) for name, rule in zip(names, rules, strict=True) if rule},
+        used,
+        {name: float(share) for name, share in zip(names, past, strict=True) if share},
+        {snapshot.text(name): int(amount) for name, amount in total.items()},
+    )
 
 
-def _quota(rule: str) -> dict[str, int]:
-    """Return the quota in a rule as the ledger has it, see `Rule.text`."""
-    parts = (part.partition("=") for part in rule.rpartition(";")[2].split(",") if part)
-    return {name: int(amount) for name, _, amount in parts}
+def _in_line(client: redis.Redis, firsts: Mapping[str, Waiting]) -> tuple[dict[str, Waiting], Sharing]:
+    """Return the jobs that no quota of their tenants holds back, by shape, in the order of their places."""
+    sharing = _sharing(client, firsts)
+    places = {shape: place_in_line(shape, first.order, sharing) for shape, first in firsts.items()}
+    some = sorted((shape for shape, first in firsts.items() if sharing.may_start(first)), key=lambda s: (places[s], s))
+    return {shape: firsts[shape] for shape in some[:SHAPES]}, sharing
 
 
 def _pausing(waiting: Waiting) -> tuple[str, ...]:
@@ -200,14 +233,14 @@ def _heads(
         if waiting.request.get(ALONE):
             if able and shape not in seen.kept:
                 break
-        elif able and not any(_takes(waiting, book, reserved.get(book.worker), seen.now) for book in able):
+        elif able and not any(_takes(waiting, book, reserved.get(book.worker), seen) for book in able):
             heads[shape] = waiting
     return heads
 
 
-def _takes(waiting: Waiting, book: Book, reservation: Reservation | None, now: int) -> bool:
+def _takes(waiting: Waiting, book: Book, reservation: Reservation | None, seen: _Seen) -> bool:
     """Return True if a worker is about to take a job."""
-    return book.open and fits(waiting.request, book) is None and passes(waiting, reservation, now)
+    return book.open and fits(waiting.request, book) is None and passes(waiting, reservation, seen.now, seen.sharing)
 
 
 def _held(
@@ -256,11 +289,15 @@ def _write(
     shapes = {entry.shape: entry.worker for entry in made.values()}
     for shape, worker in seen.kept.items():
         alone = Request.from_shape(shape).get(ALONE)
-        if not alone and shapes.get(shape) != worker and (freed := ledger.unreserve(shape, reserved)):
+        # A worker that is another shape's from now on is not filled in between: `reserve` takes its place.
+        ends = not alone and shapes.get(shape) != worker and (shape in shapes or worker not in made)
+        if ends and (freed := ledger.unreserve(shape, reserved)):
             admitted += ledger.fill(freed)
     for entry in made.values():
         allocated = books[entry.worker].allocated
-        if entry != before.get(entry.shape) and ledger.reserve(entry, allocated, reserved):
+        changed = entry != before.get(entry.shape) and ledger.reserve(entry, allocated, reserved)
+        # What is another tenant's turn by now may pass a reservation that stays.
+        if changed or seen.sharing is not None:
             admitted += ledger.fill(entry.worker)
     _note_reserved(ledger, reserved, seen)
     return admitted

@@ -30,9 +30,10 @@ from celery_capacity.routing.policy.reservation import (
     earliest_start,
     large_enough,
     passes,
+    place_in_line,
     renew,
 )
-from celery_capacity.routing.policy.tenants import tenant_of
+from celery_capacity.routing.policy.tenants import Sharing, tenant_of
 from celery_capacity.routing.simulation.jobs import Queued, Running, Start, Submission
 from celery_capacity.routing.simulation.shares import Shares, Turns
 
@@ -155,10 +156,19 @@ class Simulation:
         """Return True if no quota holds a job back."""
         return self.shares is None or self.shares.may_start(waiting)
 
+    def _sharing(self) -> Sharing | None:
+        """Return the shares of now, None where tenants are not in use."""
+        if self.shares is None:
+            return None
+        self.shares.age(self.now)
+        return self.shares.sharing
+
     def _place(self, waiting: Waiting) -> str:
         """Return the worker for a new job: the best fit without a reservation, else one where the job passes."""
         unreserved = [self._book(name) for name in self.books if name not in self.reservations]
-        reserved = [self._book(name) for name, entry in self.reservations.items() if passes(waiting, entry, self.now)]
+        sharing = self._sharing()
+        entries = self.reservations.items()
+        reserved = [self._book(name) for name, entry in entries if passes(waiting, entry, self.now, sharing)]
         for books in (unreserved, reserved):
             most, bound = max(len(books), CANDIDATES), waiting.run_time.bound
             decision = choose(waiting.request, books, most, task=waiting.task, bound=bound, terms=waiting.terms)
@@ -252,15 +262,17 @@ class Simulation:
             takes = book.open and book.takes(waiting) and fits(waiting.request, book) is None
             if not takes or not shares.may_start(waiting):
                 continue
-            if not passes(waiting, self.reservations.get(worker), self.now):
+            reservation = self.reservations.get(worker)
+            if not passes(waiting, reservation, self.now, shares.sharing):
                 behind.append(waiting)
                 continue
             self._leave(shape)
             self._start(waiting, worker)
             if shape in self._queues:
                 turns.add(self._queues[shape][0][2])
-            if behind and worker not in self.reservations:
-                # The reserved job has started: those that could not pass it are free to start.
+            left = self.reservations.get(worker)
+            if left is None or tenant_of(left.shape) == tenant_of(shape):
+                # The reserved job has started, or its tenant's turn comes later: more jobs may pass.
                 for other in behind:
                     turns.add(other)
                 behind = []
@@ -272,12 +284,13 @@ class Simulation:
             del self._queues[shape]
 
     def _heads(self) -> list[Waiting]:
-        """Return the first jobs of the first blocked shapes, in order, as many as the depth says."""
-        firsts = [queue[0] for queue in self._queues.values()]
+        """Return the first jobs of the first blocked shapes, by their places, as many as the depth says."""
+        sharing = self._sharing()
+        firsts = [(place_in_line(shape, queue[0][0], sharing), *queue[0]) for shape, queue in self._queues.items()]
         heapq.heapify(firsts)
         heads: list[Waiting] = []
         while firsts and len(heads) < self.rules.depth:
-            _, _, waiting = heapq.heappop(firsts)
+            waiting = heapq.heappop(firsts)[-1]
             if self._may_start(waiting) and any(
                 self._outlives(name, self.now, waiting) for name in self._able_workers(waiting)
             ):
@@ -292,7 +305,8 @@ class Simulation:
             before, running = self.reservations, len(self.starts)
             self.reservations = self._reservations(self._heads())
             for worker, earlier in before.items():
-                if self.reservations.get(worker) != earlier:
+                # What is another tenant's turn by now may pass a reservation that stays.
+                if self.shares is not None or self.reservations.get(worker) != earlier:
                     self._fill(worker)
             if len(self.starts) == running:
                 break

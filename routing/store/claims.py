@@ -146,7 +146,7 @@ def choose(
     if book.empty:
         for entry in sharing.admissible(waiting) if sharing else waiting:
             able = entry.request.get(ALONE) and book.takes(entry) and fits(entry.request, book) is None
-            if able and passes(entry, reservation, now):
+            if able and passes(entry, reservation, now, sharing):
                 return [by_id[entry.job]]
     elsewhere = {entry.shape for entry in waiting if entry.request.get(ALONE)}
     filling = fill_or_keep(book, waiting, MAX_ADMITTED, elsewhere, reservation, now, sharing)
@@ -191,7 +191,7 @@ def look(
         without |= {
             s
             for s, asked in requests.items()
-            if not passes(Waiting("", asked, last, "", run_time_of(s)), reservation, now)
+            if not passes(Waiting("", asked, last, "", run_time_of(s), terms_of(s)), reservation, now, sharing)
         }
 
 

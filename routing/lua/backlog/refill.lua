@@ -1,7 +1,7 @@
 -- Does: brings in jobs of one shape that stayed in Postgres, in their order, and moves the border of the shape.
 -- KEYS: none; by name: epoch, border, left, low, job, shapes, shapes_of, asks, free, free_of, book, wait, counters,
 --   stream, held, unclaimed, view, allocated, allocated_cpus, carried, tasks, staying, paused, withheld, tenant_heads,
---   tenants, used
+--   past, tenants, totals, used
 -- ARGV: epoch, run_id, deadline (ms of the server), shape, next_order (that of the first job which still stays in
 --   Postgres, '': none), then for each job: id, order, message, attempt (admissions so far), losses, submitted (ms),
 --   rerun (0: its first lost attempt ends it), digest (of the message)

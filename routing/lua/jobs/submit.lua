@@ -1,7 +1,7 @@
 -- Does: admits a job whose row is durable to the best worker and delivers it, or files it in the backlog.
 -- KEYS: none; by name: epoch, job, shapes, shapes_of, asks, free, free_of, book, wait, counters, stream, held,
 --   unclaimed, view, allocated, allocated_cpus, carried, tasks, border, left, low, paused, withheld, tenant_heads,
---   tenants, used
+--   past, tenants, totals, used
 -- ARGV: epoch, run_id, deadline (ms of the server), id, shape, order, message, attempt (admissions so far), losses,
 --   submitted (ms), rerun (0: its first lost attempt ends it), digest (of the message)
 -- Replies: {admitted, worker, attempt} | {waiting, cursor_score, cursor_worker ('' when all candidates were looked at),

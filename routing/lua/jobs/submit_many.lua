@@ -1,7 +1,7 @@
 -- Does: admits or files many jobs whose rows are durable, in their order and in one step, each as submit does.
 -- KEYS: none; by name: epoch, job, shapes, shapes_of, asks, free, free_of, book, wait, counters, stream, held,
 --   unclaimed, view, allocated, allocated_cpus, carried, tasks, border, left, low, paused, withheld, tenant_heads,
---   tenants, used
+--   past, tenants, totals, used
 -- ARGV: epoch, run_id, deadline (ms of the server), then for each job: id, shape, order, message, attempt (admissions
 --   so far), losses, submitted (ms), rerun (0: its first lost attempt ends it), digest (of the message)
 -- Replies: {ok, taken, left (places of the jobs that stay in Postgres, with commas; the first is 0), passing (a

@@ -95,7 +95,7 @@ local function admit_or_file(id, job, rerun, facts, now, batch)
     return {'left'}, batch
   end
   if facts.reserved and first and not facts.fetched then
-    passing = passing_worker(facts.reserved, job.shape, job.order, batch.amounts, job.epoch, now)
+    passing = passing_worker(facts, job.shape, job.order, batch.amounts, job.epoch, now)
   elseif facts.asks and first and not facts.fetched then
     redis.call('PUBLISH', KEY.low, 'reserve')
   end

@@ -1,28 +1,5 @@
 -- One pass that fills a worker.
 
--- Where a worker is kept for a job that must be alone: returns the row of that job's shape once the worker is empty, or
--- true while others run there. Where it is reserved for another job, it stays so. Else it ends the keeping.
-local function kept_shape(book, sharing)
-  local shape, head = book.kept, redis.call('ZSCORE', KEY.shapes, book.kept)
-  local mine, row = redis.call('HGET', KEY.kept, shape) == book.worker, nil
-  if mine and head and serves(book, shape) and fits_empty(book, amounts_of(shape)) and takes(book, shape)
-    and not is_paused(book.pauses, shape) and not (sharing and is_held_by_quota(sharing, shape, amounts_of(shape))) then
-    if is_reserved(book) then
-      read_reservation(book, head)
-      return nil
-    elseif (book.allocated.slots or 0) > 0 then
-      return true
-    end
-    row = {shape, head}
-  end
-  if mine then
-    redis.call('HDEL', KEY.kept, shape)
-  end
-  forget_kept(book)
-  write_book(book)
-  return row
-end
-
 -- Admit to one worker the waiting jobs that now fit on it, in their order, each by `admit(id, job, message)`. A pass
 -- looks at the first LIMIT.shapes shapes, and at as many behind them that the worker may take. After a cursor it looks
 -- only at the latter. It admits no more than LIMIT.most jobs. The caller writes changes of the book that are left
@@ -52,7 +29,7 @@ local function fill_pass(book, now, after, facts, admit)
     -- The turn of a job that must be alone has come, and others run here. The worker is kept for it, unless another
     -- worker is.
     local keep = alone and occupied and not book.kept and not is_kept_elsewhere(first.shape, first.amounts, book, now)
-    local goes = book.kept and passes(book, first.shape, first.order, first.amounts, now) or not book.kept
+    local goes = book.kept and passes(book, first.shape, first.order, first.amounts, now, sharing) or not book.kept
     local held_back = sharing and is_held_by_quota(sharing, first.shape, first.amounts)
     if not held_back and (keep or goes and not (alone and occupied) and fits(book, first.amounts)) then
       -- A place without its waiting job costs as much as a place with it.
@@ -97,6 +74,9 @@ local function fill_pass(book, now, after, facts, admit)
         first.order = order
         keep_shape(tries, first)
       end
+      bring_back(tries, book, first.shape)
+    elseif not goes then
+      set_back(tries, first)
     end
   end
   if admitted + dead > 0 then

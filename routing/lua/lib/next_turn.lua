@@ -75,6 +75,25 @@ local function next_by_turns(tries, book)
   end
 end
 
+-- Set a shape back that may not pass the reserved one, until `bring_back`. Without turns it is tried no more.
+local function set_back(tries, row)
+  if tries.by_turns then
+    tries.behind = tries.behind or {}
+    table.insert(tries.behind, row)
+  end
+end
+
+-- Try the shapes again that were set back, after a start by which more may pass: that of the reserved job, or of
+-- another of its tenant, whose turn comes later by it.
+local function bring_back(tries, book, shape)
+  if tries.behind and (not book.kept or tenant_of(book.kept) == tenant_of(shape)) then
+    for _, row in ipairs(tries.behind) do
+      keep_shape(tries, row)
+    end
+    tries.behind = nil
+  end
+end
+
 -- Take the next shape to try, or nil.
 local function next_of(tries, book)
   if tries.by_turns then

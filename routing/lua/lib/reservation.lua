@@ -17,9 +17,18 @@ local function ends_before(book, shape, now)
   return expected and now + expected <= tonumber(book.kept_at or '0')
 end
 
+-- True if a job comes before the reserved one in line, or is that one. Without `sharing`, orders alone are compared.
+local function comes_first(book, shape, order, sharing)
+  if not sharing then
+    return order <= book.kept_order
+  end
+  local kept, turn = turn_of(sharing, tenant_of(book.kept)), turn_of(sharing, tenant_of(shape))
+  return not comes_before(kept, book.kept_order, turn, order)
+end
+
 -- True if a job may start on a worker, as far as there is room.
-local function passes(book, shape, order, amounts, now)
-  if not book.kept or order <= book.kept_order or ends_before(book, shape, now) then
+local function passes(book, shape, order, amounts, now, sharing)
+  if not book.kept or comes_first(book, shape, order, sharing) or ends_before(book, shape, now) then
     return true
   end
   for name, amount in pairs(amounts) do
@@ -68,15 +77,16 @@ end
 
 -- One of these reserved workers on which the first job of a shape may start now, '' for none. Such workers stand in no
 -- index, so no search finds them. At most LIMIT.candidates of them are looked at.
-local function passing_worker(workers, shape, order, amounts, epoch, now)
-  local looked = 0
-  for worker in string.gmatch(workers, '%S+') do
+local function passing_worker(facts, shape, order, amounts, epoch, now)
+  local looked, sharing = 0, nil
+  for worker in string.gmatch(facts.reserved, '%S+') do
     looked = looked + 1
     local book = looked <= LIMIT.candidates and read_book(worker, epoch)
     if book and is_reserved(book) and book.kept ~= shape and book.lease > now and has_opening(book)
         and serves(book, shape) and fits(book, amounts) and takes(book, shape) then
       read_reservation(book, redis.call('ZSCORE', KEY.shapes, book.kept) or 'inf')
-      if passes(book, shape, tonumber(order), amounts, now) then
+      sharing = sharing or open_sharing(facts)
+      if passes(book, shape, tonumber(order), amounts, now, sharing) then
         return book.worker
       end
     end

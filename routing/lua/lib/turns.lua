@@ -39,6 +39,9 @@ local function turn_of(sharing, tenant)
     if sharing.rules[tenant] == nil then
       read_tenants(sharing, {tenant})
     end
+    if sharing.few then
+      sharing.used[tenant] = read_use(sharing, tenant)
+    end
     turn = {shapes = {}, rule = sharing.rules[tenant], used = sharing.used[tenant] or {}, past = sharing.past[tenant],
       lists = {}}
     note_level(sharing, turn)

@@ -218,6 +218,26 @@ def test_exclusive_job_is_no_head(stage: Stage) -> None:
     assert reserved(stage) == {"a": wide}
 
 
+def test_head_is_the_job_of_the_tenant_whose_turn_is_next(stage: Stage) -> None:
+    running = stage.insert({"cpus": 1000}, run_time=LONG, tenant="art")
+    wide = stage.insert({"cpus": 4000}, tenant="art")
+    with stage.engine.connect() as connection:
+        assert claims.take(connection, EPOCH, "a", "a-life", [running])
+        assert look(stage)["reserved"] == 1
+        assert reserved(stage) == {"a": wide}
+        stage.insert({"cpus": 1000}, tenant="art")
+        later = stage.insert({"cpus": 1000})
+        # It holds up its own tenant's later jobs, and no tenant that is further below its share.
+        book = Book("a", {"cpus": 4000, "slots": 8}, {"cpus": 1000, "slots": 1})
+        held = reservation_rows.holding_back(connection, "a", EPOCH, MOST_LOSSES)
+        chosen = claims.look(connection, book, MOST_LOSSES, (), held.reservation, held.now)
+        assert [row.job for row in chosen] == [later]
+    other = stage.insert({"cpus": 4000}, tenant="physics")
+    stage.sql("UPDATE jobs SET revoked_at = now() WHERE id = :job", job=later)
+    assert look(stage)["reserved"] == 1
+    assert reserved(stage) == {"a": other}
+
+
 def test_worker_that_refused_the_task_is_reserved_no_more(stage: Stage) -> None:
     stage.worker("b", cpus=4000)
     for worker in ("a", "b"):

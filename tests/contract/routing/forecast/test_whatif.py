@@ -49,7 +49,7 @@ def test_jobs_of_tenants_start_by_their_turns(stage: Stage) -> None:
     assert outcome(today(stage).cluster, Rules(1)).by_tenant == {}
     stage.submit(cpus=4000, run_time=MINUTE, tenant="physics")
     copy = today(stage)
-    waits = outcome(copy.cluster, Rules(0)).by_tenant
+    waits = outcome(copy.cluster, Rules(1)).by_tenant
     assert (len(waits["default"].times), len(waits["physics"].times)) == (3, 1)
     # It came last, and its tenant holds nothing.
     assert waits["physics"].times[0] < waits["default"].times[0]
@@ -74,7 +74,7 @@ def test_added_worker_is_filled_by_the_turns_of_tenants(stage: Stage) -> None:
     for _ in range(4):
         stage.submit(cpus=4000, run_time=MINUTE, tenant="physics")
     copy = today(stage)
-    after = outcome(changed(copy.cluster, [BIG]), Rules(0))
+    after = outcome(changed(copy.cluster, [BIG]), Rules(1))
     assert [waits.times.count(0) for _, waits in sorted(after.by_tenant.items())] == [1, 1]
     assert after.by_tenant["physics"].mean < after.by_tenant["default"].mean
 

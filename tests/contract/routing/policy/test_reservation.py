@@ -29,6 +29,7 @@ from celery_capacity.routing.policy.placement import (
     order,
 )
 from celery_capacity.routing.policy.reservation import Reservation, after_start, passes
+from celery_capacity.routing.policy.tenants import Sharing, tenant_term
 from tests.contract.routing.ledger.test_admission import (
     BOOKS,
     ON_A_SERVER,
@@ -39,6 +40,7 @@ from tests.contract.routing.ledger.test_admission import (
     vectors,
     write,
 )
+from tests.contract.routing.policy.test_tenants import SHARINGS, TENANTS, write_sharing
 from tests.fixtures.property_tests import examples
 from tests.fixtures.stores.books import MESSAGE, job_field, write_book
 from tests.fixtures.stores.cluster import ONE, Cluster
@@ -185,6 +187,53 @@ def test_new_job_goes_where_the_policy_says_beside_a_reservation(
     submitted = ledger.submit("job", job.shape, job.order, MESSAGE)
     assert submitted.worker in (worker, None)
     assert (job_field(ledger.client, "job", "worker") or b"").decode() == (worker or "")
+
+
+@WRITTEN
+@settings(ON_A_SERVER, max_examples=examples(400))
+@given(
+    BACKLOG,
+    st.lists(st.sampled_from(TENANTS), min_size=20, max_size=20),
+    SHARINGS,
+    capacities(st.integers(1, 6)),
+    vectors(st.integers(0, 3)),
+    vectors(st.integers(0, 3)),
+    st.booleans(),
+    st.data(),
+)
+def test_pass_over_a_reserved_worker_keeps_the_turns_of_tenants(
+    ledger: Ledger,
+    backlog: list[Waiting],
+    tenants: list[str],
+    sharing: Sharing,
+    capacity: dict[str, int],
+    allocated: dict[str, int],
+    beside: dict[str, int],
+    timed: bool,
+    data: st.DataObject,
+) -> None:
+    write(ledger, [])
+    shared = zip(backlog, tenants, strict=False)
+    backlog = [replace(job, terms=tenant_term(tenant)) for job, tenant in shared if not job.request.get(ALONE)]
+    file(ledger, backlog)
+    book = Book("w", capacity, allocated)
+    able = [
+        head
+        for head in first_of_shapes(backlog)
+        if fits(head.request, replace(book, allocated={})) is None and sharing.may_start(head)
+    ]
+    if able:
+        write_sharing(ledger, sharing)
+        head, now = data.draw(st.sampled_from(able)), ledger.now_ms()
+        reservation = Reservation("w", head.shape, head.order, now + AHEAD if timed else 0, beside)
+        write_book(ledger, replace(book, kept=head.shape))
+        write_reservation(ledger, reservation)
+        expected = fill_or_keep(book, backlog, MAX_ADMITTED, (), reservation, now, sharing).admitted
+        ledger._call("fill", worker="w", after="-inf")
+        assert delivered(ledger.client, "queue.w") == [waiting.job for waiting in expected]
+    # The use at the beginning is nobody's.
+    ledger.client.delete(keys.USED)
+    write(ledger, [])
 
 
 def _status(book: Book) -> str:

@@ -126,6 +126,21 @@ def test_reservation_passes_over_a_job_without_quota_left(cluster: Cluster) -> N
     assert made is not None and made.shape == WIDE
 
 
+def test_head_is_the_job_of_the_tenant_whose_turn_is_next(cluster: Cluster) -> None:
+    cluster.run("one", expecting(f"{ONE},$art", 512_000))
+    cluster.client.hset(keys.TOTALS, "cpus", 4000)
+    cluster.submit("wide", f"{WIDE},$art")
+    assert look(cluster, TIMED)["reserved"] == 1
+    # It holds up its own tenant's later jobs, and no tenant that is further below its share.
+    cluster.submit("mine", f"{ONE},$art")
+    cluster.submit("next", expecting(ONE, 512_000))
+    assert (cluster.state("mine"), cluster.state("next")) == ("waiting", "admitted")
+    cluster.submit("other", f"{WIDE},$physics")
+    assert look(cluster, TIMED)["reserved"] == 1
+    made = reservation(cluster)
+    assert made is not None and made.shape == f"{WIDE},$physics"
+
+
 def test_wide_job_starts_under_an_endless_stream_of_narrow_ones(cluster: Cluster) -> None:
     running = [f"narrow-{number}" for number in range(4)]
     for job in running:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import Book, Waiting, order
-from celery_capacity.routing.policy.reservation import Rules, earliest_start, large_enough
+from celery_capacity.routing.policy.reservation import Rules, earliest_start, large_enough, place_in_line
 from celery_capacity.routing.policy.tenants import Rule, Sharing, tenant_term
 from celery_capacity.routing.simulation.expectations import FEWEST, REMEMBERED, SOURCES, Exact, Learned, Unknown
 from celery_capacity.routing.simulation.jobs import Start, Submission
@@ -77,7 +77,7 @@ class Judged(Simulation):
             self._check_the_use(sharing)
             backlog = list(sharing.admissible(backlog))
         if backlog and self.rules.depth:
-            self._check_the_first(min(backlog, key=lambda waiting: waiting.order))
+            self._check_the_first(min(backlog, key=lambda entry: place_in_line(entry.shape, entry.order, sharing)))
         for entry in self.reservations.values():
             if not entry.kept:
                 self.first_reserved.setdefault(entry.order, entry.at)
@@ -190,7 +190,7 @@ def test_tenants_start_by_their_weights_and_give_back_what_they_borrowed() -> No
     rules = {"a": Rule(weight=3)}
     jobs = [Submission(f"b-{n}", 0, 100, need(1), terms=tenant_term("b")) for n in range(40)]
     jobs += [Submission(f"a-{n}", 150, 100, need(1), terms=tenant_term("a")) for n in range(40)]
-    begun = starts(judge(jobs, workers(w=8), Rules(0), Exact(), Shares(Sharing(rules, total={"cpus": 8}))))
+    begun = starts(judge(jobs, workers(w=8), Rules(1), Exact(), Shares(Sharing(rules, total={"cpus": 8}))))
     assert [sum(start.started == at for job, start in begun.items() if job[0] == "a") for at in (100, 200, 300)] == [
         0,
         6,
@@ -206,8 +206,48 @@ def test_freed_quota_starts_a_job_on_another_worker_at_once() -> None:
         Submission("held-back", 1, 10, need(4), terms=terms),
     ]
     shares = Shares(Sharing({"a": Rule(quota={"slots": 1})}, total={"cpus": 6}))
-    begun = starts(judge(jobs, workers(small=2, w=4), Rules(0), Exact(), shares))
+    begun = starts(judge(jobs, workers(small=2, w=4), Rules(1), Exact(), shares))
     assert (begun["held-back"].started, begun["held-back"].worker) == (100, "w")
+
+
+#: Mean time (ms) for which past use counts.
+HALF_HOUR = 1_800_000.0
+
+
+def flood(tenant: str, sizes: Sequence[int]) -> list[Submission]:
+    """Return a long backlog of a tenant, all at once."""
+    runs = (20_000, 30_000, 50_000, 40_000, 25_000)
+    return [
+        Submission(f"{tenant}-{n}", 0, runs[n % len(runs)], need(sizes[n % len(sizes)]), terms=tenant_term(tenant))
+        for n in range(200)
+    ]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_reservations_leave_equal_tenants_equal_starts(depth: int) -> None:
+    jobs = [*flood("a", (6, 3, 8, 5, 2, 4)), *flood("b", (6, 3, 8, 5, 2, 4))]
+    simulation = simulate(
+        jobs, workers(v=8, w=8), Rules(depth), Exact(), Shares(Sharing(total={"cpus": 16}), HALF_HOUR)
+    )
+    until = 3_000_000
+    used = {
+        tenant: sum(
+            need_of[start.job] * (min(start.ended, until) - start.started)
+            for start in simulation.starts
+            if start.job[0] == tenant and start.started < until
+        )
+        for need_of in [{entry.job: dict(entry.request.amounts)["cpus"] for entry in jobs}]
+        for tenant in "ab"
+    }
+    assert used["a"] == pytest.approx(used["b"], rel=0.06)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_reservation_of_a_flood_holds_no_other_tenant_up(depth: int) -> None:
+    late = Submission("late", 95_000, 10_000, need(8), terms=tenant_term("b"))
+    jobs = [*flood("a", (8, 7, 6, 5)), late]
+    begun = starts(simulate(jobs, workers(w=8), Rules(depth), Exact(), Shares(Sharing(total={"cpus": 8}), HALF_HOUR)))
+    assert begun["late"].started <= 95_000 + 50_000
 
 
 # -- starvation
