@@ -342,8 +342,8 @@ def passes(waiting: Waiting, reservation: Reservation | None, now: int, sharing:
 
 def comes_first(waiting: Waiting, reservation: Reservation, sharing: Sharing | None = None) -> bool:
     """Return True if a job comes before the reserved one, or is that one."""
-    place = place_in_line(waiting.shape, waiting.order, sharing)
-    return place <= place_in_line(reservation.shape, reservation.order, sharing)
+    reserved = place_in_line(reservation.shape, reservation.order, sharing)
+    return place_in_line(waiting.shape, waiting.order, sharing) <= reserved
 
 
 def after_start(waiting: Waiting, reservation: Reservation | None, now: int) -> Reservation | None:

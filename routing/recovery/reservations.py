@@ -192,8 +192,8 @@ def _sharing(client: redis.Redis, firsts: Collection[str]) -> Sharing:
 def _in_line(client: redis.Redis, firsts: Mapping[str, Waiting]) -> tuple[dict[str, Waiting], Sharing]:
     """Return the jobs that no quota of their tenants holds back, by shape, in the order of their places."""
     sharing = _sharing(client, firsts)
-    places = {shape: place_in_line(shape, first.order, sharing) for shape, first in firsts.items()}
-    some = sorted((shape for shape, first in firsts.items() if sharing.may_start(first)), key=lambda s: (places[s], s))
+    in_line = {shape: place_in_line(shape, first.order, sharing) for shape, first in firsts.items()}
+    some = sorted((shape for shape, first in firsts.items() if sharing.may_start(first)), key=lambda s: (in_line[s], s))
     return {shape: firsts[shape] for shape in some[:SHAPES]}, sharing
 
 
@@ -296,7 +296,7 @@ def _write(
     for entry in made.values():
         allocated = books[entry.worker].allocated
         changed = entry != before.get(entry.shape) and ledger.reserve(entry, allocated, reserved)
-        # What is another tenant's turn by now may pass a reservation that stays.
+        # A job of a tenant whose turn has come may pass a reservation that stays.
         if changed or seen.sharing is not None:
             admitted += ledger.fill(entry.worker)
     _note_reserved(ledger, reserved, seen)

@@ -11,6 +11,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from celery_capacity.migrations import HEAD
+from celery_capacity.platform.web.http import problems
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.model.reasons import EXPLAINED, Refusal
 from celery_capacity.routing.model.states import State
@@ -77,7 +78,9 @@ def every(kind: type[PlatformError]) -> Iterator[type[PlatformError]]:
 
 
 def test_the_words_of_the_schemas_are_those_of_the_code() -> None:
-    commands()  # loads the commands, which define errors of their own
+    # The commands and the web API define errors of their own.
+    commands()
+    assert issubclass(problems.TooManyRequests, PlatformError)
     ours = {kind.reference for kind in every(PlatformError) if not kind.__module__.startswith("tests.")}
     assert set(schema("error")["properties"]["reference"]["enum"]) == ours
     assert schema("jobs")["$defs"]["state"]["enum"] == [state.value for state in State]
