@@ -243,6 +243,11 @@ def kept_further(
     return None
 
 
+def is_same_job(order: int, other: int) -> bool:
+    """Return True if two orders are of one job. Another priority, by an operator or its age, is no other job."""
+    return order >= 0 and order % SUBMISSIONS == other % SUBMISSIONS
+
+
 class Patience:
     """Record of when each head ought to have started: at the time that was first reserved for it, once one is known.
 
@@ -255,10 +260,10 @@ class Patience:
 
     def since(self, head: Waiting, now: int) -> int:
         """Return the time from which a head waits too long; from now on for a new head."""
-        order, since, _ = self.looks.get(head.shape, (None, 0, False))
-        if order != head.order:
-            since = now
-            self.looks[head.shape] = (head.order, now, False)
+        order, since, promised = self.looks.get(head.shape, (-1, 0, False))
+        if not is_same_job(order, head.order):
+            since, promised = now, False
+        self.looks[head.shape] = (head.order, since, promised)
         return since
 
     def promise(self, reservation: Reservation) -> None:
@@ -305,9 +310,9 @@ def renew(
     overruns = keepings = 0
     for head in heads:
         old = earlier.pop(head.shape, None)
-        overruns += old is not None and old.order == head.order and 0 < old.at < now
+        overruns += old is not None and is_same_job(old.order, head.order) and 0 < old.at < now
         since, entry = patience.since(head, now), None
-        if old is not None and old.kept and old.order == head.order and old.worker not in made:
+        if old is not None and old.kept and is_same_job(old.order, head.order) and old.worker not in made:
             entry = kept_further(old, head, books, held)
         if entry is None and now - since >= rules.reserve_after:
             entry = keep(head, books, held, now, since, made)
@@ -318,7 +323,7 @@ def renew(
             made[entry.worker] = entry
     for old in earlier.values():
         first = firsts.get(old.shape)
-        if old.kept and old.worker not in made and first is not None and first.order == old.order:
+        if old.kept and old.worker not in made and first is not None and is_same_job(old.order, first.order):
             further = kept_further(old, first, books, held)
             if further is not None:
                 made[old.worker] = further

@@ -15,7 +15,9 @@ from celery_capacity.routing.policy.placement import CANDIDATES, Book, Waiting, 
 from celery_capacity.routing.policy.reservation import (
     WORTH,
     Held,
+    Patience,
     Reservation,
+    Rules,
     after_start,
     earliest_start,
     expected_end,
@@ -23,6 +25,7 @@ from celery_capacity.routing.policy.reservation import (
     kept_further,
     large_enough,
     passes,
+    renew,
     reserve,
     room_beside,
 )
@@ -245,3 +248,18 @@ def test_passing_jobs_never_delay_the_reserved_start(
         ended = expected and now + expected <= reservation.at
         then = then if ended else then.holding(waiting.request)
     assert fits(head.request, then) is None
+
+
+# -- another priority
+
+
+def test_kept_worker_stays_kept_once_the_head_has_another_priority() -> None:
+    book, held = running("w", 9, Held(need(9), 0), Held(need(1), 5))
+    rules, patience = Rules(1, 100), Patience()
+    kept = Reservation("w", HEAD.shape, HEAD.order, 0, {}, since=10)
+    patience.looks[HEAD.shape] = (HEAD.order, 10, False)
+    raised = replace(HEAD, order=order(1, 5))
+    renewed = renew([raised], [book], {"w": held}, 50, rules, {"w": kept}, patience, {HEAD.shape: raised})
+    assert renewed.reservations["w"].kept
+    assert renewed.reservations["w"].order == raised.order
+    assert patience.looks[HEAD.shape][:2] == (raised.order, 10)
