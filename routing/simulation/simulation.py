@@ -305,7 +305,7 @@ class Simulation:
             before, running = self.reservations, len(self.starts)
             self.reservations = self._reservations(self._heads())
             for worker, earlier in before.items():
-                # What is another tenant's turn by now may pass a reservation that stays.
+                # A job of a tenant whose turn has come may pass a reservation that stays.
                 if self.shares is not None or self.reservations.get(worker) != earlier:
                     self._fill(worker)
             if len(self.starts) == running:
