@@ -145,7 +145,7 @@ UPDATE jobs SET
   due_at = CASE WHEN NOT goes_on AND jobs.step < {Step.BACK.value} AND e.step IN ({Step.BACK.value}, {Step.FILED.value})
                   AND e.state IN ('{State.ACCEPTED.value}', '{State.WAITING.value}')
                   AND jobs.admitted_at <= to_timestamp(e.at / 1000.0)
-                    - (SELECT max(seconds) FROM ageing) * interval '1 second' THEN to_timestamp(e.at / 1000.0)
+                    - (SELECT seconds FROM ageing WHERE step = 1) * interval '1 second' THEN to_timestamp(e.at / 1000.0)
                 WHEN NOT goes_on AND e.state <> '{State.SCHEDULED.value}' THEN jobs.due_at
                 WHEN NOT jobs.rated AND next_limits IS NULL
                 THEN coalesce(CASE WHEN goes_on THEN jobs.successor_due_at ELSE jobs.due_at END, now()) END,
