@@ -6,16 +6,20 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
+from celery_capacity.routing.model.states import State
+
 #: Newest jobs that are counted: Postgres reads them in some 50 ms.
 SAMPLE: Final = 20_000
 #: Tasks that are listed, those with the most jobs.
 MAX_TASKS: Final = 500
 
-# The newest jobs of each state come from its index. A failed job counts as ended, whether or not it started.
+# The newest jobs of each state come from the index of states. A failed job counts as ended, whether or not it started.
 _FIGURES: Final = text("""
 WITH sample AS MATERIALIZED (
-  SELECT name, state, request, submitted_at, due_at, admitted_at, started_at, finished_at
-  FROM jobs ORDER BY seq DESC LIMIT :sample
+  SELECT newest.* FROM unnest(CAST(:states AS text[])) AS s (state) CROSS JOIN LATERAL (
+    SELECT seq, name, jobs.state, submitted_at, due_at, admitted_at, started_at, finished_at
+    FROM jobs WHERE jobs.state = s.state ORDER BY seq DESC LIMIT :sample
+  ) AS newest ORDER BY seq DESC LIMIT :sample
 ), spans AS (
   SELECT *,
     CASE WHEN state NOT IN ('accepted', 'waiting', 'scheduled')
@@ -30,15 +34,15 @@ SELECT name, count(*) AS jobs,
   count(*) FILTER (WHERE state IN ('failed', 'lost')) AS failed,
   percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY greatest(waited, 0)) FILTER (WHERE waited IS NOT NULL)
     AS waits,
-  percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY greatest(ran, 0)) FILTER (WHERE ran IS NOT NULL) AS runs,
-  max(submitted_at) AS newest, min(submitted_at) AS oldest
+  percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY greatest(ran, 0)) FILTER (WHERE ran IS NOT NULL) AS runs
 FROM spans GROUP BY name ORDER BY count(*) DESC, name LIMIT :most
 """)
 
 
 def read(connection: Connection) -> dict[str, Any]:
     """Return the figures of each task, the one with the most jobs first. Times in seconds, null where none is known."""
-    rows = connection.execute(_FIGURES, {"sample": SAMPLE, "most": MAX_TASKS}).all()
+    states = [state.value for state in State]
+    rows = connection.execute(_FIGURES, {"states": states, "sample": SAMPLE, "most": MAX_TASKS}).all()
     return {"tasks": [_figures(row) for row in rows], "sample": sum(row.jobs for row in rows), "limit": SAMPLE}
 
 

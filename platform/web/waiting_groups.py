@@ -26,11 +26,14 @@ PATIENCE: Final = 1.0
 ESTIMATED: Final = 2000
 
 _GROUPS: Final = text("""
-SELECT shape, name, queue, priority, count(*) AS waiting,
-  extract(epoch FROM clock_timestamp() - min(submitted_at))::float AS oldest,
-  (array_agg(id ORDER BY seq))[1] AS first
-FROM jobs WHERE state IN ('accepted', 'waiting')
-GROUP BY shape, name, queue, priority ORDER BY priority DESC, min(seq) LIMIT :most
+SELECT alike.*, jobs.id AS first FROM (
+  SELECT shape, name, queue, priority, count(*) AS waiting, min(seq) AS seq,
+    extract(epoch FROM clock_timestamp() - min(submitted_at))::float AS oldest
+  FROM jobs WHERE state IN ('accepted', 'waiting')
+  GROUP BY shape, name, queue, priority ORDER BY priority DESC, min(seq) LIMIT :most
+) AS alike
+JOIN jobs ON jobs.state IN ('accepted', 'waiting') AND (- jobs.priority) = - alike.priority AND jobs.seq = alike.seq
+ORDER BY alike.priority DESC, alike.seq
 """)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import httpx
 import pytest
 import redis
+from sqlalchemy import text
 
+from celery_capacity.platform.web import task_statistics
 from celery_capacity.platform.web.api import models
 from celery_capacity.platform.web.application import Application
 from celery_capacity.platform.web.http.security import Rates
@@ -134,3 +136,14 @@ def test_client_that_asks_too_often_is_told_to_wait(stage: Stage) -> None:
         answers = [asking.get("/health") for _ in range(3)]
     assert [answer.status_code for answer in answers] == [200, 200, 429]
     assert answers[2].headers["retry-after"] == "1"
+
+
+def test_figures_of_tasks_read_the_newest_jobs_by_an_index(stage: Stage) -> None:
+    with stage.engine.begin() as connection:
+        # The table is small here, so that Postgres would read it whole.
+        connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+        connection.exec_driver_sql("SET LOCAL enable_bitmapscan = off")
+        values = {"states": ["succeeded", "waiting"], "sample": 10, "most": 10}
+        plan = "\n".join(connection.execute(text(f"EXPLAIN {task_statistics._FIGURES}"), values).scalars())
+    assert "using jobs_state_seq on jobs" in plan, plan
+    assert "Seq Scan on jobs" not in plan
