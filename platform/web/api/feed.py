@@ -199,7 +199,7 @@ class Feed:
                 if not self._wanted:
                     self._thread = None
                     return
-            with suppress(RedisError):
+            with suppress(RedisError, PlatformError):
                 if not self._postgres_decides():
                     self._hear_ledger()
             if self._wanted:
@@ -257,7 +257,7 @@ class Feed:
         try:
             with self._engine().connect() as connection:
                 rows = connection.execute(_ROWS, {"most": MAX_ROWS}).all()
-        except (DBAPIError, PoolTimeout):
+        except (DBAPIError, PoolTimeout, PlatformError):
             self._come_from(None)
         else:
             self._come_from(Store.POSTGRES)

@@ -6,12 +6,12 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, FastAPI, Header, Path, Query, Request
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from celery_capacity.platform.web.api import models
 from celery_capacity.platform.web.api.feed import Feed
 from celery_capacity.platform.web.api.filters import Cursor, Limit, Text, filter_of
-from celery_capacity.platform.web.api.stream import stream
+from celery_capacity.platform.web.api.stream import EventStream
 from celery_capacity.platform.web.http.problems import MEDIA_TYPE, wrong_parameter
 from celery_capacity.platform.web.prepared import Prepared, to_json
 from celery_capacity.platform.web.sources import MAX_PAGE, PAGE, Sources
@@ -119,12 +119,7 @@ def _add_events(router: APIRouter, feed: Feed) -> None:
         """
         if only not in (None, "changes"):
             raise wrong_parameter("only", only, "Leave it out, or write only=changes.")
-        follower = feed.follow(last_event_id)
-        return StreamingResponse(
-            stream(feed, follower, paced=only is not None),
-            media_type="text/event-stream",
-            headers={"X-Accel-Buffering": "no"},
-        )
+        return EventStream(feed, feed.follow(last_event_id), paced=only is not None)
 
 
 def _add_health(app: FastAPI, values: Values) -> None:

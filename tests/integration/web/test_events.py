@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
 import pytest
 import redis
+from starlette.requests import ClientDisconnect
 
 from celery_capacity.platform.web.api import feed as feeds
+from celery_capacity.platform.web.api.stream import EventStream
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.model.states import Store
 from tests.fixtures.servers.web import serving
 from tests.fixtures.stores.staged import Stage
+from tests.fixtures.waiting import until
 from tests.integration.web.test_api import application, client
 
 __all__ = ["client"]
@@ -92,3 +99,42 @@ def test_stream_is_refused_beyond_limit_of_clients(stage: Stage, monkeypatch: py
         next(events)
         refused = asking.get("/api/v1/events")
     assert (refused.status_code, refused.json()["reference"]) == (429, "too-many-requests")
+
+
+def test_client_that_goes_before_the_first_event_takes_no_place(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "MAX_CLIENTS", 1)
+    feed = application(stage)._feed
+
+    async def gone(message: Any) -> None:
+        raise OSError("the connection is closed")
+
+    async def come_and_go() -> None:
+        for _ in range(3):
+            answer = EventStream(feed, feed.follow(None), paced=False)
+            with suppress(OSError, ClientDisconnect):
+                await answer({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, gone)
+        feed.close()
+
+    async def receive() -> Any:
+        return await asyncio.Event().wait()
+
+    asyncio.run(come_and_go())
+
+
+def test_feed_goes_on_after_a_store_that_could_not_be_reached(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "LOOK", 0.05)
+    app = application(stage)
+    reached, read = app._feed._client, iter([True, True])
+
+    def sometimes() -> Any:
+        if next(read, False):
+            raise StoreUnavailable("Redis does not answer")
+        return reached()
+
+    app._feed._client = sometimes
+    with (
+        serving(app) as url,
+        httpx.Client(base_url=url, timeout=60) as asking,
+        asking.stream("GET", "/api/v1/events"),
+    ):
+        until(lambda: app._feed.source == Store.LEDGER, "events of the ledger", 20)
