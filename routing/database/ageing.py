@@ -32,7 +32,7 @@ MARKS: Final = 10
 
 _WAITS: Final = "state IN ('accepted', 'waiting')"
 
-_KEEP: Final = text("DELETE FROM ageing WHERE seconds <> :seconds")
+_DROP_OTHERS: Final = text("DELETE FROM ageing WHERE seconds <> :seconds")
 _BEGIN: Final = text("""
 INSERT INTO ageing (step, seconds, since)
 SELECT step, :seconds, clock_timestamp() FROM generate_series(1, :steps) AS s (step) ON CONFLICT (step) DO NOTHING
@@ -122,7 +122,7 @@ def steps_gained(waited: float, seconds: float) -> int:
 def mark(connection: Connection, seconds: float) -> None:
     """Note the newest number of submission, if the last mark is old enough. Another setting starts the ages anew."""
     values = {"seconds": seconds, "steps": TOP_PRIORITY}
-    if connection.execute(_KEEP, values).rowcount:
+    if connection.execute(_DROP_OTHERS, values).rowcount:
         connection.execute(text("DELETE FROM ageing_marks"))
     connection.execute(_BEGIN, values)
     connection.execute(_MARK, values)

@@ -22,14 +22,14 @@ from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.amounts import ALONE
 from celery_capacity.routing.model.request import Request, run_time_of
 from celery_capacity.routing.policy.labels import named_worker
-from celery_capacity.routing.policy.placement import CANDIDATES, MAX_ADMITTED, SHAPES, Book, Waiting, fits, held_by
+from celery_capacity.routing.policy.placement import CANDIDATES, MAX_ADMITTED, SHAPES, Book, Waiting, held_by
 from celery_capacity.routing.policy.reservation import (
     Held,
     Patience,
     Reservation,
     Rules,
+    is_taken,
     large_enough,
-    passes,
     place_in_line,
     renew,
 )
@@ -214,14 +214,9 @@ def _heads(cluster: _Cluster, before: Mapping[str, Reservation], now: int, depth
         if len(heads) >= depth:
             break
         able = [] if waiting.request.get(ALONE) else large_enough(waiting, cluster.books)
-        if able and not any(_takes(waiting, book, reserved.get(book.worker), now, cluster.sharing) for book in able):
+        if able and not any(is_taken(waiting, book, reserved.get(book.worker), now, cluster.sharing) for book in able):
             heads.append(waiting)
     return heads
-
-
-def _takes(waiting: Waiting, book: Book, reservation: Reservation | None, now: int, sharing: Sharing | None) -> bool:
-    """Return True if a worker is about to take a job."""
-    return book.open and fits(waiting.request, book) is None and passes(waiting, reservation, now, sharing)
 
 
 def _write(

@@ -345,6 +345,13 @@ def passes(waiting: Waiting, reservation: Reservation | None, now: int, sharing:
     )
 
 
+def is_taken(
+    waiting: Waiting, book: Book, reservation: Reservation | None, now: int, sharing: Sharing | None = None
+) -> bool:
+    """Return True if a worker is about to take a job, so that nothing is to be reserved for it."""
+    return book.open and fits(waiting.request, book) is None and passes(waiting, reservation, now, sharing)
+
+
 def comes_first(waiting: Waiting, reservation: Reservation, sharing: Sharing | None = None) -> bool:
     """Return True if a job comes before the reserved one, or is that one."""
     reserved = place_in_line(reservation.shape, reservation.order, sharing)

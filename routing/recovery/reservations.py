@@ -27,14 +27,14 @@ from celery_capacity.routing.model.amounts import ALONE, DEFAULT_QUEUE, LABEL
 from celery_capacity.routing.model.request import Request, run_time_of, split_shape, terms_of
 from celery_capacity.routing.policy.labels import named_worker
 from celery_capacity.routing.policy.pauses import Kind
-from celery_capacity.routing.policy.placement import CANDIDATES, SHAPES, Book, Waiting, fits
+from celery_capacity.routing.policy.placement import CANDIDATES, SHAPES, Book, Waiting
 from celery_capacity.routing.policy.reservation import (
     Held,
     Patience,
     Reservation,
     Rules,
+    is_taken,
     large_enough,
-    passes,
     place_in_line,
     renew,
 )
@@ -233,14 +233,11 @@ def _heads(
         if waiting.request.get(ALONE):
             if able and shape not in seen.kept:
                 break
-        elif able and not any(_takes(waiting, book, reserved.get(book.worker), seen) for book in able):
+        elif able and not any(
+            is_taken(waiting, book, reserved.get(book.worker), seen.now, seen.sharing) for book in able
+        ):
             heads[shape] = waiting
     return heads
-
-
-def _takes(waiting: Waiting, book: Book, reservation: Reservation | None, seen: _Seen) -> bool:
-    """Return True if a worker is about to take a job."""
-    return book.open and fits(waiting.request, book) is None and passes(waiting, reservation, seen.now, seen.sharing)
 
 
 def _held(
