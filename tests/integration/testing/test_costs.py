@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
+import subprocess
+import sys
 import time
 from io import StringIO
 from pathlib import Path
@@ -19,6 +20,25 @@ from benchmarks.costs.reading import Costs, Meter, Reading, cpu_seconds, thread_
 from benchmarks.costs.report import as_json, print_table, read
 from benchmarks.costs.system_calls import can_count, counted
 from celery_capacity.routing.ledger.client import Ledger
+
+#: Program whose second thread waits 20 times after a line came, and lives until its input ends.
+WAITS = """
+import sys, threading
+begin = threading.Event()
+
+def wait_often():
+    begin.wait()
+    for _ in range(20):
+        threading.Event().wait(0.001)
+    print("done", flush=True)
+    threading.Event().wait()
+
+threading.Thread(target=wait_often, daemon=True).start()
+print("begun", flush=True)
+sys.stdin.readline()
+begin.set()
+sys.stdin.read()
+"""
 
 #: CPU seconds that a test spends to see them counted.
 SPENT = 0.05
@@ -65,23 +85,17 @@ def test_cpu_seconds_count_this_process_to_the_millisecond() -> None:
 
 
 def test_thread_switches_count_the_waits_of_all_threads() -> None:
-    begin, done, end = threading.Event(), threading.Event(), threading.Event()
-
-    def wait_often() -> None:
-        begin.wait()
-        for _ in range(20):
-            threading.Event().wait(0.001)
-        done.set()
-        end.wait()
-
-    thread = threading.Thread(target=wait_often)
-    thread.start()
-    before = thread_switches(os.getpid())
-    begin.set()
-    done.wait()
-    switches = thread_switches(os.getpid()) - before
-    end.set()
-    thread.join()
+    # A process of its own: here a thread of another test may end between two readings, and take its count along.
+    with subprocess.Popen([sys.executable, "-c", WAITS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        before = thread_switches(process.pid)
+        process.stdin.write(b"wait\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"done\n"
+        switches = thread_switches(process.pid) - before
+        process.communicate()
     assert switches >= 20
 
 
