@@ -108,6 +108,7 @@ class ProcessEvent:
     """An event: `what` is "ready" or "ended" of a child, "signal" to this process, "done" of work beside it, or "lost".
 
     Lost is the reader of this process's output, and `signum` the signal that other programs would get for it.
+    "woken", which only lets the main thread run the handler of a signal, stays inside.
     """
 
     what: str
@@ -239,10 +240,36 @@ class Supervisor:
         heard = [signum for signum in ENDING if not (signum == signal.SIGHUP and ignored(signum))]
         before = {signum: signal.signal(signum, self._on_signal) for signum in heard}
         try:
-            yield
+            with self._woken_by_signals():
+                yield
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+    @contextmanager
+    def _woken_by_signals(self) -> Iterator[None]:
+        """Put an event into the queue at each signal, from a thread.
+
+        Python runs handlers in the main thread between two instructions. A signal that comes just before that thread
+        blocks in the queue would have to wait for the next event: nobody would hear a Ctrl-C.
+        """
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+
+        def wake() -> None:
+            while os.read(reading, 64):
+                self._events.put(ProcessEvent("woken"))
+
+        thread = threading.Thread(target=wake, name="signals", daemon=True)
+        thread.start()
+        before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(writing)
+            thread.join()
+            os.close(reading)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -261,13 +288,16 @@ class Supervisor:
 
     def next(self, timeout: float | None = None) -> ProcessEvent | None:
         """Return the next event, or None after `timeout` seconds. Without a timeout, wait for ever."""
-        try:
-            event = self._events.get(timeout=None if timeout is None else max(timeout, 0.0))
-        except queue.Empty:
-            return None
-        if event.what == "signal":
-            self._unheard = None
-        return event
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                event = self._events.get(timeout=None if deadline is None else max(deadline - time.monotonic(), 0.0))
+            except queue.Empty:
+                return None
+            if event.what == "signal":
+                self._unheard = None
+            if event.what != "woken":
+                return event
 
     def beside(self, work: Callable[[], T], name: str) -> Future[T]:
         """Start work in a thread, and return its future result. Its end is the event "done"."""

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ ROOT = Path(__file__).resolve().parents[4]
 
 #: Seconds for a step that takes far less, on a busy machine.
 PATIENCE = 60.0
+
+#: Signals that are sent to this process, one after the other.
+TURNS = 1000
 
 #: Program that says that it is ready, and ends well at TERM.
 GOOD = (
@@ -130,6 +134,29 @@ def test_a_signal_becomes_an_event_and_interrupts_a_pause(supervisor: Supervisor
         with pytest.raises(Interrupted) as caught:
             pause(supervisor, PATIENCE)
     assert caught.value.code == 130
+
+
+def test_a_signal_is_heard_whenever_it_comes(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among them just before the main thread blocks, when no lock of Python's would wake up for it."""
+    monkeypatch.setattr("celery_capacity.platform.processes.supervisor.SAME_SIGNAL", -1.0)
+    turn = threading.Semaphore(0)
+
+    def interrupt() -> None:
+        for number in range(TURNS):
+            turn.acquire()
+            for _ in range(number % 400):  # the moment moves over the way into the queue
+                pass
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    with supervisor.interruptible():
+        thread.start()
+        for _ in range(TURNS):
+            turn.release()
+            event = supervisor.next(PATIENCE)
+            assert event is not None
+            assert event.signum == signal.SIGHUP
+        thread.join()
 
 
 def test_the_same_signal_twice_at_once_counts_once(supervisor: Supervisor) -> None:
