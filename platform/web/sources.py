@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from functools import cached_property
 from typing import Any, Final
 
@@ -10,7 +11,7 @@ import redis
 
 from celery_capacity.platform.console import job_document
 from celery_capacity.platform.console.job_document import JobDocument
-from celery_capacity.platform.web import held_jobs, task_statistics, waiting_groups
+from celery_capacity.platform.web import held_jobs, holes, runs, task_statistics, waiting_groups
 from celery_capacity.routing.inspect import job_list, overview
 from celery_capacity.routing.inspect.job_list import JobFilter
 from celery_capacity.routing.inspect.overview import Overview
@@ -52,6 +53,16 @@ class Sources:
     def tasks(self) -> dict[str, Any]:
         with self.stores.engine.connect() as connection:
             return task_statistics.read(connection)
+
+    def runs(self, since: datetime, until: datetime, limit: int) -> dict[str, Any]:
+        """Return the attempts in a stretch of time."""
+        with self.stores.engine.connect() as connection:
+            return runs.read_document(connection, since, until, limit)
+
+    def hole(self, worker: str, at: datetime) -> dict[str, Any]:
+        """Return what was free on a worker at a moment, and what waited then."""
+        with self.stores.engine.connect() as connection:
+            return holes.read_document(connection, worker, at)
 
     def jobs(self, wanted: JobFilter, limit: int, before: int | None) -> dict[str, Any]:
         """Return a page of jobs, each as in `jobs --json`, and the cursor of the next page."""

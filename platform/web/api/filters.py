@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Final
 
 import click
@@ -16,6 +17,9 @@ from celery_capacity.routing.model.states import State
 
 #: Characters of a parameter.
 MAX_TEXT: Final = 300
+
+#: Length of a stretch whose beginning is not said.
+LAST: Final = timedelta(hours=1)
 
 Text = Annotated[str | None, Query(max_length=MAX_TEXT)]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
@@ -38,11 +42,35 @@ def filter_of(
     """
     words = {"task": task, "worker": worker, "queue": queue, "group": group, "text": text}
     for name, word in words.items():
-        if word is not None and "\0" in word:
-            raise wrong_parameter(name, word, "Leave the character NUL out.")
+        if word is not None:
+            text_of(name, word)
     since, until = (_seconds(name, time) for name, time in zip(("since", "until"), times, strict=True))
     chosen = tuple(dict.fromkeys(states)) or tuple(State)
     return JobFilter(chosen, since=since, until=until, **{name: word or None for name, word in words.items()})
+
+
+def text_of(name: str, word: str) -> str:
+    """Return a text that Postgres can have. Raises `InvalidRequest`."""
+    if "\0" in word:
+        raise wrong_parameter(name, word, "Leave the character NUL out.")
+    return word
+
+
+def stretch_of(since: str | None, until: str | None) -> tuple[datetime, datetime]:
+    """Return the beginning and the end of a stretch: the last hour until now, where nothing is said.
+
+    Raises `InvalidRequest` for a stretch that ends before it begins.
+    """
+    end = moment_of("until", until) if until else datetime.now(UTC)
+    begin = moment_of("since", since) if since else end - LAST
+    if begin > end:
+        raise wrong_parameter("since", since, "Write a time before that of until.")
+    return begin, end
+
+
+def moment_of(name: str, time: str) -> datetime:
+    """Return a time that is over. `time`: a duration such as 1h, which counts back from now, or ISO 8601."""
+    return datetime.now(UTC) - timedelta(seconds=_seconds(name, time) or 0.0)
 
 
 def _seconds(name: str, time: str | None) -> float | None:

@@ -235,6 +235,61 @@ class Tasks(Closed):
     limit: int = Field(description="newest jobs that are counted at most")
 
 
+class Run(Closed):
+    """Attempt of a job on a worker."""
+
+    job: str
+    task: str
+    epoch: int
+    attempt: int
+    worker: str
+    cpus: Amount = Field(description="CPUs that the job asks for now")
+    admitted_at: str
+    started_at: str | None
+    ended_at: str | None = Field(description="null: it has not ended")
+    outcome: str | None
+
+
+class RunWorker(Closed):
+    """A worker of the runs, or another one that lives."""
+
+    name: str
+    cpus: Amount
+    status: Literal["ready", "draining", "left", "lost"]
+
+
+class Runs(Closed):
+    """Runs in a stretch of time, the last admitted first."""
+
+    runs: list[Run]
+    workers: list[RunWorker]
+    whole: bool = Field(description="false: there are more runs, and the earliest are left out")
+    since: str
+    until: str
+
+
+class Waited(Closed):
+    """Jobs that waited at a moment, alike in task, request and priority."""
+
+    task: str
+    priority: int
+    request: dict[str, Amount]
+    jobs: int
+    waited_seconds: float = Field(description="of the job that had waited longest")
+    first: str = Field(description="id of the job that was submitted first")
+    why: str | None = Field(description="the reason not to run there; null: it had room, and history tells no more")
+    short: dict[str, Amount] = Field(description="the amounts that were missing there")
+
+
+class Hole(Closed):
+    """A worker at a moment: its free room, and the jobs that waited."""
+
+    worker: str
+    at: str
+    free: dict[str, Amount] | None = Field(description="null: the worker did not live then")
+    waited: list[Waited]
+
+
 class JobChanged(Closed):
     """Data of an event `job`."""
 

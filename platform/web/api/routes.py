@@ -10,10 +10,20 @@ from starlette.responses import Response
 
 from celery_capacity.platform.web.api import models
 from celery_capacity.platform.web.api.feed import Feed
-from celery_capacity.platform.web.api.filters import Cursor, Limit, Text, filter_of
+from celery_capacity.platform.web.api.filters import (
+    MAX_TEXT,
+    Cursor,
+    Limit,
+    Text,
+    filter_of,
+    moment_of,
+    stretch_of,
+    text_of,
+)
 from celery_capacity.platform.web.api.stream import EventStream
 from celery_capacity.platform.web.http.problems import MEDIA_TYPE, wrong_parameter
 from celery_capacity.platform.web.prepared import Prepared, to_json
+from celery_capacity.platform.web.runs import MAX_RUNS, RUNS
 from celery_capacity.platform.web.sources import MAX_PAGE, PAGE, Sources
 from celery_capacity.routing.model.states import State
 
@@ -47,6 +57,7 @@ def add_routes(app: FastAPI, values: Values, feed: Feed) -> None:
     router = APIRouter(prefix="/api/v1", tags=["read"])
     _add_cluster(router, values)
     _add_jobs(router, values)
+    _add_runs(router, values.sources)
     _add_events(router, feed)
     app.include_router(router)
     _add_health(app, values)
@@ -104,6 +115,23 @@ def _add_jobs(router: APIRouter, values: Values) -> None:
         """Return one job with its attempts, and why it waits."""
         document = await run_in_threadpool(values.sources.job, job_id)
         return _json(document.to_json())
+
+
+def _add_runs(router: APIRouter, sources: Sources) -> None:
+    @router.get("/runs", **_answers(models.Runs))
+    async def runs(
+        since: Text = None, until: Text = None, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = RUNS
+    ) -> Response:
+        """Return who ran where: the attempts of a stretch of time, by default of the last hour."""
+        return _json(await run_in_threadpool(sources.runs, *stretch_of(since, until), limit))
+
+    @router.get("/runs/hole", **_answers(models.Hole))
+    async def hole(
+        worker: Annotated[str, Query(min_length=1, max_length=MAX_TEXT)],
+        at: Annotated[str, Query(min_length=1, max_length=MAX_TEXT, description="a time that is over")],
+    ) -> Response:
+        """Return what was free on a worker at a moment, and which jobs waited then, as far as Postgres keeps it."""
+        return _json(await run_in_threadpool(sources.hole, text_of("worker", worker), moment_of("at", at)))
 
 
 def _add_events(router: APIRouter, feed: Feed) -> None:

@@ -45,6 +45,8 @@ PATHS: dict[str, type[models.Closed]] = {
     "/api/v1/jobs": models.Jobs,
     "/api/v1/jobs/job-1": models.JobDetail,
     "/api/v1/tasks": models.Tasks,
+    "/api/v1/runs": models.Runs,
+    "/api/v1/runs/hole?worker=a&at=1min": models.Hole,
     "/health": models.Health,
     "/healthz": models.Health,
     "/readyz": models.Health,
@@ -126,7 +128,10 @@ def test_unknown_job_is_not_found_and_names_nearest(stage: Stage, client: httpx.
 
 def test_openapi_has_every_path(client: httpx.Client) -> None:
     document = client.get("/api/v1/openapi.json").json()
-    paths = {f"/api/v1/{name}" for name in ("dashboard", "workers", "backlog", "tasks", "jobs", "jobs/{job_id}")}
+    paths = {
+        f"/api/v1/{name}" for name in ("dashboard", "workers", "backlog", "tasks", "jobs", "jobs/{job_id}", "runs")
+    }
+    paths.add("/api/v1/runs/hole")
     assert set(document["paths"]) == {*paths, "/api/v1/events"}
 
 
