@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -45,7 +44,10 @@ class Bar:
 
 def colour_of(task: str) -> int:
     """Return the colour of a task, always the same one."""
-    return hashlib.sha256(task.encode("utf-8", "backslashreplace")).digest()[0] % COLOURS
+    hashed = 0x811C9DC5  # FNV-1a, which static/layout.js computes too
+    for byte in task.encode("utf-8", "backslashreplace"):
+        hashed = (hashed ^ byte) * 0x01000193 & 0xFFFFFFFF
+    return hashed % COLOURS
 
 
 def totals(resources: Mapping[str, Any]) -> list[Bar]:

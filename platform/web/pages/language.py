@@ -128,6 +128,35 @@ CHINESE: Final = {
     "Run p95": "运行 p95",
     "Wait p50": "等待 p50",
     "Wait p95": "等待 p95",
+    "Runs": "运行",
+    "Who ran where": "谁在哪里运行",
+    "Stretch": "时段",
+    "Earlier": "更早",
+    "Later": "更晚",
+    "Zoom in": "放大",
+    "Zoom out": "缩小",
+    "Now": "现在",
+    "free": "空闲",
+    "missing": "缺少",
+    "Chart of runs: a row for each worker, as high as its CPUs": "运行图：每个工作节点一行，行高为其 CPU 数",
+    "Click or press Enter to see what waited.": "点击或按回车查看当时等待的作业。",
+    "The runs could not be read.": "无法读取运行记录。",
+    "There are more runs than are drawn: the earliest are left out.": "运行太多，未绘出最早的部分。",
+    "Drag or use the arrow keys to move, Ctrl and wheel or + and − to zoom.": (
+        "拖动或用方向键移动，Ctrl 加滚轮或 + 和 − 缩放。"
+    ),
+    "Press Enter on a bar for its job, on a hole for what waited then.": (
+        "在条上按回车打开作业，在空处按回车查看当时等待的作业。"
+    ),
+    "The newest runs as a table": "最近的运行（表格）",
+    "Nothing ran in this stretch.": "此时段没有运行。",
+    "The worker did not live then.": "工作节点当时没有运行。",
+    "Free then:": "当时空闲：",
+    "Waited then:": "当时等待：",
+    "No job waited.": "没有作业等待。",
+    "It had room here. Postgres does not keep what held it back: its turn, a reservation, a pause or a cordon.": (
+        "此处当时有空位。Postgres 不保存其他原因：排队次序、预留、暂停或隔离。"
+    ),
     "Figures over the newest jobs:": "最近作业的统计，数量：",
     "No job yet.": "还没有作业。",
     "accepted": "已接受",

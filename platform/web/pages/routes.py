@@ -18,7 +18,7 @@ from starlette.staticfiles import StaticFiles
 from celery_capacity.platform.console import render, wording
 from celery_capacity.platform.console.command import problem_of_store
 from celery_capacity.platform.console.terminal import harmless
-from celery_capacity.platform.web.api.filters import filter_of
+from celery_capacity.platform.web.api.filters import MAX_TEXT, filter_of, moment_of, stretch_of, text_of
 from celery_capacity.platform.web.api.routes import Values
 from celery_capacity.platform.web.http import login as logins
 from celery_capacity.platform.web.http.login import Login
@@ -29,7 +29,7 @@ from celery_capacity.platform.web.pages.language import COOKIE, LANGUAGES, langu
 from celery_capacity.platform.web.sources import PAGE
 from celery_capacity.routing.config.redaction import hidden_text
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.model.amounts import DEFAULT_QUEUE
+from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, format_amount, from_people
 from celery_capacity.routing.model.expected import duration_text
 from celery_capacity.routing.model.request import Request as Amounts
 from celery_capacity.routing.model.states import FINAL, State
@@ -40,6 +40,14 @@ KEEP_LANGUAGE: Final = 365 * 86400
 #: Workers on a page, and seconds without a heartbeat after which a worker is shown as late.
 WORKERS: Final = 60
 LATE: Final = 40.0
+#: Runs in the table beside the chart, and seconds that the chart shows at first.
+LISTED_RUNS: Final = 100
+STRETCH: Final = 900
+#: Words for the end of a run.
+OUTCOMES: Final = (
+    *("running", "succeeded", "failed", "cancelled", "expired", "replaced", "retried", "requeued", "handed_back"),
+    *("taken_back", "lost"),
+)
 #: Logins that a client may try at once, and each second.
 TRIES: Final = 10
 TRIES_PER_SECOND: Final = 0.2
@@ -52,6 +60,10 @@ def _age_since(time: str | datetime | None, now: datetime) -> float | None:
         return None
     moment = datetime.fromisoformat(time) if isinstance(time, str) else time
     return max(0.0, (now - moment).total_seconds())
+
+
+def _end_of(run: Mapping[str, Any], now: datetime) -> datetime:
+    return datetime.fromisoformat(run["ended_at"]) if run["ended_at"] else now
 
 
 def _value(text: str | None) -> str:
@@ -80,6 +92,7 @@ class Pages:
             "amounts": lambda request: str(Amounts.from_people(request)),
             "path": lambda text: quote(str(text), safe=""),
             "colour": bars.colour_of,
+            "vector": lambda people: ", ".join(format_amount(*part) for part in from_people(people).items()),
         }
         self._templates.filters.update(filters)
 
@@ -158,6 +171,21 @@ class Pages:
             final=file.job["state"] in FINAL,
             spans=_spans(file.job.to_json(), file.now),
         )
+
+    async def runs(self, request: Request) -> Response:
+        begin, end = stretch_of(None, None)
+        document = await run_in_threadpool(self._values.sources.runs, begin, end, LISTED_RUNS)
+        rows = [{**run, "ran": _age_since(run["started_at"], _end_of(run, end))} for run in document["runs"]]
+        return self.page(request, "runs", runs=rows, stretch=STRETCH, outcomes=OUTCOMES)
+
+    async def hole(self, request: Request) -> Response:
+        worker, at = (request.query_params.get(name, "") for name in ("worker", "at"))
+        if not 0 < len(worker) <= MAX_TEXT:
+            raise wrong_parameter("worker", worker, "Write the name of a worker.")
+        if not 0 < len(at) <= MAX_TEXT:
+            raise wrong_parameter("at", at, "Write a time that is over, such as 2026-05-04T12:00.")
+        seen = await run_in_threadpool(self._values.sources.hole, text_of("worker", worker), moment_of("at", at))
+        return self.page(request, "hole", hole=seen)
 
     async def tasks(self, request: Request) -> Response:
         return self.page(request, "tasks", figures=await self._values.tasks.value())
@@ -245,6 +273,8 @@ def add_pages(app: FastAPI, values: Values, login: Login | None) -> None:
         "/waiting": pages.waiting,
         "/jobs": pages.jobs,
         "/jobs/{job_id}": pages.job,
+        "/runs": pages.runs,
+        "/runs/hole": pages.hole,
         "/tasks": pages.tasks,
         "/language/{code}": pages.choose_language,
     }

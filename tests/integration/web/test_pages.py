@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -19,7 +20,7 @@ from tests.integration.web.test_api import application, client
 __all__ = ["client"]
 
 TOKEN = "0123456789abcdef"
-PAGES = ("/", "/waiting", "/jobs", "/jobs/job-1", "/tasks", "/jobs/nothing")
+PAGES = ("/", "/waiting", "/jobs", "/jobs/job-1", "/tasks", "/jobs/nothing", "/runs", "/runs/hole?worker=a&at=1min")
 PAYLOADS = (
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -57,11 +58,19 @@ def test_hostile_text_stays_text(payload: str, stage: Stage, client: httpx.Clien
     stage.submit(cpus=1000)
     stage.sql("UPDATE jobs SET name = :said, error = :said", said=payload)
     stage.sql("UPDATE attempts SET error = :said, worker = :said", said=payload)
-    for path in ("/", "/waiting", "/jobs", f"/jobs/{job}", "/tasks"):
+    for path in (
+        "/",
+        "/waiting",
+        "/jobs",
+        f"/jobs/{job}",
+        "/tasks",
+        "/runs",
+        f"/runs/hole?at=0.01s&worker={quote(payload)}",
+    ):
         page = client.get(path).text
         assert payload not in page or payload in ("javascript:alert(1)", "{{7*7}}${7*7}")
         for tag, attributes in Elements(page).tags:
-            assert tag != "script" or attributes.get("src") == "/static/live.js"
+            assert tag != "script" or (attributes.get("src") or "").startswith("/static/")
             assert not [name for name in attributes if name.startswith("on") or name == "style"]
             assert (attributes.get("href") or "/").startswith(("/", "#"))
         assert "\x1b" not in page

@@ -53,6 +53,8 @@ async function read() {
     }
     exchange(new DOMParser().parseFromString(await answer.text(), "text/html"));
     show(answer.ok ? "live" : "interrupted");
+    // Other scripts of the page read their parts again too.
+    document.dispatchEvent(new Event("live"));
   } catch {
     show("interrupted");
   }
