@@ -1,6 +1,6 @@
 # `make demo` and `make test` work as the first command in a clean clone: they make .venv and install into it, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-celery test-docker test-servers test-installed test-pythons check docs reference pictures bench bench-costs check-costs store-costs bench-load bench-peers soak bench-size bench-all chaos clean
+.PHONY: help demo test browser test-celery test-docker test-servers test-installed test-pythons check docs reference pictures bench bench-costs check-costs store-costs bench-load bench-peers soak bench-size bench-all chaos clean
 
 # Some machines tell Python to keep no bytecode. The tests start about a thousand processes, and each would compile the
 # package anew.
@@ -24,6 +24,7 @@ VERSIONS := 3.11 3.12 3.13
 help:
 	@echo 'make demo    replay a trace of 300 jobs on two workers, with the books balanced at the end'
 	@echo 'make test    ruff, mypy, the documents and the tests'
+	@echo 'make browser install Chromium for the tests of the pages, on Debian as root; without it they are skipped'
 	@echo 'make test-docker   the tests that need Docker with Compose'
 	@echo 'make test-servers REDIS_URL=... DATABASE_URL=...   the tests on servers of yours'
 	@echo 'make test-installed   tests that need programs of Debian or PyPI: old and TLS-speaking servers, RabbitMQ'
@@ -47,8 +48,15 @@ help:
 demo: $(INSTALLED_DEMO)
 	@$(BIN)/celery -A platform demo --worker worker-01=72 --worker worker-02=16 $(ARGS)
 
-test: check docs
+test: check docs browser
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder -m 'not docker and not installed' $(ARGS)
+
+# The browser of the tests of the pages: Debian's, where this user may install it. Without one those tests are skipped.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	    { command -v apt-get >/dev/null && test "$$(id -u)" = 0 && \
+	        apt-get install --yes --quiet --no-install-recommends chromium >/dev/null; } || \
+	    echo 'There is no Chromium, so the tests of the pages in a browser are skipped. Debian: apt install chromium'
 
 test-docker: $(INSTALLED)
 	$(BIN)/python -m pytest -n 0 -m docker $(ARGS)
