@@ -24,7 +24,7 @@ from celery_capacity import create_app, migrations
 from celery_capacity.platform.console.terminal import Meter, Meters
 from celery_capacity.platform.demo import trace
 from celery_capacity.platform.embedded import servers
-from celery_capacity.platform.processes.launch import WorkerSpec, await_ready, pause, start_worker
+from celery_capacity.platform.processes.launch import WorkerSpec, await_ready, page_of, pause, start_page, start_worker
 from celery_capacity.platform.processes.supervisor import COLD, WARM, Step, Supervisor
 from celery_capacity.platform.tasks import SLEEP
 from celery_capacity.routing.config.secret_files import SUFFIX
@@ -151,10 +151,12 @@ def replay(
         stack.callback(run.close)
         try:
             say("Starting " + ", ".join(f"{w.name} with {format_cpus(w.cpus)} CPUs" for w in replayed.workers))
-            await_ready(
-                supervisor,
-                [start_worker(supervisor, w, run_environment, pool="threads", slots=w.slots) for w in replayed.workers],
-            )
+            page = start_page(supervisor, run_environment)
+            workers = [
+                start_worker(supervisor, w, run_environment, pool="threads", slots=w.slots) for w in replayed.workers
+            ]
+            await_ready(supervisor, [*workers, page])
+            say(f"Watch it in a browser: {page_of(page)}")
             run.submit()
             run.wait()
             report = run.judge()

@@ -13,7 +13,14 @@ from typing import Any, Final
 
 import click
 
-from celery_capacity.platform.processes.supervisor import Child, ProcessEvent, Supervisor, celery_command, died
+from celery_capacity.platform.processes.supervisor import (
+    Child,
+    ProcessEvent,
+    Supervisor,
+    celery_command,
+    died,
+    script_command,
+)
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.errors import InvalidRequest, PlatformError
 from celery_capacity.routing.model.amounts import (
@@ -180,6 +187,17 @@ def start_worker(
     if (concurrency := spec.concurrency or slots) is not None:
         command += ["--concurrency", str(concurrency)]
     return supervisor.start(spec.name, command, {**environ, **spec.environ()})
+
+
+def start_page(supervisor: Supervisor, environ: Mapping[str, str]) -> Child:
+    """Start a dashboard for this machine alone, on a free port."""
+    command = script_command("dashboard", "--host", "127.0.0.1", "--port", "0")
+    return supervisor.start("dashboard", command, environ, ready=DASHBOARD_PATH)
+
+
+def page_of(dashboard: Child) -> str:
+    """Return the URL of the page of a dashboard that is ready."""
+    return dashboard.ready_line.split()[-1].removesuffix(DASHBOARD_PATH) + "/"
 
 
 def dashboard_url(settings: Settings) -> str:
