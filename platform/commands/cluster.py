@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import click
 
 from celery_capacity.platform.console.command import Command, json_option, stores_of
+from celery_capacity.platform.console.heartbeats import silent_after
 from celery_capacity.platform.console.terminal import print_json, talk
 from celery_capacity.platform.console.text_type import Text
 from celery_capacity.platform.console.watch import show, watch_option
-from celery_capacity.routing.model.states import Store
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-#: A worker is silent after this many times the interval of its renewals without one: 15 s with the default settings.
-SILENT_INTERVALS: Final = 1.5
-#: Share of the lease after which a row of Postgres, which workers write less often, tells a silent worker.
-ROWS_SHARE: Final = 0.75
 
 
 @click.command(
@@ -50,7 +45,6 @@ def command(context: click.Context, limit: int | None, after: str, watch: float 
 
     stores = stores_of(context)
     settings, client = stores.settings, quick_client(stores.redis)
-    silent_after = settings.renew_interval * SILENT_INTERVALS
 
     def draw(console: Console) -> None:
         seen = overview.read(client, stores.engine, settings.worker_ttl, Page(limit, after))
@@ -61,7 +55,6 @@ def command(context: click.Context, limit: int | None, after: str, watch: float 
         if as_json:
             print_json(seen.to_json())
         else:
-            from_rows = seen.source == Store.POSTGRES
-            render.cluster(console, seen, settings.worker_ttl * ROWS_SHARE if from_rows else silent_after)
+            render.cluster(console, seen, silent_after(settings, seen.source))
 
     show(draw, watch, "cluster", in_place=not as_json)

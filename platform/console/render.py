@@ -87,11 +87,11 @@ def cluster(console: Console, overview: Overview, silent_after: float = SILENT_A
     else:
         console.print(f"{workers} worker{'s' if workers != 1 else ''}, {source[overview.source]}")
     resources = overview.resources
-    _totals(console, overview, resources)
+    totals(console, overview, resources)
     shown, last = overview.shown
     if shown:
         console.print()
-        _workers(console, shown, resources, silent_after)
+        worker_table(console, shown, resources, silent_after)
     if last is not None:
         console.print(f"more: --after {harmless(last)}")
     if overview.backlog:
@@ -118,7 +118,7 @@ def quarantine(console: Console, quarantined: Quarantined) -> None:
     table(console, ("reason", "detail", "queue", "messages", "last"), rows, right=(3,))
 
 
-def _totals(console: Console, overview: Overview, resources: Sequence[str]) -> None:
+def totals(console: Console, overview: Overview, resources: Sequence[str]) -> None:
     """Print a line for each resource, on a terminal with a bar, and the size of the backlog."""
     used, total = overview.allocated(CPUS), overview.total(CPUS)
     share, free = f"{overview.utilization_percent:g}%", format_cpus(overview.available(CPUS))
@@ -171,7 +171,7 @@ def _unknown_tasks(console: Console, names: Sequence[str]) -> None:
         console.print(WITH_ITS_CODE)
 
 
-def _workers(console: Console, workers: Sequence[WorkerLine], resources: Sequence[str], silent_after: float) -> None:
+def worker_table(console: Console, workers: Sequence[WorkerLine], resources: Sequence[str], silent: float) -> None:
     """Print a line for each worker, with a column for each resource that not every worker has."""
     names = (CPUS, MEMORY, SLOTS, *resources)
     columns = {
@@ -181,7 +181,7 @@ def _workers(console: Console, workers: Sequence[WorkerLine], resources: Sequenc
         "labels": any(worker.labels for worker in workers),
     }
     header = [name for name, shown in columns.items() if shown]
-    rows = [list(compress(_worker(worker, resources, silent_after), columns.values())) for worker in workers]
+    rows = [list(compress(_worker(worker, resources, silent), columns.values())) for worker in workers]
     meters = {
         column: [(worker.allocated.get(name, 0), worker.capacity.get(name, 0)) for worker in workers]
         for column, name in enumerate(names, 2)

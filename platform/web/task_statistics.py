@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
+from celery_capacity.routing.database.job_conditions import like_pattern
 from celery_capacity.routing.model.states import State
 
 #: Newest jobs that are counted: Postgres reads them in some 50 ms.
@@ -35,14 +36,19 @@ SELECT name, count(*) AS jobs,
   percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY greatest(waited, 0)) FILTER (WHERE waited IS NOT NULL)
     AS waits,
   percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY greatest(ran, 0)) FILTER (WHERE ran IS NOT NULL) AS runs
-FROM spans GROUP BY name ORDER BY count(*) DESC, name LIMIT :most
+FROM spans WHERE CAST(:name AS text) IS NULL OR name LIKE :name
+GROUP BY name ORDER BY count(*) DESC, name LIMIT :most
 """)
 
 
-def read(connection: Connection) -> dict[str, Any]:
-    """Return the figures of each task, the one with the most jobs first. Times in seconds, null where none is known."""
-    states = [state.value for state in State]
-    rows = connection.execute(_FIGURES, {"states": states, "sample": SAMPLE, "most": MAX_TASKS}).all()
+def read(connection: Connection, task: str | None = None) -> dict[str, Any]:
+    """Return the figures of each task, the one with the most jobs first. Times in seconds, null where none is known.
+
+    `task`: only tasks of this name, in which `*` stands for any text.
+    """
+    states, name = [state.value for state in State], None if task is None else like_pattern(task)
+    values = {"states": states, "sample": SAMPLE, "most": MAX_TASKS, "name": name}
+    rows = connection.execute(_FIGURES, values).all()
     return {"tasks": [_figures(row) for row in rows], "sample": sum(row.jobs for row in rows), "limit": SAMPLE}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any, Final
 
 import redis
@@ -50,6 +51,12 @@ def read(connection: Connection, client: redis.Redis, settings: Any) -> list[dic
             why = explain.explain(client, connection, row.first, losses, rules, ttl, settings.share_halves_in)
         groups.append(_group(row, why))
     return sorted(groups, key=lambda group: not group["blocked"])
+
+
+def document(seen: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the object of `backlog --json` and `/api/v1/backlog`. `seen`: the object of `cluster --json`."""
+    shown = {name: seen[name] for name in ("backlog", "pauses", "source", "at")}
+    return {"waiting": seen["resources"]["waiting_jobs"], "groups": groups, **shown}
 
 
 def _group(row: Any, why: Explanation | None) -> dict[str, Any]:

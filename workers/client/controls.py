@@ -184,14 +184,24 @@ FROM workers w WHERE name = ANY(CAST(:names AS text[])) GROUP BY name
 """)
 
 
+def worker_names(connection: Connection) -> list[str]:
+    """Return the names that workers had or have an order for, as far as Postgres remembers, the newest first."""
+    return list(dict.fromkeys([*connection.execute(_NAMES).scalars(), *controls.cordons(connection)]))
+
+
+def unknown_worker(name: str, existing: Sequence[str]) -> InvalidRequest:
+    """Return the error for a name that no worker has. It names those of the existing names that may be meant."""
+    near = get_close_matches(name, existing, n=SHOWN_NAMES, cutoff=0.5)
+    advice = f"The nearest: {', '.join(near)}." if near else "`celery -A platform cluster` lists the workers."
+    return InvalidRequest(f"there is no worker {name}", value=name, advice=advice)
+
+
 def _check_known(connection: Connection, names: Sequence[str]) -> None:
     """Raise `InvalidRequest` for a name that no worker ever had, as far as Postgres remembers."""
-    existing = dict.fromkeys([*connection.execute(_NAMES).scalars(), *controls.cordons(connection)])
+    existing = worker_names(connection)
     for name in names:
         if name not in existing:
-            near = get_close_matches(name, existing, n=SHOWN_NAMES, cutoff=0.5)
-            advice = f"The nearest: {', '.join(near)}." if near else "`celery -A platform cluster` lists the workers."
-            raise InvalidRequest(f"there is no worker {name}", value=name, advice=advice)
+            raise unknown_worker(name, existing)
 
 
 def standing(connection: Connection, names: Sequence[str], ttl: float) -> dict[str, tuple[bool, int]]:

@@ -8,6 +8,7 @@ from fastapi import APIRouter, FastAPI, Header, Path, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from celery_capacity.platform.web import waiting_groups
 from celery_capacity.platform.web.api import models
 from celery_capacity.platform.web.api.feed import Feed
 from celery_capacity.platform.web.api.filters import (
@@ -81,10 +82,7 @@ def _add_cluster(router: APIRouter, values: Values) -> None:
     @router.get("/backlog", **_answers(models.Backlog))
     async def backlog() -> Response:
         """Return what waits, why, and since when; first what no worker can ever take."""
-        seen = await values.dashboard.value()
-        shown = {name: seen[name] for name in ("backlog", "pauses", "source", "at")}
-        waiting = seen["resources"]["waiting_jobs"]
-        return _json({"waiting": waiting, "groups": await values.groups.value(), **shown})
+        return _json(waiting_groups.document(await values.dashboard.value(), await values.groups.value()))
 
     @router.get("/tasks", **_answers(models.Tasks))
     async def tasks() -> Response:
