@@ -13,6 +13,7 @@ import pytest
 import redis
 from starlette.requests import ClientDisconnect
 
+from celery_capacity.platform.web import transitions
 from celery_capacity.platform.web.api import feed as feeds
 from celery_capacity.platform.web.api.stream import EventStream
 from celery_capacity.routing.errors import StoreUnavailable
@@ -71,7 +72,7 @@ def test_stream_says_reset_after_unknown_event_id(last: str, client: httpx.Clien
 
 
 def test_stream_comes_from_postgres_without_redis(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeds, "LOOK", 0.05)
+    monkeypatch.setattr(transitions, "LOOK", 0.05)
     nowhere = redis.Redis(port=1, socket_connect_timeout=1)
     app = application(stage)
     app._feed._client = lambda: nowhere
@@ -122,7 +123,7 @@ def test_client_that_goes_before_the_first_event_takes_no_place(stage: Stage, mo
 
 
 def test_feed_goes_on_after_a_store_that_could_not_be_reached(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeds, "LOOK", 0.05)
+    monkeypatch.setattr(transitions, "LOOK", 0.05)
     app = application(stage)
     reached, read = app._feed._client, iter([True, True])
 
