@@ -98,6 +98,8 @@ COMMANDS: Final = (
     Lazy("dashboard", "commands.dashboard", "Start", "Serve the dashboard's data over HTTP."),
     Lazy("down", "commands.down", "Start", "End the embedded servers; their data stay."),
     Lazy("cluster", "commands.cluster", "Look", "Workers and what they have free, and the backlog."),
+    Lazy("top", "monitor.top", "Look", "Workers, backlog and reasons, live."),
+    Lazy("tail", "monitor.tail", "Look", "What becomes of jobs, as it happens."),
     Lazy("workers", "monitor.workers", "Look", "The live workers, chosen and sorted."),
     Lazy("backlog", "monitor.backlog", "Look", "What waits, and why."),
     Lazy("stats", "monitor.stats", "Look", "Figures of each task: failures, waits and run times."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Final
 
 from celery_capacity.platform.console.command import problem_of_store
@@ -26,6 +27,11 @@ SELECT DISTINCT newest.name FROM unnest(CAST(:states AS text[])) AS s (state) CR
   SELECT name FROM jobs WHERE jobs.state = s.state ORDER BY seq DESC LIMIT :examined
 ) AS newest
 """
+
+
+def is_like(name: str, pattern: str) -> bool:
+    """Return whether a name is like a pattern, in which `*` stands for any text."""
+    return fnmatchcase(name, pattern.replace("[", "[[]").replace("?", "[?]"))
 
 
 def task_names(connection: Connection) -> list[str]:

@@ -64,24 +64,24 @@ def show(draw: Draw, every: float | None, title: str, in_place: bool = True) -> 
 def _in_place(console: Console, every: float, draw: Draw, title: str) -> None:
     from rich.live import Live
 
-    picture = _picture(console, draw, title, every)
+    shown = picture(console, draw, _head(title, every))
     with Live(
-        picture, console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+        shown, console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
     ) as live:
         while True:
-            live.update(picture, refresh=True)
+            live.update(shown, refresh=True)
             time.sleep(every)
             try:
-                picture = _picture(console, draw, title, every)
+                shown = picture(console, draw, _head(title, every))
             except Exception as error:
                 problem = problem_of_store(error)
                 if problem is None:
                     raise
-                picture = Text.assemble((f"{_head(title, every)}\n\n", "dim"), ("Error: ", "bold red"), str(problem))
+                shown = Text.assemble((f"{_head(title, every)}\n\n", "dim"), ("Error: ", "bold red"), str(problem))
 
 
-def _picture(console: Console, draw: Draw, title: str, every: float) -> Text:
-    """Return what `draw` prints on a terminal of this size, cut to the lines that it has."""
+def picture(console: Console, draw: Draw, head: str) -> Text:
+    """Return a line `head`, and what `draw` prints on a terminal of this size, cut to the lines that it has."""
     output = io.StringIO()
     draw(sheet(console, output))
     lines = output.getvalue().splitlines()
@@ -89,7 +89,7 @@ def _picture(console: Console, draw: Draw, title: str, every: float) -> Text:
     if len(lines) > room:
         lines = [*lines[: room - 1], f"… and {len(lines) - room + 1} more lines"]
     shown = Text.from_ansi("\n".join(lines), no_wrap=True, overflow="ellipsis")
-    return Text.assemble((f"{_head(title, every)}\n\n", "dim"), shown, no_wrap=True, overflow="ellipsis")
+    return Text.assemble((f"{head}\n\n", "dim"), shown, no_wrap=True, overflow="ellipsis")
 
 
 def _head(title: str, every: float) -> str:

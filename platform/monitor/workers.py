@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Final
 
 import click
 
 from celery_capacity.platform.console.command import Command, json_option, stores_of
 from celery_capacity.platform.console.heartbeats import silent_after
-from celery_capacity.platform.console.names import complete_worker
+from celery_capacity.platform.console.names import complete_worker, is_like
 from celery_capacity.platform.console.terminal import print_json, talk
 from celery_capacity.platform.console.text_type import Text
 from celery_capacity.platform.console.watch import show, watch_option
@@ -85,8 +84,7 @@ def choose(workers: Sequence[WorkerLine], names: Sequence[str], engine: Engine) 
             raise _not_live(name, live, engine)
     if not names:
         return list(workers)
-    patterns = [name.replace("[", "[[]").replace("?", "[?]") for name in names]
-    return [worker for worker in workers if any(fnmatchcase(worker.name, pattern) for pattern in patterns)]
+    return [worker for worker in workers if any(is_like(worker.name, name) for name in names)]
 
 
 def _not_live(name: str, live: Sequence[str], engine: Engine) -> InvalidRequest:
