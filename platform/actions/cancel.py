@@ -9,6 +9,7 @@ import click
 from celery_capacity.platform.actions.choosing import check_choice, choose, is_empty, report, yes_option
 from celery_capacity.platform.console.command import Command, json_option, stores_of_app
 from celery_capacity.platform.console.job_ids import complete_id
+from celery_capacity.platform.console.names import complete_task
 from celery_capacity.platform.console.terminal import talk
 from celery_capacity.platform.console.text_type import Text
 from celery_capacity.routing.model.states import FINAL, State
@@ -37,7 +38,13 @@ _AFTER: Final = "no attempt follows"
     codes={Exit.FAILED: "a job had ended before; there is no such job; no job matches; or you said no"},
 )
 @click.argument("jobs", metavar="[ID...]", nargs=-1, shell_complete=complete_id)
-@click.option("--task", metavar="NAME", type=Text(), help="All jobs of this task that have not ended; * is any text.")
+@click.option(
+    "--task",
+    metavar="NAME",
+    type=Text(),
+    shell_complete=complete_task,
+    help="All jobs of this task that have not ended; * is any text.",
+)
 @click.option("--group", metavar="ID", type=Text(), help="All jobs of this group, chord or workflow.")
 @click.option("--state", metavar="STATE", type=click.Choice(ACTIVE), help="All jobs in this state.")
 @click.option("--terminate", is_flag=True, help="End the processes of running jobs.")

@@ -6,6 +6,7 @@ import click
 
 from celery_capacity.platform.console.command import Command, json_option, stores_of
 from celery_capacity.platform.console.held_back import LATER, by_option, reason_option, sentence
+from celery_capacity.platform.console.names import complete_worker
 from celery_capacity.platform.console.terminal import facts, print_json, talk
 from celery_capacity.workers.process.exit_codes import Exit
 
@@ -19,7 +20,7 @@ from celery_capacity.workers.process.exit_codes import Exit
     ),
     codes={Exit.FAILED: "there is no such worker"},
 )
-@click.argument("workers", metavar="NAME...", nargs=-1, required=True)
+@click.argument("workers", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_worker)
 @reason_option
 @by_option
 @json_option

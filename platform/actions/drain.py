@@ -11,6 +11,7 @@ import click
 from celery_capacity.platform.console.command import Command, json_option, stores_of
 from celery_capacity.platform.console.durations import Duration
 from celery_capacity.platform.console.held_back import LATER, by_option, reason_option, sentence
+from celery_capacity.platform.console.names import complete_worker
 from celery_capacity.platform.console.terminal import Meter, Meters, facts, print_json, talk
 from celery_capacity.workers.process.exit_codes import Exit
 
@@ -34,7 +35,7 @@ LOOKS: Final = 2
     ),
     codes={Exit.FAILED: "there is no such worker", Exit.TIMED_OUT: "with --timeout: jobs still run there"},
 )
-@click.argument("workers", metavar="NAME...", nargs=-1, required=True)
+@click.argument("workers", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_worker)
 @click.option("--deadline", type=Duration(), metavar="TIME", help="Hand back after that what still runs, such as 10m.")
 @click.option("--stop", is_flag=True, help="End the worker's process once it is empty.")
 @click.option("--wait", is_flag=True, help="Wait until the workers are empty, or with --stop have ended.")

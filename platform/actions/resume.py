@@ -6,6 +6,7 @@ import click
 
 from celery_capacity.platform.console.command import Command, json_option, stores_of
 from celery_capacity.platform.console.held_back import LATER, by_option
+from celery_capacity.platform.console.names import complete_task
 from celery_capacity.platform.console.terminal import facts, print_json, talk
 from celery_capacity.platform.console.text_type import Text
 from celery_capacity.workers.process.exit_codes import Exit
@@ -23,7 +24,9 @@ from celery_capacity.workers.process.exit_codes import Exit
     codes={Exit.FAILED: "that was not paused"},
 )
 @click.option("--queue", metavar="NAME", type=Text(), help="Jobs of this queue.")
-@click.option("--task", metavar="NAME", type=Text(), help="Jobs of this task, by its whole name.")
+@click.option(
+    "--task", metavar="NAME", type=Text(), shell_complete=complete_task, help="Jobs of this task, by its whole name."
+)
 @click.option("--tenant", metavar="NAME", type=Text(), help="Jobs of this tenant.")
 @by_option
 @json_option

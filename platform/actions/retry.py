@@ -12,6 +12,7 @@ from celery_capacity.platform.actions.choosing import check_choice, choose, is_e
 from celery_capacity.platform.console.command import Command, WrongUsage, exit_code, json_option, stores_of_app
 from celery_capacity.platform.console.durations import Since
 from celery_capacity.platform.console.job_ids import complete_id
+from celery_capacity.platform.console.names import complete_task
 from celery_capacity.platform.console.text_type import Text
 from celery_capacity.routing.errors import InvalidRequest, PlatformError
 from celery_capacity.workers.process.exit_codes import Exit
@@ -47,7 +48,13 @@ class Retried:
 )
 @click.argument("jobs", metavar="[ID...]", nargs=-1, shell_complete=complete_id)
 @click.option("--failed", is_flag=True, help="All jobs that failed or were lost.")
-@click.option("--task", metavar="NAME", type=Text(), help="With --failed: only jobs of this task; * is any text.")
+@click.option(
+    "--task",
+    metavar="NAME",
+    type=Text(),
+    shell_complete=complete_task,
+    help="With --failed: only jobs of this task; * is any text.",
+)
 @click.option("--since", type=Since(), metavar="TIME", help="With --failed: ended since then, such as 2h.")
 @click.option("--again", is_flag=True, help="Also jobs that succeeded, or were retried already.")
 @yes_option

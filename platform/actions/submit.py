@@ -11,6 +11,7 @@ import click
 
 from celery_capacity.platform.actions.wait_codes import CODES, timeout_option
 from celery_capacity.platform.console.command import Command, WrongUsage, json_option, stores_of_app
+from celery_capacity.platform.console.names import complete_task, complete_worker
 from celery_capacity.platform.console.terminal import facts, print_json, talk
 from celery_capacity.platform.console.text_type import Text
 from celery_capacity.routing.config.task_rules import RERUN
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     ),
     codes={**CODES, Exit.FAILED: "the job was refused; with --wait also: it failed or was lost"},
 )
-@click.argument("task", metavar="TASK", type=Text())
+@click.argument("task", metavar="TASK", type=Text(), shell_complete=complete_task)
 @click.option("--args", metavar="JSON", type=Text(), help="Its arguments, as a list.")
 @click.option("--kwargs", metavar="JSON", type=Text(), help="Its named arguments, as an object.")
 @click.option("--cpus", metavar="N", type=Text(), help="CPUs, such as 8 or 0.5.")
@@ -54,7 +55,9 @@ if TYPE_CHECKING:
 @click.option("--resource", metavar="NAME=N", type=Text(), multiple=True, help="A named resource; again for more.")
 @click.option("--expected", metavar="DURATION", type=Text(), help="Its expected run time, such as 90 or 10m.")
 @click.option("--where", metavar="CONDITION", type=Text(), multiple=True, help="Labels of its worker; again for more.")
-@click.option("--worker", metavar="NAME", type=Text(), help="The only worker that may run it.")
+@click.option(
+    "--worker", metavar="NAME", type=Text(), shell_complete=complete_worker, help="The only worker that may run it."
+)
 @click.option("--exclusive", is_flag=True, help="It has its worker alone.")
 @click.option(
     "--placement",

@@ -8,6 +8,7 @@ import click
 
 from celery_capacity.platform.console.command import Command, WrongUsage, json_option, stores_of
 from celery_capacity.platform.console.durations import Since
+from celery_capacity.platform.console.names import complete_task, complete_worker
 from celery_capacity.platform.console.terminal import print_json
 from celery_capacity.platform.console.text_type import Text
 from celery_capacity.platform.console.watch import show, watch_option
@@ -47,8 +48,16 @@ FAILED = (State.FAILED, State.LOST)
     help="Only jobs in this state; again for more states.",
 )
 @click.option("--failed", is_flag=True, help="Only jobs that failed or were lost.")
-@click.option("--task", metavar="NAME", type=Text(), help="Only jobs of this task; * is any text.")
-@click.option("--worker", metavar="NAME", type=Text(), help="Only jobs whose newest attempt is there; * is any text.")
+@click.option(
+    "--task", metavar="NAME", type=Text(), shell_complete=complete_task, help="Only jobs of this task; * is any text."
+)
+@click.option(
+    "--worker",
+    metavar="NAME",
+    type=Text(),
+    shell_complete=complete_worker,
+    help="Only jobs whose newest attempt is there; * is any text.",
+)
 @click.option("--queue", metavar="NAME", type=Text(), help="Only jobs of this queue; * is any text.")
 @click.option("--group", metavar="ID", type=Text(), help="Only jobs of this group, chord or workflow.")
 @click.option("--since", metavar="TIME", type=Since(), help="Only jobs submitted since then: 15min, 1h, 2d, or a time.")

@@ -8,6 +8,7 @@ import click
 from rich.text import Text
 
 from celery_capacity.platform.console.command import Command, json_option, stores_of
+from celery_capacity.platform.console.names import complete_worker
 from celery_capacity.platform.console.terminal import facts, harmless, print_json
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.workers.process.exit_codes import Exit
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
         Exit.FAILED: "a check failed, an invariant is broken, or it cannot be judged",
     },
 )
-@click.option("--worker", metavar="NAME", help="This worker alone, without the invariants.")
+@click.option(
+    "--worker", metavar="NAME", shell_complete=complete_worker, help="This worker alone, without the invariants."
+)
 @json_option
 @click.pass_context
 def command(context: click.Context, worker: str | None, as_json: bool) -> None:

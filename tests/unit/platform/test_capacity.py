@@ -171,3 +171,16 @@ def test_shell_completion_completes(words: str, expected: str) -> None:
         timeout=60,
     )
     assert f"plain,{expected}" in done.stdout.split()
+
+
+def test_shell_completion_of_celery_completes_our_commands() -> None:
+    words = "celery -A platform tail --ta"
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("celery"))],
+        env={**usual_environment(), "_CELERY_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": "4"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert "plain,--task" in done.stdout.split()
