@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
 from functools import cached_property
@@ -12,11 +13,16 @@ import redis
 from celery_capacity.platform.console import job_document
 from celery_capacity.platform.console.job_document import JobDocument
 from celery_capacity.platform.web import held_jobs, holes, runs, task_statistics, waiting_groups
+from celery_capacity.platform.web.metrics import reading
+from celery_capacity.platform.web.metrics.ended_jobs import EndedJobs
+from celery_capacity.platform.web.metrics.exposition import Reads, families
 from celery_capacity.routing.inspect import job_list, overview
 from celery_capacity.routing.inspect.job_list import JobFilter
 from celery_capacity.routing.inspect.overview import Overview
 from celery_capacity.routing.ledger.connection import quick_client
+from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.supervision.exposition import exposition
 
 #: Jobs on a page of a list, where a request does not say, and at most.
 PAGE: Final = 50
@@ -29,6 +35,8 @@ class Sources:
     def __init__(self, stores: Stores, app: Callable[[], Any]) -> None:
         self.stores = stores
         self._app = app
+        self._ended = EndedJobs()
+        self._reads: Counter[Store] = Counter()
 
     @cached_property
     def client(self) -> redis.Redis:
@@ -36,11 +44,19 @@ class Sources:
         return quick_client(self.stores.redis)
 
     def overview(self) -> Overview:
-        return overview.read(self.client, self.stores.engine, self.stores.settings.worker_ttl)
+        seen = overview.read(self.client, self.stores.engine, self.stores.settings.worker_ttl)
+        self._reads[seen.source] += 1
+        return seen
 
     def dashboard(self) -> dict[str, Any]:
         """Return the object of `cluster --json`."""
         return self.overview().to_json()
+
+    def metrics(self) -> bytes:
+        """Return the metrics for Prometheus."""
+        seen = reading.read(self.overview, self.client, self.stores.engine, self._ended)
+        reads = Reads(self._reads[Store.LEDGER], self._reads[Store.POSTGRES])
+        return exposition(families(seen, reads))
 
     def held(self) -> dict[str, list[dict[str, Any]]]:
         with self.stores.engine.connect() as connection:

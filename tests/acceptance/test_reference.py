@@ -39,6 +39,7 @@ from celery_capacity.routing.policy.placement import Admission, Book, order
 from celery_capacity.routing.policy.placement import Refusal as Refused
 from celery_capacity.routing.policy.reservation import Reservation
 from celery_capacity.workers.runner.duty_runner import Pass
+from celery_capacity.workers.supervision import metric_names
 from docs.site import reference
 from tests.fixtures.processes.platforms import ROOT
 from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, job_field, open_ledger
@@ -267,6 +268,14 @@ def test_the_other_numbers_are_in_the_json(used: Cluster) -> None:
             for part in path.split("."):
                 value = value[part.removesuffix("[]")]
                 value = value[0] if part.endswith("[]") else value
+
+
+def test_metrics_of_prometheus_are_on_the_page() -> None:
+    documented = {
+        names(cells[0])[0]: (cells[1], tuple(names(cells[2])), cells[3])
+        for cells in rows(sections(METRICS)["Prometheus"])
+    }
+    assert documented == {m.name: (m.kind.value, m.labels, m.meaning) for m in metric_names.METRICS}
 
 
 def test_the_metrics_of_flower_are_those_that_it_has() -> None:

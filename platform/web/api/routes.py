@@ -1,4 +1,4 @@
-"""The paths below `/api/v1`, and the checks of health. Read only."""
+"""The paths below `/api/v1`, the checks of health and the metrics. Read only."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from celery_capacity.platform.web.prepared import Prepared, to_json
 from celery_capacity.platform.web.runs import MAX_RUNS, RUNS
 from celery_capacity.platform.web.sources import MAX_PAGE, PAGE, Sources
 from celery_capacity.routing.model.states import State
+from celery_capacity.workers.supervision import exposition
 
 #: Errors that each path may answer with.
 _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
@@ -43,6 +44,7 @@ class Values:
         self.groups = Prepared(lambda: sources.groups())
         self.tasks = Prepared(lambda: sources.tasks())
         self.held = Prepared(lambda: sources.held())
+        self.metrics = Prepared(lambda: sources.metrics())
 
 
 def _json(body: bytes | dict[str, Any]) -> Response:
@@ -156,6 +158,10 @@ def _add_health(app: FastAPI, values: Values) -> None:
         await values.dashboard.value()
         return _json({"status": "ok"})
 
+    async def metrics(_request: Request) -> Response:
+        return Response(await values.metrics.value(), media_type=exposition.MEDIA_TYPE)
+
     for path in ("/health", "/healthz"):
         app.add_route(path, health, methods=["GET"], include_in_schema=False)
     app.add_route("/readyz", ready, methods=["GET"], include_in_schema=False)
+    app.add_route("/metrics", metrics, methods=["GET"], include_in_schema=False)

@@ -49,6 +49,8 @@ CLIENTS: Final = 10_000
 #: Paths that need no login: they name nothing of the cluster.
 OPEN: Final = ("/health", "/healthz", "/readyz", "/login")
 FILES: Final = "/static/"
+#: Path of the metrics, which only programs ask for: without a login they get an error, and no page.
+METRICS: Final = "/metrics"
 _HOST: Final = re.compile(r"[A-Za-z0-9._:\[\]%-]+")
 
 
@@ -129,7 +131,7 @@ class Guard:
         path = str(scope["path"])
         if self._login is None or path in OPEN or path.startswith(FILES) or self._login.knows(headers):
             return None
-        if path.startswith("/api/"):
+        if path.startswith("/api/") or path == METRICS:
             return problem_response(NotLoggedIn().to_problem(), {"WWW-Authenticate": "Bearer"})
         query = scope["query_string"].decode("latin-1")
         target = path + (f"?{query}" if query else "")
