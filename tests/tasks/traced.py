@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 
 from celery_capacity import LeaseLost, PlatformError, fenced
 from celery_capacity.workers.process import attempts
+from tests.tasks.lasting import run_on
 
 #: Seconds for which a body waits for a Postgres that does not take its effect, and between two tries.
 EFFECT_WITHIN: Final = 120.0
@@ -98,13 +99,13 @@ def _say(self: Any, trace: str, what: str, millicores: int) -> None:
 
 
 @shared_task(bind=True)
-def traced(self: Any, trace: str, value: int, seconds: float, millicores: int, how: str = "") -> int:
+def traced(self: Any, trace: str, value: int, how_long: float | str, millicores: int, how: str = "") -> int:
     """Run for so long and return `value`.
 
-    `how`: what the body does to itself between its two lines.
+    `how_long`: seconds, or the path of a gate. `how`: what the body does to itself between its two lines.
     """
     _say(self, trace, "start", millicores)
-    time.sleep(seconds)
+    run_on(how_long)
     if how and self.request.attempt == 1:
         WAYS[how]()
     _say(self, trace, "end", millicores)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from celery import shared_task
+
+from tests.tasks.lasting import run_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,11 @@ class Event:
 
 
 @shared_task(bind=True)
-def work(self: Any, trace: str, label: str, seconds: float, millicores: int = 0) -> str:
-    """Note its start and its end in the file `trace`, in the order in which they came about."""
+def work(self: Any, trace: str, label: str, how_long: float | str, millicores: int = 0) -> str:
+    """Note its start and its end in the file `trace`, in the order in which they came about.
+
+    `how_long`: seconds, or the path of a gate.
+    """
     worker = str(self.request.hostname).partition("@")[0]
     for what in ("start", "end"):
         event = {"what": what, "label": label, "attempt": self.request.attempt, "worker": worker}
@@ -41,7 +45,7 @@ def work(self: Any, trace: str, label: str, seconds: float, millicores: int = 0)
         os.write(descriptor, line.encode())
         os.close(descriptor)
         if what == "start":
-            time.sleep(seconds)
+            run_on(how_long)
     return label
 
 

@@ -21,13 +21,14 @@ from tests.faults.judging import history
 from tests.faults.judging.oracle import Healing, Line, Verdict, first_start, judge, monotonic_of, read
 from tests.fixtures.jobs.submitting import Submitter
 from tests.fixtures.processes.platforms import Platform, Process
-from tests.fixtures.waiting import until
+from tests.fixtures.waiting import PATIENCE, until
+from tests.tasks.lasting import Gate
 from tests.tasks.traced import TABLE
 
 TASK: Final = "tests.tasks.traced.traced"
 SUCCEEDS: Final = frozenset({"succeeded"})
 #: Seconds for the result of a job that is over. The result may have waited for its store together with the outcome.
-RESULT_WITHIN: Final = 60.0
+RESULT_WITHIN: Final = PATIENCE
 #: Number of results that are read at once.
 CHUNK: Final = 500
 #: Seconds between two submissions of a flow.
@@ -95,7 +96,7 @@ class Oracle:
     def send(
         self,
         submitter: Submitter,
-        seconds: float = 0.1,
+        seconds: float | Gate = 0.1,
         cpus: float = 1,
         how: str = "",
         expected: Iterable[str] = SUCCEEDS,
@@ -105,7 +106,8 @@ class Oracle:
     ) -> str:
         """Submit a job and return its id. `lasts`: the run time that the call expects.
 
-        `workers`: the workers on which the job may run, by its options; all where it is empty.
+        `seconds`: how long its body runs, or the gate at which the body waits. `workers`: the workers on which the job
+        may run, by its options; all where it is empty.
 
         The job is accepted when this returns. Raises the errors of `apply_async`.
         """
@@ -115,7 +117,8 @@ class Oracle:
         self._submitted[job] = time.monotonic()
         if workers or options.get("limit"):
             self._asked_for[job] = {"limit": options.get("limit"), "workers": list(workers)}
-        arguments = (str(self.trace), number, seconds, round(cpus * 1000), how)
+        how_long = str(seconds) if isinstance(seconds, Gate) else seconds
+        arguments = (str(self.trace), number, how_long, round(cpus * 1000), how)
         try:
             if lasts is not None:
                 options["expected"] = lasts

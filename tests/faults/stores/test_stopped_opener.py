@@ -13,6 +13,7 @@ from tests.faults.judging.watching import Oracle
 from tests.fixtures.jobs.submitting import Submitter
 from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import until
+from tests.tasks.lasting import Gate
 
 #: Points at which the opener is stopped.
 POINTS = (
@@ -26,7 +27,7 @@ POINTS = (
 @pytest.mark.long
 @pytest.mark.parametrize("point", POINTS)
 def test_stopped_opener_keeps_nobody_out_and_does_no_harm_later(
-    platform: Platform, submitter: Submitter, oracle: Oracle, point: str
+    platform: Platform, submitter: Submitter, oracle: Oracle, gate: Gate, point: str
 ) -> None:
     platform.environment["PLATFORM_IMPORTS"] += ",tests.tasks.dying"
     # As long as this file exists, no process stops.
@@ -39,8 +40,8 @@ def test_stopped_opener_keeps_nobody_out_and_does_no_harm_later(
         field: Any = platform.redis.hget(keys.EPOCH, "epoch")
         return int(field or 0)
 
-    jobs = oracle.sends(submitter, 16, seconds=1)
-    oracle.until_more(2)
+    jobs = oracle.sends(submitter, 16, seconds=gate)
+    oracle.until_runs(2)
     until(lambda: platform.redis.zcard(keys.SHAPES), "jobs wait")
     once.unlink()
     platform.redis.flushdb()
@@ -51,6 +52,7 @@ def test_stopped_opener_keeps_nobody_out_and_does_no_harm_later(
         "it is stopped",
     )
     try:
+        gate.open()
         # Jobs of the stopped worker end too: the worker is LOST.
         for job in jobs:
             submitter.ended(job)

@@ -11,21 +11,23 @@ from tests.fixtures.jobs.submitting import Submitter
 from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.stores.books import job_field
 from tests.fixtures.waiting import until
+from tests.tasks.lasting import Gate
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("rerun", [True, False])
 def test_unknown_claim_is_counted_or_has_not_started(
-    platform: Platform, submitter: Submitter, oracle: Oracle, rerun: bool
+    platform: Platform, submitter: Submitter, oracle: Oracle, gate: Gate, rerun: bool
 ) -> None:
     worker = platform.worker("a", cpus=1, pool="threads")
-    before = oracle.send(submitter, seconds=1.0)
+    before = oracle.send(submitter, seconds=gate)
     until(lambda: oracle.starts_of(before) == 1, "the worker is busy")
     # The dead worker's statement may still be executed when the row is free: then the claim is known, and lost.
     job = oracle.send(submitter, seconds=3.0, rerun=rerun, expected=["succeeded"] if rerun else ["succeeded", "lost"])
     # Lock the row, so that nobody can write a transition of the job meanwhile.
     with platform.engine.connect() as connection, connection.begin():
         connection.execute(text("SELECT 1 FROM jobs WHERE id = :id FOR UPDATE"), {"id": job})
+        gate.open()
         until(lambda: job_field(platform.redis, job, "state") == b"running", "it is claimed")
         if rerun:
             until(lambda: oracle.starts_of(job) == 1, "its body begins all the same")

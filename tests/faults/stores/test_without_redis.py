@@ -26,7 +26,8 @@ from tests.faults.breaking.servers import Servers
 from tests.faults.judging.watching import TASK, Oracle
 from tests.fixtures.jobs.submitting import RESULT_WITHIN, Submitter
 from tests.fixtures.processes.platforms import Platform, Pool
-from tests.fixtures.waiting import until
+from tests.fixtures.waiting import PATIENCE, until
+from tests.tasks.lasting import Gate
 
 ADD = "tests.fixtures.tasks.add"
 FAIL = "tests.fixtures.tasks.fail"
@@ -44,7 +45,7 @@ def authority(platform: Platform) -> Authority:
 
 def until_decides(platform: Platform, who: str) -> Authority:
     """Wait until the authority row names this store, and return the row."""
-    until(lambda: authority(platform).authority == who, lambda: f"{who} decides: {authority(platform)}", 60)
+    until(lambda: authority(platform).authority == who, lambda: f"{who} decides: {authority(platform)}")
     return authority(platform)
 
 
@@ -127,16 +128,20 @@ def test_told_to_end_a_worker_hands_back_what_has_not_started(
 
 @pytest.mark.parametrize("signum", [signal.SIGQUIT, signal.SIGKILL])
 def test_broken_off_jobs_run_again_on_another_worker(
-    servers: Servers, platform: Platform, submitter: Submitter, oracle: Oracle, signum: signal.Signals
+    servers: Servers, platform: Platform, submitter: Submitter, oracle: Oracle, gate: Gate, signum: signal.Signals
 ) -> None:
     leaving = platform.worker("a", cpus=2)
     servers.kill_redis()
     until_decides(platform, "postgres")
-    jobs = oracle.sends(submitter, 2, seconds=2.0)
+    jobs = oracle.sends(submitter, 2, seconds=gate)
     oracle.until_runs(2)
     oracle.asked(leaving)
+    children = psutil.Process(leaving.pid).children()
     leaving.signal(signum)
     leaving.wait()
+    _, alive = psutil.wait_procs(children, timeout=PATIENCE)
+    assert alive == []
+    gate.open()
     platform.worker("b", cpus=2)
     until(lambda: all(submitter.row(job).state == "succeeded" for job in jobs), "both ran on the other worker")
     assert {submitter.row(job).worker for job in jobs} == {"b"}
@@ -184,13 +189,13 @@ def test_waiting_for_a_result_outlasts_the_loss_and_the_return_of_redis(
     platform.worker("a", cpus=4)
     early, late = (oracle.send(submitter, seconds=seconds) for seconds in (2.0, 8.0))
     with ThreadPoolExecutor() as threads:
-        values = [threads.submit(submitter.result(job).get, timeout=60) for job in (early, late)]
+        values = [threads.submit(submitter.result(job).get, timeout=RESULT_WITHIN) for job in (early, late)]
         until(lambda: submitter.row(late).state == "running", "both run")
         servers.kill_redis()
         until_decides(platform, "postgres")
-        assert values[0].result(60) == 0
+        assert values[0].result(RESULT_WITHIN) == 0
         servers.start_redis()
-        assert values[1].result(60) == 1
+        assert values[1].result(RESULT_WITHIN) == 1
     until_decides(platform, "ledger")
     oracle.assert_zeros()
 
@@ -245,7 +250,7 @@ def test_every_job_ends_once_while_redis_is_away_longer_than_each_lease(
         oracle.results_were_lost()
         away = time.monotonic()
         until_decides(platform, "postgres")
-        until(lambda: time.monotonic() - away > 1.5 * lost_after, "each lease is over", 60)
+        until(lambda: time.monotonic() - away > 1.5 * lost_after, "each lease is over")
         oracle.until_more(20)
         servers.start_redis()
         oracle.whole_again(f"Redis was away, back {data}")

@@ -23,6 +23,7 @@ from tests.faults.judging.watching import Oracle
 from tests.fixtures.jobs.submitting import Submitter, standing_platform
 from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import until
+from tests.tasks.lasting import Gate
 
 #: Bytes of the control group of a process that asks for more.
 GROUP_BYTES = 64 * 2**20
@@ -81,13 +82,16 @@ def small_group() -> Iterator[Path | None]:
     yield None
 
 
-def test_a_process_that_the_kernel_ends_for_its_memory_costs_that_attempt(submitter: Submitter, oracle: Oracle) -> None:
+def test_a_process_that_the_kernel_ends_for_its_memory_costs_that_attempt(
+    submitter: Submitter, oracle: Oracle, gate: Gate
+) -> None:
     """If no control group can be made, the test kills the process as the kernel would."""
     with small_group() as group:
-        job = oracle.send(submitter, seconds=2.0, how="take memory" if group else "die")
+        job = oracle.send(submitter, seconds=gate, how="take memory" if group else "die")
         lines = until(lambda: [line for line in read(oracle.trace) if line.job == job], "it runs")
         if group is not None:
             (group / "cgroup.procs").write_text(str(lines[0].pid))
+        gate.open()
         assert submitter.ended(job).attempt == 2
     oracle.assert_zeros()
     assert submitter.outcomes(job) == ["lost", "succeeded"]

@@ -15,6 +15,7 @@ from tests.faults.judging.watching import Oracle
 from tests.fixtures.jobs.submitting import Submitter
 from tests.fixtures.processes.platforms import Platform, Pool, Process
 from tests.fixtures.waiting import until
+from tests.tasks.lasting import Gate
 
 
 def family(worker: Process) -> list[psutil.Process]:
@@ -52,10 +53,10 @@ def lease_ms(platform: Platform) -> int:
     return int(lease)
 
 
-def long_jobs(platform: Platform, oracle: Oracle, submitter: Submitter, how: str = "") -> list[str]:
-    """Submit four jobs that would last longer than any test here, and wait until they run."""
-    jobs = oracle.sends(submitter, 3, seconds=platform.settings.lost_after * 2)
-    jobs.append(oracle.send(submitter, how=how, seconds=0.1 if how else platform.settings.lost_after * 2))
+def held_jobs(oracle: Oracle, submitter: Submitter, gate: Gate, how: str = "") -> list[str]:
+    """Submit four jobs that last until the gate is open, and wait until they run."""
+    jobs = oracle.sends(submitter, 3, seconds=gate)
+    jobs.append(oracle.send(submitter, how=how, seconds=0.1 if how else gate))
     oracle.until_runs(4)
     return jobs
 
@@ -64,10 +65,10 @@ def long_jobs(platform: Platform, oracle: Oracle, submitter: Submitter, how: str
 @pytest.mark.parametrize("whole", [False, True], ids=["main process", "group"])
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_successor_ends_the_jobs_of_its_stopped_predecessor_before_its_own(
-    platform: Platform, submitter: Submitter, oracle: Oracle, pool: Pool, whole: bool
+    platform: Platform, submitter: Submitter, oracle: Oracle, gate: Gate, pool: Pool, whole: bool
 ) -> None:
     first = platform.worker("a", cpus=4, pool=pool)
-    jobs = long_jobs(platform, oracle, submitter, how="grandchild")
+    jobs = held_jobs(oracle, submitter, gate, how="grandchild")
     main = psutil.Process(first.pid)
     until(
         lambda: any(process.name() == "sleep" for process in main.children(recursive=True)), "a body started a process"
@@ -78,6 +79,7 @@ def test_successor_ends_the_jobs_of_its_stopped_predecessor_before_its_own(
         successor = platform.worker("a", cpus=4, pool=pool)
         # The successor can be admitted to, so no process that it does not know may run here.
         assert running(before) == []
+    gate.open()
     oracle.assert_zeros()
     assert [submitter.outcomes(job) for job in jobs] == [["lost", "succeeded"]] * len(jobs)
     assert successor.alive
@@ -85,19 +87,20 @@ def test_successor_ends_the_jobs_of_its_stopped_predecessor_before_its_own(
 
 @pytest.mark.long
 def test_successor_ends_a_stopped_predecessor_that_was_given_up_before(
-    platform: Platform, submitter: Submitter, oracle: Oracle
+    platform: Platform, submitter: Submitter, oracle: Oracle, gate: Gate
 ) -> None:
     """The ledger has no book of the worker any more, since another worker took its jobs back. Its pool goes on."""
     first = platform.worker("a", cpus=4)
-    jobs = long_jobs(platform, oracle, submitter)
+    jobs = held_jobs(oracle, submitter, gate)
     before = family(first)
     oracle.asked(first)
     with stopped(before[:1]):
         platform.worker("b", cpus=4, pool="threads")
-        until(lambda: {submitter.row(job).worker for job in jobs} == {"b"}, "b has its jobs", 60.0)
+        until(lambda: {submitter.row(job).worker for job in jobs} == {"b"}, "b has its jobs")
         assert len(running(before)) > 1
         platform.worker("a", cpus=4)
         assert running(before) == []
+    gate.open()
     oracle.assert_zeros()
     assert [submitter.outcomes(job) for job in jobs] == [["lost", "succeeded"]] * len(jobs)
 
@@ -121,17 +124,20 @@ def test_worker_that_was_given_up_and_goes_on_keeps_its_name(
 
 
 @pytest.mark.long
-def test_stopped_child_of_a_live_worker_loses_nothing(platform: Platform, submitter: Submitter, oracle: Oracle) -> None:
+def test_stopped_child_of_a_live_worker_loses_nothing(
+    platform: Platform, submitter: Submitter, oracle: Oracle, gate: Gate
+) -> None:
     """The job is held by a worker that renews its lease, so it goes on where it was."""
     worker = platform.worker("a", cpus=2)
-    job = oracle.send(submitter, seconds=1.0)
+    job = oracle.send(submitter, seconds=gate)
     oracle.until_runs(1)
     pids = {line.pid for line in read(oracle.trace)}
     lease = lease_ms(platform)
     with stopped([psutil.Process(pid) for pid in pids]), oracle.flow(submitter, every=0.2):
         longer = platform.settings.lost_after * 1.5
-        until(lambda: lease_ms(platform) > lease + longer * 1000, "it was stopped for longer than each lease", 120.0)
+        until(lambda: lease_ms(platform) > lease + longer * 1000, "it was stopped for longer than each lease")
         assert submitter.allocated_cpus() in ("1", "2")
+    gate.open()
     oracle.assert_zeros()
     assert submitter.outcomes(job) == ["succeeded"]
     assert worker.alive

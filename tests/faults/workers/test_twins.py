@@ -15,6 +15,7 @@ from tests.faults.judging.watching import Oracle
 from tests.fixtures.jobs.submitting import Submitter
 from tests.fixtures.processes.platforms import READY, Platform, Pool, Process
 from tests.fixtures.waiting import until
+from tests.tasks.lasting import Gate
 
 #: Module that makes the importing worker believe that it runs after another boot, on a machine of the same id and host
 #: name.
@@ -92,15 +93,17 @@ def test_clone_is_refused_though_the_ledger_is_emptied_while_it_starts(
 
 @pytest.mark.long
 def test_clone_of_a_silent_worker_waits_for_its_lease_and_then_refuses_it(
-    platform: Platform, submitter: Submitter, oracle: Oracle
+    platform: Platform, submitter: Submitter, oracle: Oracle, gate: Gate
 ) -> None:
     first = platform.worker("a", cpus=4)
-    jobs = long_jobs(platform, oracle, submitter)
+    jobs = oracle.sends(submitter, 4, seconds=gate)
+    oracle.until_runs(4)
     oracle.asked(first)
     with stopped(first):
         twin = clone(platform, ready=True)
         twin.wait_for("is registered and silent")
         until(lambda: {submitter.row(job).attempt for job in jobs} == {2}, "all run again")
+    gate.open()
     # At its next heartbeat, the worker learns that another worker has its name.
     assert first.wait() == Exit.UNAVAILABLE
     first.wait_for(TAKEN)

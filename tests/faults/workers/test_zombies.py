@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,7 @@ from tests.faults.judging.watching import Oracle
 from tests.fixtures.jobs.submitting import Submitter
 from tests.fixtures.processes.platforms import Platform, Pool
 from tests.fixtures.waiting import until
-
-#: Seconds, a tenth of 90: longer than a worker may be silent before its jobs go to others.
-STOPPED = 9.0
+from tests.tasks.lasting import Gate
 
 
 def refused_writes(platform: Platform) -> int:
@@ -28,17 +27,18 @@ def refused_writes(platform: Platform) -> int:
 @pytest.mark.long
 @pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
 def test_wholly_stopped_worker_leaves_one_effect_of_each_job(
-    platform: Platform, submitter: Submitter, oracle: Oracle, pool: Pool
+    platform: Platform, submitter: Submitter, oracle: Oracle, gate: Gate, tmp_path: Path, pool: Pool
 ) -> None:
     zombie = platform.worker("a", cpus=4, pool=pool)
-    jobs = oracle.sends(submitter, 4, seconds=2.0)
+    jobs = oracle.sends(submitter, 4, seconds=gate)
     oracle.until_runs(4)
     os.killpg(zombie.pid, signal.SIGSTOP)
     try:
         platform.worker("b", cpus=4, pool="threads")
         with oracle.flow(submitter, every=0.1):
             # The jobs run again: a is given up, and b has them.
-            until(lambda: {submitter.row(job).attempt for job in jobs} == {2}, "all run again", STOPPED * 3)
+            until(lambda: {submitter.row(job).attempt for job in jobs} == {2}, "all run again")
+            gate.open()
             until(lambda: all(submitter.row(job).state == "succeeded" for job in jobs), "they succeed")
             os.killpg(zombie.pid, signal.SIGCONT)
             oracle.whole_again(f"stop a worker with all its processes ({pool})")
@@ -52,26 +52,34 @@ def test_wholly_stopped_worker_leaves_one_effect_of_each_job(
     # The worker is an ordinary worker again.
     # Its stopped bodies took CPUs without a lease. The next heartbeat publishes those again.
     until(lambda: submitter.view("a").get("cpus") == "4", "a is registered again, with all its CPUs")
-    again = [oracle.send(submitter, seconds=0.5) for _ in range(8)]
+    filling = Gate(tmp_path / "filling")
+    again = oracle.sends(submitter, 8, seconds=filling)
+
+    def workers_of_all() -> set[str]:
+        lines = [line for line in read(oracle.trace) if line.job in again]
+        return {line.worker for line in lines} if len(lines) == len(again) else set()
+
+    assert until(workers_of_all, "all run at once") == {"a", "b"}
+    filling.open()
     oracle.assert_zeros()
-    assert {line.worker for line in read(oracle.trace) if line.job in again} == {"a", "b"}
 
 
 @pytest.mark.long
 def test_worker_with_a_stopped_main_process_leaves_one_effect_of_each_job(
-    platform: Platform, submitter: Submitter, oracle: Oracle
+    platform: Platform, submitter: Submitter, oracle: Oracle, gate: Gate
 ) -> None:
     """The worker's pool goes on: ends there are noted only when the main process continues."""
     zombie = platform.worker("a", cpus=4)
     short = oracle.sends(submitter, 2, seconds=0.5)
-    long = oracle.sends(submitter, 2, seconds=STOPPED + 6.0)
+    long = oracle.sends(submitter, 2, seconds=gate)
     oracle.until_runs(4)
     zombie.signal(signal.SIGSTOP)
     try:
         platform.worker("b", cpus=4, pool="threads")
-        until(lambda: {submitter.row(job).attempt for job in long} == {2}, "those that ran run again", STOPPED * 3)
+        until(lambda: {submitter.row(job).attempt for job in long} == {2}, "those that ran run again")
         zombie.signal(signal.SIGCONT)
         oracle.whole_again("stop a worker's main process")
+        gate.open()
     finally:
         zombie.signal(signal.SIGCONT)
     oracle.assert_zeros()

@@ -35,6 +35,7 @@ from tests.fixtures.servers.pair import ANSWER_WITHIN, empty_database, environme
 from tests.fixtures.servers.proxy import Proxy
 from tests.fixtures.waiting import until
 from tests.tasks import gated
+from tests.tasks.lasting import Gate
 from tests.tasks.work import peaks, read, starts
 
 ADD = "tests.fixtures.tasks.add"
@@ -95,14 +96,14 @@ def authority(platform: Platform) -> Authority:
         return read_authority(connection)
 
 
-def decides(platform: Platform, who: str, seconds: float = 30.0) -> Authority:
-    """Return the authority row as soon as it names this authority. Wait for `seconds` at most."""
+def decides(platform: Platform, who: str) -> Authority:
+    """Return the authority row as soon as it names this authority."""
 
     def found() -> Authority | None:
         row = authority(platform)
         return row if row.authority == who else None
 
-    row = until(found, lambda: f"{who} decides: {authority(platform)}", seconds)
+    row = until(found, lambda: f"{who} decides: {authority(platform)}")
     assert row is not None
     return row
 
@@ -176,7 +177,7 @@ def test_hung_ledger_comes_back_with_old_books_and_admits_nothing(
     assert server is not None
     os.kill(server.process.pid, signal.SIGSTOP)
     try:
-        gone = decides(platform, "postgres", 60)
+        gone = decides(platform, "postgres")
         send_work(submitter, trace, range(30, 40), 0.05)
         until(lambda: starts(read(trace)).total() > 30, "work goes on")
     finally:
@@ -205,7 +206,7 @@ def alone(platform: Platform, servers: Servers) -> Iterator[Platform]:
 
 
 def test_a_worker_that_lost_the_ledger_alone_never_changes_who_decides(
-    platform: Platform, submitter: Submitter, tmp_path: Path, proxied: Callable[[str], Proxy]
+    platform: Platform, submitter: Submitter, tmp_path: Path, proxied: Callable[[str], Proxy], gate: Gate
 ) -> None:
     path = proxied(str(platform.settings.redis_url))
     platform.worker("a", cpus=2)
@@ -224,19 +225,22 @@ def test_a_worker_that_lost_the_ledger_alone_never_changes_who_decides(
     assert all_ended(platform, 10) == {"succeeded": 10}
     path.restore()
     until(lambda: seconds() == 0, "b reaches it again")
-    send_work(submitter, tmp_path / "trace", range(10, 14), 1.0)
+    # The jobs fill both workers, so that a cannot run them all.
+    send_work(submitter, tmp_path / "trace", range(10, 14), gate)
     until(lambda: {event.worker for event in read(tmp_path / "trace")} == {"a", "b"}, "b works again")
+    gate.open()
     assert all_ended(platform, 14) == {"succeeded": 14}
 
 
 def test_what_a_killed_worker_pulled_runs_again_when_it_is_lost(
-    alone: Platform, submitter: Submitter, tmp_path: Path
+    alone: Platform, submitter: Submitter, tmp_path: Path, gate: Gate
 ) -> None:
     trace = tmp_path / "trace"
     killed = next(process for process in alone.processes if process.name == "b")
-    jobs = send_work(submitter, trace, range(4), 2.0)
+    jobs = send_work(submitter, trace, range(4), gate)
     until(lambda: starts(read(trace)).total() == 4, "all four run")
     killed.kill()
+    gate.open()
     assert all_ended(alone, 4) == {"succeeded": 4}
     again = [job for job in jobs if submitter.row(job).attempt == 2]
     assert len(again) == 2
@@ -249,7 +253,7 @@ def test_what_a_killed_worker_pulled_runs_again_when_it_is_lost(
 
 
 def test_retries_countdowns_expiries_and_revokes_work_without_the_ledger(
-    alone: Platform, submitter: Submitter, tmp_path: Path
+    alone: Platform, submitter: Submitter, tmp_path: Path, gate: Gate
 ) -> None:
     again = submitter.send("tests.tasks.ends.again", 2)
     later = submitter.send("tests.tasks.ends.again", 1, 0.3)
@@ -263,12 +267,13 @@ def test_retries_countdowns_expiries_and_revokes_work_without_the_ledger(
     due = submitter.send(ADD, 1, 2, countdown=0.5)
     assert submitter.value(due) == 3
     assert submitter.row(due).started_at >= submitter.row(due).due_at
-    full = send_work(submitter, tmp_path / "trace", range(4), 1.5)
+    full = send_work(submitter, tmp_path / "trace", range(4), gate)
     until(lambda: starts(read(tmp_path / "trace")).total() == 4, "both are full")
     revoked, expired = submitter.send(ADD, 1, 1), submitter.send(ADD, 1, 1, expires=0.5)
     submitter.app.control.revoke(revoked)
     assert submitter.row(revoked).state == "cancelled"
     assert submitter.ended(expired).state == "expired"
+    gate.open()
     for job in (revoked, expired):
         with pytest.raises(TaskRevokedError):
             submitter.value(job)
@@ -276,16 +281,17 @@ def test_retries_countdowns_expiries_and_revokes_work_without_the_ledger(
 
 
 def test_gates_open_and_shut_without_the_ledger_and_stay_so_afterwards(
-    alone: Platform, servers: Servers, submitter: Submitter, tmp_path: Path
+    alone: Platform, servers: Servers, submitter: Submitter, tmp_path: Path, gate: Gate
 ) -> None:
-    trace = str(tmp_path / "trace")
+    trace, second = str(tmp_path / "trace"), Gate(tmp_path / "second gate")
     # Of jobs with equal unique keys one is accepted, until it has ended.
-    only = submitter.send(WORK, trace, "only", 1.0, unique="one of these")
-    assert submitter.send(WORK, trace, "only", 1.0, unique="one of these") == only
+    only = submitter.send(WORK, trace, "only", str(gate), unique="one of these")
+    assert submitter.send(WORK, trace, "only", str(gate), unique="one of these") == only
     # A dependent job starts when all its dependencies have succeeded. It ends without a start when one has not.
     after = submitter.send(ADD, 1, 2, after=[only])
     failed = submitter.send("tests.fixtures.tasks.fail", "no")
     never = submitter.send(ADD, 1, 2, after=[only, failed])
+    gate.open()
     assert submitter.value(after) == 3
     assert submitter.ended(only).finished_at <= submitter.ended(after).started_at
     with pytest.raises(TaskRevokedError, match="which it needs"):
@@ -306,13 +312,14 @@ def test_gates_open_and_shut_without_the_ledger_and_stay_so_afterwards(
     submitter.app.control.rate_limit(gated.unlimited.name, "1/h")
     limited = [submitter.send(gated.unlimited.name) for _ in range(2)]
     assert submitter.ended(limited[0]).state == "succeeded"
-    running = submitter.send(WORK, trace, "running", 4.0)
+    running = submitter.send(WORK, trace, "running", str(second))
     later = submitter.send(ADD, 3, 4, after=running)
     until(lambda: starts(read(Path(trace)))["running"], "it runs")
     assert authority(alone).authority == "postgres"
     servers.start_redis()
     decides(alone, "ledger")
     assert submitter.row(limited[1]).state == "scheduled"
+    second.open()
     submitter.app.control.rate_limit(gated.unlimited.name, 0)
     assert submitter.value(later) == 7
     assert {submitter.ended(job).state for job in (limited[1], running, again)} == {"succeeded"}
@@ -334,9 +341,9 @@ def test_a_job_that_loses_its_process_is_alone_at_last_and_lost_then(
 
 
 def test_cluster_is_shown_and_workers_come_and_go_without_the_ledger(
-    alone: Platform, submitter: Submitter, tmp_path: Path
+    alone: Platform, submitter: Submitter, tmp_path: Path, gate: Gate
 ) -> None:
-    running = send_work(submitter, tmp_path / "trace", range(4), 6.0)
+    running = send_work(submitter, tmp_path / "trace", range(4), gate)
     until(lambda: starts(read(tmp_path / "trace")).total() == 4, "both are full")
     shown = overview.read(quick_client(alone.redis), alone.engine, alone.settings.worker_ttl)
     assert (shown.source, shown.allocated("cpus"), len(shown.workers)) == ("postgres", 4000, 2)
@@ -346,6 +353,7 @@ def test_cluster_is_shown_and_workers_come_and_go_without_the_ledger(
     waits = submitter.send(ADD, 40, 2)
     assert submitter.value(waits) == 42
     assert submitter.ended(waits).worker in ("a", "c")
+    gate.open()
     assert leaving.wait() == 0
     assert [submitter.ended(job).state for job in running] == ["succeeded"] * 4
     with alone.engine.connect() as connection:
