@@ -2,7 +2,7 @@
 -- Does: opens a worker's book with its capacity, or changes the capacity of this incarnation. The caller fills the
 --   worker, if it may admit.
 -- KEYS: none; by name: epoch, book, held, missing, view, leases, free, free_of, allocated, allocated_cpus, job,
---   tasks, cordons
+--   tasks, cordons, totals
 -- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), tasks (catalogue of the tasks that
 --   it has registered; '': it takes any), names (of these tasks, with blanks between), status (ready, or closed until
 --   the worker has named the jobs it holds and renews), left (ms until the worker ends; '': no end is known), labels
@@ -53,6 +53,15 @@ if left ~= '' then
   fields[#fields + 1], fields[#fields + 2] = 'ends', int(now + tonumber(left))
 end
 redis.call('HSET', key, 'unfilled', '1', unpack(fields))
+-- Until the runner of the duties tells the capacity of all workers, it is that of the first one: without any, the turns
+-- of tenants would be equal, and the first fill would go to one of them.
+if facts.tenants and redis.call('EXISTS', KEY.totals) == 0 then
+  for name, amount in pairs(amounts_of(capacity)) do
+    if is_counted(name) then
+      redis.call('HSET', KEY.totals, name, int(amount))
+    end
+  end
+end
 redis.call('HDEL', key, 'lapsed')
 -- A cordon outlives the incarnation of its worker.
 local cordoned = redis.call('HGET', KEY.cordons, worker)

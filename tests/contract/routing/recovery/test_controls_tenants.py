@@ -183,6 +183,22 @@ def test_capacity_of_all_workers_is_told_while_tenants_are_in_use(stage: Stage) 
     finish(stage, job)
 
 
+def test_first_worker_is_filled_by_the_turns_of_tenants(stage: Stage) -> None:
+    # The jobs of the flood come first, and no runner has told the capacity of all workers yet.
+    flood = [stage.submit(tenant="flood", cpus=1000) for _ in range(4)]
+    modest = [stage.submit(tenant="modest", cpus=1000) for _ in range(4)]
+    stage.worker("a", cpus=4000)
+    stage.apply()
+    admitted = [job for job in flood + modest if stage.row(job).state == "admitted"]
+    assert admitted == flood[:2] + modest[:2]
+    assert stage.redis.hget(keys.TOTALS, "cpus") == b"4000"
+    # The next worker does not change what the runner tells.
+    stage.worker("b", cpus=4000)
+    stage.apply()
+    assert all(stage.row(job).state == "admitted" for job in flood + modest)
+    finish(stage, *flood, *modest)
+
+
 def test_nominal_share_above_the_quota_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="exceeds the quota"):
         check_rule(Rule(nominal={"cpus": 2000}, quota={"cpus": 1000}), "physics")
