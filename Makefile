@@ -1,6 +1,6 @@
 # `make demo` and `make test` work as the first command in a clean clone: they make .venv and install into it, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser test-celery test-docker test-servers test-installed test-pythons check docs reference pictures bench bench-costs check-costs store-costs bench-load bench-peers soak bench-size bench-all chaos clean
+.PHONY: help demo test browser test-celery test-docker test-servers test-installed test-pythons check docs reference pictures bench bench-costs check-costs store-costs bench-load bench-peers soak bench-size bench-whatif bench-all chaos clean
 
 # Some machines tell Python to keep no bytecode. The tests start about a thousand processes, and each would compile the
 # package anew.
@@ -41,6 +41,7 @@ help:
 	@echo 'make bench-peers  beside procrastinate, Dask and HyperQueue, which it installs into build/peers'
 	@echo 'make soak    half an hour at 80 % of the highest rate: memory, latency and disk stay what they are'
 	@echo 'make bench-size  a million waiting jobs, 10,000 workers and a million finished rows: half an hour, 5 GB of disk'
+	@echo 'make bench-whatif  forecasts of whatif in a replay of the packaged trace, beside what happened: two minutes'
 	@echo 'make bench-all   these one after the other, and all tables and pictures of the docs: two and a half hours'
 	@echo 'make chaos   eight minutes of random faults under load, and what they cost: nothing'
 	@echo 'make clean   remove .venv and what the tools left'
@@ -134,12 +135,16 @@ soak: $(INSTALLED)
 bench-size: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.size $(ARGS)
 
+bench-whatif: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.predictions $(ARGS)
+
 # A target that is missed ends its part with 1, and the others follow all the same.
 bench-all: $(INSTALLED)
 	-@$(BIN)/python -m benchmarks --long
 	-@$(BIN)/python -m benchmarks.steady.curve
 	-@$(BIN)/python -m benchmarks.peers
 	-@$(BIN)/python -m benchmarks.size
+	-@$(BIN)/python -m benchmarks.predictions
 	-@$(BIN)/python -m benchmarks.steady.soak
 
 chaos: $(INSTALLED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import click
 
 from celery_capacity.platform.console import render
 from celery_capacity.platform.console.command import Command, json_option, settings_of_environment
-from celery_capacity.platform.console.terminal import Meters, facts, print_json, talk
+from celery_capacity.platform.console.terminal import Meters, facts, print_json, table, talk
 from celery_capacity.platform.demo import trace
 from celery_capacity.platform.demo.files import read_trace, write_log
 from celery_capacity.platform.demo.options import log_option, scale_option, trace_option
+from celery_capacity.platform.demo.predictions import Prediction, empty_seconds, mean_seconds
 from celery_capacity.platform.demo.replay import WORKERS, Report, replay
 from celery_capacity.platform.processes.launch import Interrupted, WorkerSpec, workers_option
 from celery_capacity.routing.model.amounts import format_cpus
@@ -47,6 +49,7 @@ Submit a job to it:                  {celery} -A platform call demo.sleep --args
 @scale_option
 @workers_option
 @click.option("--expected", is_flag=True, help="Say in each call how long the job runs.")
+@click.option("--whatif", is_flag=True, help="Compare forecasts made meanwhile with what happens.")
 @log_option
 @json_option
 @click.pass_context
@@ -56,6 +59,7 @@ def command(
     scale: float | None,
     workers: tuple[WorkerSpec, ...],
     expected: bool,
+    whatif: bool,
     log: Path | None,
     as_json: bool,
 ) -> None:
@@ -68,8 +72,9 @@ def command(
     A trace has a header that names submit, run (seconds) and cpus; other columns and # lines are ignored. The
     packaged one has 300 jobs of five days on KTH's SP2. Without --scale it takes about a minute, and is never
     slower than the trace. With --expected each call says how long its job runs, so that reservations
-    know when a wide job can start. Without --worker there are worker-01=72 and worker-02=16. The log has the row of the
-    trace, and seconds since the first submission.
+    know when a wide job can start. With --whatif forecasts of `whatif` are made after each tenth of the
+    submissions, and their waits stand beside the real ones. Without --worker there are worker-01=72 and
+    worker-02=16. The log has the row of the trace, and seconds since the first submission.
     """
     console = talk()
 
@@ -77,7 +82,8 @@ def command(
         console.print(line)
 
     settings = settings_of_environment()
-    replayed = replace(read_trace(path or trace.PACKAGED, scale, workers or WORKERS), expected=expected)
+    replayed = read_trace(path or trace.PACKAGED, scale, workers or WORKERS)
+    replayed = replace(replayed, expected=expected, whatif=whatif)
     if log is not None:
         write_log(log, [])  # report a missing folder now, and not after a minute
     say(f"Replaying {len(replayed.jobs)} jobs of the trace {replayed.name} at {replayed.scale:,g}× speed.")
@@ -126,9 +132,35 @@ def _show(report: Report) -> None:
     header = ("worker", "allocated on average", "peak", "jobs")
     render.table_with_bars(console, header, rows, {1: meters}, right=(3,))
     console.print()
+    if report.predictions is not None:
+        _show_predictions(report.predictions)
     for row, state, text in report.errors:
         console.print(f"job {row} {state}: {text}")
     if report.doubled:
         console.print(f"ran twice: {', '.join(map(str, report.doubled))}")
     render.invariants(console, report.invariants)
     console.print(render.verdict_line(report.invariants))
+
+
+def _show_predictions(made: Sequence[Prediction]) -> None:
+    console = facts()
+    if not made:
+        console.print("forecasts  none: no job waited when they were made\n")
+        return
+    rows = [
+        (
+            f"{prediction.at:.1f} s",
+            str(prediction.jobs),
+            _seconds(empty_seconds(prediction.predicted)),
+            _seconds(empty_seconds(prediction.real)),
+            _seconds(mean_seconds(prediction.predicted)),
+            _seconds(mean_seconds(prediction.compared)),
+        )
+        for prediction in made
+    ]
+    table(console, ("forecast at", "waiting", "empty in", "real", "mean wait", "real"), rows, right=(0, 1, 2, 3, 4, 5))
+    console.print()
+
+
+def _seconds(seconds: float | None) -> str:
+    return "never" if seconds is None else f"{seconds:.1f} s"

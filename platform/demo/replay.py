@@ -12,7 +12,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from sqlalchemy import ARRAY, Engine, Text, bindparam, func, select
 
 from celery_capacity import create_app, migrations
 from celery_capacity.platform.console.terminal import Meter, Meters
-from celery_capacity.platform.demo import trace
+from celery_capacity.platform.demo import predictions, trace
 from celery_capacity.platform.embedded import servers
 from celery_capacity.platform.processes.launch import WorkerSpec, await_ready, page_of, pause, start_page, start_worker
 from celery_capacity.platform.processes.supervisor import COLD, WARM, Step, Supervisor
@@ -30,6 +30,7 @@ from celery_capacity.platform.tasks import SLEEP
 from celery_capacity.routing.config.secret_files import SUFFIX
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database import schema
+from celery_capacity.routing.forecast.whatif import Today, read_today
 from celery_capacity.routing.inspect import overview, verify
 from celery_capacity.routing.ledger.connection import connect, quick_client
 from celery_capacity.routing.model.amounts import CPUS, cpus_number, format_cpus
@@ -52,13 +53,17 @@ SHOWN_ERRORS = 5
 
 @dataclass(frozen=True)
 class Replayed:
-    """Input of a replay. `scale`: how many times faster than the trace. `expected`: the calls say how long jobs run."""
+    """Input of a replay. `scale`: how many times faster than the trace. `expected`: the calls say how long jobs run.
+
+    `whatif`: forecasts are made meanwhile, and compared with what happens.
+    """
 
     name: str
     jobs: tuple[trace.Job, ...]
     scale: float
     workers: tuple[WorkerSpec, ...]
     expected: bool = False
+    whatif: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Report:
     doubled: tuple[int, ...]
     delay: float  #: seconds by which the most delayed submission missed its time
     invariants: verify.Report
+    predictions: tuple[predictions.Prediction, ...] | None = None
 
     @property
     def ok(self) -> bool:
@@ -125,6 +131,7 @@ class Report:
                 }
                 for worker in self.workers
             ],
+            "forecasts": None if self.predictions is None else [made.to_json() for made in self.predictions],
             "run_twice": list(self.doubled),
             "errors": [{"job": row, "state": state, "error": text} for row, state, text in self.errors],
             "invariants": self.invariants.to_json(),
@@ -218,6 +225,7 @@ class _Run:
         meters: Meters,
     ) -> None:
         self._replayed = replayed
+        self._settings = settings
         self._supervisor = supervisor
         self._meters = meters
         self._id = f"demo-{uuid.uuid4().hex[:12]}"
@@ -226,6 +234,7 @@ class _Run:
         self._reader = quick_client(self._redis)
         self._engine: Engine = make_engine(str(settings.database_url))
         self._submitted: dict[int, float] = {}
+        self._copies: list[Today] = []
         self._delay = 0.0
         self._app: Any = None
 
@@ -259,6 +268,18 @@ class _Run:
                 **({"tenant": job.tenant} if job.tenant else {}),
             )
             self._delay = max(self._delay, time.monotonic() - due)
+            if self._replayed.whatif and predictions.due(len(self._submitted), len(self._replayed.jobs)):
+                self._copies.append(self._copy())
+
+    def _copy(self) -> Today:
+        with self._engine.execution_options(isolation_level="REPEATABLE READ").connect() as connection:
+            return read_today(self._reader, connection, self._settings)
+
+    def _predictions(self, records: Sequence[trace.Record]) -> tuple[predictions.Prediction, ...] | None:
+        if not self._replayed.whatif:
+            return None
+        starts = {self._job_id(record.job): record.start for record in records}
+        return predictions.compare(self._copies, starts, min(self._submitted.values()))
 
     def _look_until(self, due: float) -> None:
         """Draw the cluster until it is time. Return at once if the time has passed."""
@@ -349,6 +370,7 @@ class _Run:
             doubled=tuple(trace.doubled(records)),
             delay=self._delay,
             invariants=verify.check(self._engine, self._redis),
+            predictions=self._predictions(records),
         )
 
     def revoke(self) -> None:

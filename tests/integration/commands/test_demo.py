@@ -63,7 +63,8 @@ def most_at_once(rows: list[dict[str, Any]], worker: str) -> float:
 def test_demo_runs_a_trace_on_a_private_pair_and_reports_it(platform: Platform, trace: Path, tmp_path: Path) -> None:
     log, mark, temporary = tmp_path / "log.csv", uuid.uuid4().hex, tmp_path / "t"
     temporary.mkdir()
-    done = platform.celery(*demo(trace, "--json", "--log", str(log)), **PRIVATE, DEMO_MARK=mark, TMPDIR=str(temporary))
+    options = ("--json", "--log", str(log), "--expected", "--whatif")
+    done = platform.celery(*demo(trace, *options), **PRIVATE, DEMO_MARK=mark, TMPDIR=str(temporary))
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["ok"]
@@ -89,6 +90,13 @@ def test_demo_runs_a_trace_on_a_private_pair_and_reports_it(platform: Platform, 
     last = max(float(row["end"]) for row in rows)
     assert report["makespan_seconds"] == pytest.approx(last, abs=0.01)
     assert report["wait_seconds"]["max"] >= report["wait_seconds"]["p95"] >= 0
+    # The job that wants all of the larger worker waits for the first one. All run times are known.
+    assert report["forecasts"]
+    for forecast in report["forecasts"]:
+        assert 0 < forecast["waiting"] <= 10
+        assert forecast["guessed"] == 0
+        for side in ("predicted", "real"):
+            assert forecast["empty_seconds"][side] >= forecast["wait_mean_seconds"][side] >= 0
 
     assert left_over(mark) == []
     assert list(temporary.iterdir()) == []
@@ -99,9 +107,10 @@ def test_on_given_servers_it_makes_the_tables_and_takes_away_what_it_made(platfo
     from celery_capacity.migrations import downgrade
 
     downgrade(str(platform.settings.database_url), "base")
-    done = platform.celery(*demo(trace))
+    done = platform.celery(*demo(trace, "--whatif"))
     assert done.returncode == 0, done.stderr
     output = done.stdout
+    assert re.search(r"^forecast at +waiting +empty in +real +mean wait +real$", output, re.MULTILINE)
     assert "jobs      10: 10 succeeded" in output
     assert "makespan" in output
     assert re.search(r"^worker +allocated on average +peak +jobs$", output, re.MULTILINE)
