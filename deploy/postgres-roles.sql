@@ -64,6 +64,7 @@ ALTER TABLE cordons OWNER TO platform_owner;
 ALTER TABLE pauses OWNER TO platform_owner;
 ALTER TABLE tenants OWNER TO platform_owner;
 ALTER TABLE operator_actions OWNER TO platform_owner;
+ALTER TABLE audit OWNER TO platform_owner;
 ALTER TABLE authority OWNER TO platform_owner;
 ALTER TABLE runner OWNER TO platform_owner;
 ALTER TABLE declarations OWNER TO platform_owner;
@@ -96,9 +97,12 @@ GRANT SELECT, INSERT, DELETE ON ageing_marks TO platform_worker;
 GRANT SELECT, UPDATE, DELETE ON chords TO platform_worker;
 GRANT SELECT, INSERT, DELETE ON chord_parts TO platform_worker;
 GRANT SELECT, UPDATE ON authority TO platform_worker;
--- Operators use this role too: `cordon`, `drain`, `pause`, `priority`, `tenant`.
+-- Operators use this role too: `cordon`, `drain`, `pause`, `priority`, `tenant`, `cancel`, `retry`.
 GRANT SELECT, INSERT, UPDATE, DELETE ON cordons, pauses, tenants TO platform_worker;
+-- So does a dashboard in which people act. Rows of the audit end after `PLATFORM_KEEP_AUDIT`, by a duty of workers.
 GRANT SELECT, INSERT ON operator_actions TO platform_worker;
+GRANT SELECT, INSERT, DELETE ON audit TO platform_worker;
+GRANT UPDATE (outcome, details, ended_at) ON audit TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON runner, run_times_read TO platform_worker;
 GRANT SELECT, INSERT, UPDATE, DELETE ON run_times, estimates, reservations TO platform_worker;
 -- Limits by key: rows come in by a trigger and functions with their owner's rights. Notes are taken away once followed.
@@ -133,7 +137,7 @@ GRANT SELECT (id, seq, name, state, epoch, attempt, step, losses, worker, incarn
   queue, rerun, retries, nesting, root_id, parent_id, replaces, submitted_at, due_at, expires_at, admitted_at, started_at,
   finished_at, revoked_at, error, needs, rated, not_before, progress, behind, reprioritized,
   expected_ms, key_limits) ON jobs TO platform_dashboard;
-GRANT SELECT ON attempts, workers, cordons, pauses, tenants, operator_actions, authority, runner, declarations,
+GRANT SELECT ON attempts, workers, cordons, pauses, tenants, operator_actions, audit, authority, runner, declarations,
   dependencies, rates, retries, infeasible, run_times, run_times_read, estimates, reservations, job_keys, key_rates,
   alembic_version TO platform_dashboard;
 GRANT SELECT ON jobs_archive, attempts_archive TO platform_dashboard;

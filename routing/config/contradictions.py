@@ -1,12 +1,15 @@
-"""Settings that are out of range, or that contradict one another."""
+"""Settings that are out of range, that contradict one another, or that are none."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
-from celery_capacity.routing.config import setting_values
+from celery_capacity.routing.config import secret_files, setting_values
 from celery_capacity.routing.config.meaning import Meaning
+
+PREFIX = "PLATFORM_"
 
 #: seconds, the longest time that makes sense in any setting: a year
 MAX_SECONDS = 31_536_000.0
@@ -18,7 +21,7 @@ MAX_MESSAGE_LIMIT = 512 * 1024**2
 MAX_LOSSES_LIMIT = 1000
 
 #: times that may be longer than `MAX_SECONDS`: records are kept for decades
-LONG = {"keep_archived": 100 * MAX_SECONDS}
+LONG = {"keep_archived": 100 * MAX_SECONDS, "keep_audit": 100 * MAX_SECONDS}
 
 
 def contradictions(values: Mapping[str, Any], described: Iterable[tuple[str, Meaning]]) -> list[str]:
@@ -54,4 +57,33 @@ def contradictions(values: Mapping[str, Any], described: Iterable[tuple[str, Mea
             f"PLATFORM_LOST_AFTER={values['lost_after']:g} must not be below"
             f" PLATFORM_WORKER_TTL={values['worker_ttl']:g}: jobs would be taken from a worker that is alive."
         )
+    wrong += _of_tokens(values)
     return wrong
+
+
+def _of_tokens(values: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the tokens of the dashboard. No sentence shows one."""
+    viewer = values.get("viewer_token")
+    if viewer is None or "token" not in values:
+        return []
+    if values["token"] is None:
+        return ["PLATFORM_VIEWER_TOKEN is set and PLATFORM_TOKEN is not: operators need a token of their own."]
+    if values["token"] == viewer:
+        return ["PLATFORM_VIEWER_TOKEN equals PLATFORM_TOKEN: viewers could act."]
+    return []
+
+
+def warnings_of(environ: Mapping[str, str], variables: Iterable[str]) -> tuple[str, ...]:
+    """Return a warning for each PLATFORM_ name that is none of the settings' variables, with the nearest one.
+
+    A slip must not go unseen.
+    """
+    setting_names = [env for env in variables if env.startswith(PREFIX)]
+    bare = [env.removeprefix(PREFIX) for env in setting_names]
+    warnings = []
+    for name in sorted(environ):
+        in_file = name.removesuffix(secret_files.SUFFIX) in secret_files.FROM_FILES
+        if name.startswith(PREFIX) and name not in setting_names and not in_file:
+            nearest = get_close_matches(name.removeprefix(PREFIX), bare, n=1, cutoff=0.0)
+            warnings.append(f"{name} is not a setting and is ignored; the nearest known one is {PREFIX}{nearest[0]}.")
+    return tuple(warnings)

@@ -24,9 +24,10 @@ FROM_FILES: Final = (
     "CELERY_BROKER_URL",
     "CELERY_RESULT_BACKEND",
     "PLATFORM_TOKEN",
+    "PLATFORM_VIEWER_TOKEN",
 )
 #: Variables of these whose value is no URL.
-NO_URL: Final = frozenset({"PLATFORM_TOKEN"})
+NO_URL: Final = frozenset({"PLATFORM_TOKEN", "PLATFORM_VIEWER_TOKEN"})
 SUFFIX: Final = "_FILE"
 #: bytes; no URL is longer, and a wrong file (a device, a dump) is not read to its end
 MAX_BYTES: Final = 64 * 1024

@@ -21,6 +21,7 @@ from celery_capacity.routing.policy.labels import parse_labels, parse_placement
 ZERO = {
     "keep_finished": "never",
     "keep_archived": "ever",
+    "keep_audit": "ever",
     "shutdown_grace": "no limit",
     "fail_infeasible_after": "never",
     "ageing": "no ageing",
@@ -50,6 +51,13 @@ def token(value: str, env: str) -> str:
         advice = f"{env} must be {form}: `openssl rand -hex 24` makes one."
         raise InvalidRequest(f"{env} is not valid", advice=advice)
     return value
+
+
+def header_name(value: str, env: str) -> str:
+    """Return the name of a header of HTTP, in lower case."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]{0,63}", value):
+        raise _wrong(env, value, f"{env} must be the name of a header, such as X-Forwarded-User.")
+    return value.lower()
 
 
 def database_url(value: str, env: str) -> str:

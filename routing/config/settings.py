@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from celery_capacity.routing.config import contradictions, redis_urls, secret_files, setting_values, unknown_variables
+from celery_capacity.routing.config import contradictions, redis_urls, secret_files, setting_values
+from celery_capacity.routing.config.dashboard_settings import DashboardSettings
 from celery_capacity.routing.config.embedded import default_home
 from celery_capacity.routing.config.meaning import Meaning
 from celery_capacity.routing.config.meaning import duration as _duration
@@ -22,9 +23,12 @@ from celery_capacity.routing.config.meaning import setting as _setting
 from celery_capacity.routing.errors import InvalidRequest, SettingsError, mask_url
 from celery_capacity.routing.model import amounts, identifiers
 
+#: Fields that no text shows.
+SECRET: Final = frozenset({"token", "viewer_token"})
+
 
 @dataclass(frozen=True, repr=False)
-class Settings:
+class Settings(DashboardSettings):
     """All settings, in millicores, bytes and seconds. Raises `SettingsError` for values that contradict each other."""
 
     redis_url: str | None = _setting(
@@ -181,20 +185,6 @@ class Settings:
             )
         },
     )
-    dashboard: tuple[str, int] = _setting(
-        "PLATFORM_DASHBOARD",
-        "Where the dashboard listens.",
-        setting_values.address,
-        default=("127.0.0.1", 8000),
-        unit="host:port",
-        shown="127.0.0.1:8000",
-    )
-    token: str | None = _setting(
-        "PLATFORM_TOKEN",
-        "Token that the dashboard asks for. It must have one to listen beyond this machine.",
-        setting_values.token,
-        unit="16 characters or more",
-    )
     heartbeat_interval: float = _duration(
         "PLATFORM_HEARTBEAT_INTERVAL", 30.0, "Between two heartbeats that beat sends."
     )
@@ -345,12 +335,15 @@ class Settings:
         )
 
     def __repr__(self) -> str:
-        shown = (f"{f.name}={mask_url(repr(getattr(self, f.name)))}" for f in fields(self) if f.name != "token")
+        shown = (f"{f.name}={mask_url(repr(getattr(self, f.name)))}" for f in fields(self) if f.name not in SECRET)
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
 def _described() -> list[Field[Any]]:
-    return [f for f in fields(Settings) if "setting" in f.metadata]
+    """Return the fields that have a variable. Those of the dashboard come last."""
+    inherited = {f.name for f in fields(DashboardSettings)}
+    described = [f for f in fields(Settings) if "setting" in f.metadata]
+    return sorted(described, key=lambda f: f.name in inherited)
 
 
 def described() -> list[tuple[str, Meaning]]:
@@ -364,4 +357,4 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
 
 def unknown_names(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Return a warning for each PLATFORM_ name that is no setting, with the nearest setting."""
-    return unknown_variables.warnings_of(environ, [meaning.env for _, meaning in described()])
+    return contradictions.warnings_of(environ, [meaning.env for _, meaning in described()])

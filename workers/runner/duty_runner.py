@@ -48,7 +48,7 @@ from celery_capacity.workers.membership.cold_ledger import open_ledger
 from celery_capacity.workers.process.service import OnDemandLookingService
 from celery_capacity.workers.process.spare_connections import close_spare
 from celery_capacity.workers.process.stores import Stores
-from celery_capacity.workers.retention import archive, former_workers, unique_keys
+from celery_capacity.workers.retention import archive, audit, former_workers, unique_keys
 from celery_capacity.workers.runner.candidate import Candidate
 from celery_capacity.workers.runner.commit_listener import CommitListener
 
@@ -118,6 +118,7 @@ DUTIES: Final = (
     Duty("replaced", sweep.pause, replaced.run_once, without=replaced.run_once),
     Duty("run_times", lambda s: s.sweep_interval, run_times.run_once, without=run_times.run_once),
     Duty("estimates", lambda s: s.sweep_interval, estimates.run_once, without=estimates.run_once),
+    Duty("audit", audit.pause, audit.run_once, without=audit.run_once),
     Duty("keys", lambda s: s.sweep_interval, unique_keys.run_once, without=unique_keys.run_once),
     Duty(
         "former_workers",

@@ -23,6 +23,7 @@ TABLES = {
     "jobs_archive",
     "attempts_archive",
     "workers",
+    "audit",
     "authority",
     "cordons",
     "declarations",

@@ -49,6 +49,7 @@ def test_urls_from_files_are_those_of_the_environment(tmp_path: Path, end: str) 
         "CELERY_BROKER_URL": "amqp://u:p@host//",
         "CELERY_RESULT_BACKEND": "rediss://host/1",
         "PLATFORM_TOKEN": "0123456789abcdef",
+        "PLATFORM_VIEWER_TOKEN": "fedcba9876543210",
     }
     assert set(urls) == set(FROM_FILES)
     files = written(tmp_path, **{env: url + end for env, url in urls.items()})

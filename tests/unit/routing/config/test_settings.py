@@ -57,6 +57,9 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
         "home": embedded.default_home({"HOME": "/home/ada"}),
         "dashboard": ("127.0.0.1", 8000),
         "token": None,
+        "viewer_token": None,
+        "proxy_user_header": None,
+        "keep_audit": 7_776_000.0,
         "heartbeat_interval": 30.0,
         "renew_interval": 10.0,
         "worker_ttl": 60.0,
@@ -109,6 +112,9 @@ def test_every_setting_is_read_from_its_variable() -> None:
         "PLATFORM_HOME": "/srv/home",
         "PLATFORM_DASHBOARD": "[::1]:0",
         "PLATFORM_TOKEN": "0123456789abcdef",
+        "PLATFORM_VIEWER_TOKEN": "fedcba9876543210",
+        "PLATFORM_PROXY_USER_HEADER": "X-Forwarded-User",
+        "PLATFORM_KEEP_AUDIT": "86400",
         "PLATFORM_HEARTBEAT_INTERVAL": "3",
         "PLATFORM_RENEW_INTERVAL": "0.1",
         "PLATFORM_WORKER_TTL": "6",
@@ -163,6 +169,9 @@ def test_every_setting_is_read_from_its_variable() -> None:
         home=Path("/srv/home"),
         dashboard=("::1", 0),
         token="0123456789abcdef",
+        viewer_token="fedcba9876543210",
+        proxy_user_header="x-forwarded-user",
+        keep_audit=86_400.0,
         heartbeat_interval=3.0,
         renew_interval=0.1,
         worker_ttl=6.0,
@@ -262,6 +271,8 @@ WRONG = [
     ("PLATFORM_DASHBOARD", "8000", "must be host:port"),
     ("PLATFORM_TOKEN", "tooshort", "must be 16 to 500 letters"),
     ("PLATFORM_TOKEN", "0123456789 abcdef", "must be 16 to 500 letters"),
+    ("PLATFORM_VIEWER_TOKEN", "tooshort", "must be 16 to 500 letters"),
+    ("PLATFORM_PROXY_USER_HEADER", "X User", "must be the name of a header"),
     ("PLATFORM_DASHBOARD", ":8000", "must be host:port"),
     ("PLATFORM_DASHBOARD", "host:99999", "must be host:port"),
     ("PLATFORM_DASHBOARD", "::1:8000", "must be host:port"),
@@ -288,6 +299,19 @@ def test_all_wrong_settings_stand_in_one_error() -> None:
     listed = problems({**URLS, **first_of_each})
     assert len(listed) == len(first_of_each)
     assert all(any(env in problem for problem in listed) for env in first_of_each)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        ({}, "operators need a token of their own"),
+        ({"PLATFORM_TOKEN": "0123456789abcdef"}, "viewers could act"),
+    ],
+)
+def test_token_of_viewers_needs_another_one_of_operators(tokens: dict[str, str], said: str) -> None:
+    (problem,) = problems({**URLS, **tokens, "PLATFORM_VIEWER_TOKEN": "0123456789abcdef"})
+    assert said in problem
+    assert "0123456789abcdef" not in problem
 
 
 @pytest.mark.parametrize("there", ["REDIS_URL", "DATABASE_URL"])
@@ -360,7 +384,8 @@ def test_settings_go_to_another_process_unchanged() -> None:
 
 
 def test_every_field_but_the_warnings_is_described() -> None:
-    assert [name for name, _ in described()] == [f.name for f in dataclasses.fields(Settings) if f.name != "warnings"]
+    names = [name for name, _ in described()]
+    assert sorted(names) == sorted(f.name for f in dataclasses.fields(Settings) if f.name != "warnings")
     assert all(meaning.unit and meaning.text.endswith(".") for _, meaning in described())
 
 

@@ -1,0 +1,46 @@
+"""The settings of the dashboard, and of what it and the commands note about operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from celery_capacity.routing.config import setting_values
+from celery_capacity.routing.config.meaning import duration as _duration
+from celery_capacity.routing.config.meaning import setting as _setting
+
+
+@dataclass(frozen=True, repr=False)
+class DashboardSettings:
+    """Where the dashboard listens, who may read there, and who may act."""
+
+    dashboard: tuple[str, int] = _setting(
+        "PLATFORM_DASHBOARD",
+        "Where the dashboard listens.",
+        setting_values.address,
+        default=("127.0.0.1", 8000),
+        unit="host:port",
+        shown="127.0.0.1:8000",
+    )
+    token: str | None = _setting(
+        "PLATFORM_TOKEN",
+        "Token of operators, who read and act in the dashboard. It must have one to listen beyond this machine.",
+        setting_values.token,
+        unit="16 characters or more",
+    )
+    viewer_token: str | None = _setting(
+        "PLATFORM_VIEWER_TOKEN",
+        "Token of viewers, who read in the dashboard and cannot act. It needs a PLATFORM_TOKEN, and differs from it.",
+        setting_values.token,
+        unit="16 characters or more",
+    )
+    proxy_user_header: str | None = _setting(
+        "PLATFORM_PROXY_USER_HEADER",
+        "Header in which a reverse proxy before the dashboard names its user, such as X-Forwarded-User. The audit has"
+        " this name. The header is trusted, as is X-Forwarded-Proto, so let nobody get past the proxy.",
+        setting_values.header_name,
+        unit="name of a header",
+        shown="none",
+    )
+    keep_audit: float = _duration(
+        "PLATFORM_KEEP_AUDIT", 7_776_000.0, "How long the audit keeps the action of an operator; 0: for ever."
+    )

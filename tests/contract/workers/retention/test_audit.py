@@ -1,0 +1,57 @@
+"""The audit: each action has its outcome once, is found by its number, and is forgotten after its time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from celery_capacity.routing.database import audit
+from celery_capacity.routing.database.audit import Actor, Outcome, Way
+from celery_capacity.workers.process.stores import Stores
+from celery_capacity.workers.retention import audit as duty
+from tests.fixtures.stores.staged import Stage
+
+NO_APP: Any = None
+ANN = Actor("ann@host", Way.CLI)
+
+
+@pytest.fixture
+def stores(stage: Stage) -> Stores:
+    stores = Stores(lambda _: stage.settings)
+    stores._made.update(settings=stage.settings, engine=stage.engine, ledger=stage.ledger)
+    return stores
+
+
+def test_action_has_its_first_outcome_and_its_first_targets(stage: Stage) -> None:
+    ids = [f"job-{number}\0" for number in range(audit.MAX_TARGETS + 1)]
+    with stage.engine.connect() as connection:
+        seq = audit.begin(connection, ANN, "cancel", ids, {"reason": "x" * 9999, "empty": None})
+        begun = audit.entry(connection, seq)
+        audit.end(connection, seq, Outcome.PARTLY, {"cancelled": 7})
+        audit.end(connection, seq, Outcome.DONE, {"cancelled": 8})
+        ended = audit.entry(connection, seq)
+        assert audit.newest(connection, 5) == [ended]
+        assert audit.newest(connection, 5, seq) == []
+        assert audit.entry(connection, seq + 1) is None
+    assert begun is not None
+    assert ended is not None
+    assert (begun.outcome, begun.number, len(begun.targets)) == (None, len(ids), audit.MAX_TARGETS)
+    assert (ended.outcome, ended.details["cancelled"], len(ended.details["reason"])) == ("partly", 7, audit.MAX_TEXT)
+    assert (ended.by, ended.via, set(ended.details)) == ("ann@host", "cli", {"reason", "cancelled"})
+
+
+def test_actions_are_forgotten_after_their_time(stage: Stage, stores: Stores) -> None:
+    with stage.engine.connect() as connection:
+        for target in ("old", "new"):
+            audit.begin(connection, ANN, "cordon", [target], {})
+    stage.sql("UPDATE audit SET made_at = made_at - interval '91 days' WHERE targets = ARRAY['old']")
+    assert duty.run_once(NO_APP, stores) == {"forgotten": 1}
+    with stage.engine.connect() as connection:
+        assert [entry.targets for entry in audit.newest(connection, 5)] == [("new",)]
+
+
+@pytest.mark.parametrize(("keep", "seconds"), [(0.0, 3600.0), (7_776_000.0, 3600.0), (100.0, 10.0)])
+def test_pause_follows_the_time_that_actions_are_kept(keep: float, seconds: float, stage: Stage) -> None:
+    assert duty.pause(dataclasses.replace(stage.settings, keep_audit=keep)) == seconds
