@@ -148,7 +148,7 @@ def test_figures_of_tasks_read_the_newest_jobs_by_an_index(stage: Stage) -> None
         # The table is small here, so that Postgres would read it whole.
         connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
         connection.exec_driver_sql("SET LOCAL enable_bitmapscan = off")
-        values = {"states": ["succeeded", "waiting"], "sample": 10, "most": 10}
+        values = {"states": ["succeeded", "waiting"], "sample": 10, "most": 10, "name": None}
         plan = "\n".join(connection.execute(text(f"EXPLAIN {task_statistics._FIGURES}"), values).scalars())
     assert "using jobs_state_seq on jobs" in plan, plan
     assert "Seq Scan on jobs" not in plan
