@@ -11,6 +11,7 @@ from celery.app import backends
 from kombu.utils.imports import symbol_by_name
 
 from celery_capacity.routing.errors import NoServers
+from celery_capacity.workers.app import flower
 from celery_capacity.workers.app.control import control_class
 from celery_capacity.workers.app.defaults import Defaults, NoBackend
 from celery_capacity.workers.app.existing_parts import cover_tasks, make_anew, unproxied
@@ -68,6 +69,7 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
     app.submit_many = partial(submit_many.submit_many, app)
     groups.connect()
     teach_states()
+    flower.prepare(stores)
     # Called each time that a configuration is read: `config_from_object` after a first use reads it anew.
     app.add_defaults(partial(_configured, app))
     app.on_after_configure.connect(_configured, weak=False)
