@@ -47,7 +47,7 @@ def test_all_jobs_run_in_their_order(platform: Platform, submitter: Submitter) -
     jobs = [submitter.send(ADD, number, 1) for number in range(JOBS)]
     assert noted(platform, keys.EPOCH, "waiting") < JOBS / 2
     platform.worker("a", cpus=1)
-    until(lambda: len(ended(platform)) == JOBS, "all jobs end", seconds=60)
+    until(lambda: len(ended(platform)) == JOBS, "all jobs end")
     assert [row.id for row in ended(platform)] == jobs
     assert noted(platform, keys.COUNTERS, "left") >= JOBS / 2
     assert platform.redis.exists(keys.BORDER, keys.LOW, keys.STAYING) == 0
@@ -56,8 +56,8 @@ def test_all_jobs_run_in_their_order(platform: Platform, submitter: Submitter) -
 def test_successor_of_a_dead_runner_goes_on(platform: Platform, submitter: Submitter) -> None:
     jobs = [submitter.send(ADD, number, 1) for number in range(2 * JOBS)]
     first = platform.worker("a", cpus=1)
-    until(lambda: len(ended(platform)) >= JOBS / 3, "some jobs end", seconds=60)
+    until(lambda: len(ended(platform)) >= JOBS / 3, "some jobs end")
     os.kill(first.pid, signal.SIGKILL)
     platform.worker("b", cpus=1)
-    until(lambda: len(ended(platform)) == len(jobs), "all jobs end", seconds=90)
+    until(lambda: len(ended(platform)) == len(jobs), "all jobs end")
     assert platform.redis.exists(keys.BORDER, keys.LOW, keys.STAYING) == 0

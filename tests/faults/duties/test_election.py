@@ -20,12 +20,15 @@ from tests.fixtures.waiting import until
 
 NAMES = ("a", "b", "c", "d")
 JOBS = 400
-#: Seconds that each row takes which a pass writes. 400 rows take four terms of the runner.
-SLOW = 0.005
+#: Term of the runner in seconds. A busy machine lets a runner wait for longer than the half second of other tests.
+TERM = 1.5
+#: Seconds that each row takes which a pass writes. All rows take three terms.
+SLOW = 3 * TERM / JOBS
 
 
 @pytest.fixture
 def workers(platform: Platform) -> dict[str, Process]:
+    platform.environment["PLATFORM_RUNNER_TERM"] = str(TERM)
     return {name: platform.worker(name, cpus=1, pool="threads", slots=1) for name in NAMES}
 
 

@@ -230,16 +230,16 @@ def test_workers_come_to_serve_a_queue_and_leave_it_while_they_run(submitter: Su
     assert "cpus" not in output
 
     (mail,) = [name for name in control.inspect(timeout=60, limit=2).ping() if name.startswith("mail@")]
-    refused = control.add_consumer("bad", exchange_type="fanout", destination=[mail], reply=True, timeout=20, limit=1)
+    refused = control.add_consumer("bad", exchange_type="fanout", destination=[mail], reply=True, timeout=60, limit=1)
     assert "a job is one" in refused[0][mail]["error"]
-    assert "ok" in control.add_consumer("late", destination=[mail], reply=True, timeout=20, limit=1)[0][mail]
+    assert "ok" in control.add_consumer("late", destination=[mail], reply=True, timeout=60, limit=1)[0][mail]
     assert ran_on(submitter, waits) == ("mail", "late")
     assert active(submitter)["mail"] == ["late", "mail"]
 
     # A worker that leaves a queue keeps its running jobs of it. It takes jobs of its other queues beside them.
     runs = submitter.send(HOLD, "gate", queue="late")
     tasks.started(client, "gate")
-    control.cancel_consumer("late", destination=[mail], reply=True, timeout=20, limit=1)
+    control.cancel_consumer("late", destination=[mail], reply=True, timeout=60, limit=1)
     left = submitter.send(ADD, 1, 2, queue="late")
     until(lambda: active(submitter)["mail"] == ["mail"], "the queue is left")
     until(lambda: why(submitter, left).why is Reason.NO_QUEUE, "nobody serves it")
@@ -247,9 +247,9 @@ def test_workers_come_to_serve_a_queue_and_leave_it_while_they_run(submitter: Su
     submitter.until(left, "waiting")
     tasks.let_go(client, "gate")
     assert ran_on(submitter, runs) == ("mail", "late")
-    control.add_consumer("late", destination=[mail], reply=True, timeout=20, limit=1)
+    control.add_consumer("late", destination=[mail], reply=True, timeout=60, limit=1)
     assert ran_on(submitter, left) == ("mail", "late")
-    control.cancel_consumer("late", destination=[mail], reply=True, timeout=20, limit=1)
+    control.cancel_consumer("late", destination=[mail], reply=True, timeout=60, limit=1)
     until(lambda: active(submitter)["mail"] == ["mail"], "as it was")
 
 

@@ -350,5 +350,5 @@ def test_one_worker_listens_and_another_one_takes_over(
     with engine_of_the_program.begin() as connection:
         result = double.apply_async((8,), session=connection)
     # The first worker's capacity is there until it counts as lost.
-    assert submitter.ended(result.id, seconds=60).state == "succeeded"
+    assert submitter.ended(result.id).state == "succeeded"
     assert submitter.row(result.id).worker == "b"

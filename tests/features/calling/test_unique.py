@@ -68,7 +68,7 @@ def test_whoever_has_the_result_of_the_first_submits_another(platform: Platform,
         assert looked.wait(60)
         assert not second.done()
         locking.rollback()
-        assert second.result(timeout=20).id != first.id
+        assert second.result(timeout=60).id != first.id
     event.remove(engine, "before_cursor_execute", note)
     tasks.let_go(platform.redis, "gate")
     assert submitter.value(second.result().id) == "gate"

@@ -121,12 +121,12 @@ def test_much_is_kept_of_a_result_where_it_is_asked_for(platform: Platform, wait
 
 def test_many_results_are_read_as_they_come_and_together(platform: Platform, waiter: Submitter) -> None:
     results = group(add.s(number, 1) for number in range(6)).apply_async()
-    assert results.join(timeout=20) == [1, 2, 3, 4, 5, 6]
+    assert results.join(timeout=60) == [1, 2, 3, 4, 5, 6]
     assert results.successful() and results.completed_count() == 6
     if waiter.app.backend.supports_native_join:
         native = group(add.s(number, 2) for number in range(6)).apply_async()
-        assert sorted(meta["result"] for _, meta in native.iter_native(timeout=20)) == [2, 3, 4, 5, 6, 7]
-        assert group(add.s(1, 1), add.s(2, 2)).apply_async().join_native(timeout=20) == [2, 4]
+        assert sorted(meta["result"] for _, meta in native.iter_native(timeout=60)) == [2, 3, 4, 5, 6, 7]
+        assert group(add.s(1, 1), add.s(2, 2)).apply_async().join_native(timeout=60) == [2, 4]
     seen: list[tuple[str, int]] = []
     several = group(add.s(1, 1), add.s(2, 2)).apply_async()
     several.get(timeout=60, callback=lambda job, value: seen.append((job, value)))

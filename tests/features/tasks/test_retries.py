@@ -92,7 +92,7 @@ def test_the_pauses_of_a_backoff_grow(platform: Platform, submitter: Submitter) 
     pauses = []
     for retries in (1, 2):
         row = until(lambda n=retries: _scheduled(submitter, job, n), f"it waits for retry {retries}")  # type: ignore[misc]
-        (*_, last) = submitter.attempts(job)
+        last = submitter.attempts(job)[row.attempt - 1]
         pauses.append((row.due_at - last.started_at).total_seconds())
     submitter.result(job).revoke()
     submitter.ended(job)

@@ -119,7 +119,7 @@ def test_the_time_limit_ends_a_job_that_waits_and_the_soft_one_does_not(
 
 def left(platform: Platform, gate: str) -> str:
     """Return the next job that left a gate."""
-    popped: Any = platform.redis.blpop([f"{gate}:left"], 20)
+    popped: Any = platform.redis.blpop([f"{gate}:left"], tasks.MAX_SECONDS)
     return str(popped[1].decode())
 
 

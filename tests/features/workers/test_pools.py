@@ -37,7 +37,7 @@ def control(submitter: Submitter, worker: str, command: str, **arguments: Any) -
     """Return the answer of one worker to a command of remote control."""
     app = submitter.app
     (name,) = [name for name in app.control.inspect(timeout=60, limit=2).ping() if name.startswith(f"{worker}@")]
-    answers = app.control.broadcast(command, arguments, destination=[name], reply=True, timeout=20, limit=1)
+    answers = app.control.broadcast(command, arguments, destination=[name], reply=True, timeout=60, limit=1)
     return answers[0][name]
 
 

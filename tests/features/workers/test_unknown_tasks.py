@@ -65,7 +65,7 @@ def test_new_tasks_wait_for_new_workers_in_a_rolling_deployment(platform: Platfo
     assert [submitter.value(job) for job in fresh] == [1 + n for n in range(8)]
     assert {submitter.ended(job).worker for job in fresh} == {"new"}
     # Both take the tasks that both know.
-    both = [submitter.send("demo.sleep", 2, cpus=1) for _ in range(8)]
+    both = [job.id for job in submitter.app.submit_many("demo.sleep", [(2,)] * 8, cpus=1)]
     assert {submitter.ended(job).worker for job in both} == {"old", "new"}
 
 

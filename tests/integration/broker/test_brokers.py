@@ -83,7 +83,6 @@ def all_succeeded(platform: Platform, number: int) -> None:
     until(
         lambda: job_states(platform) == {"succeeded": number},
         lambda: f"{number} jobs succeed; they are {job_states(platform)}",
-        90.0,
     )
 
 

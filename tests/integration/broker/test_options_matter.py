@@ -44,7 +44,7 @@ def ended(process: Process) -> bool:
 
 def runs(platform: Platform, submitter: Submitter) -> None:
     job = submitter.send(ADD, 40, 2)
-    assert submitter.ended(job, 60).state == "succeeded"
+    assert submitter.ended(job).state == "succeeded"
     assert submitter.row(job).worker == "ours"
 
 
@@ -66,7 +66,7 @@ def test_a_broker_that_is_away_for_long_ends_no_worker(
     # Celery's own 100 tries last some 46 minutes; one try shows the same effect.
     ours, plain = both(platform, "broker_connection_max_retries=1")
     own_pair.kill_redis()
-    until(lambda: ended(plain), "the worker with Celery's own option ended", 60)
+    until(lambda: ended(plain), "the worker with Celery's own option ended")
     assert ours.alive
     own_pair.start_redis()
     runs(platform, submitter)

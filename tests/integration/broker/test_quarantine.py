@@ -70,10 +70,10 @@ def test_a_worker_takes_no_harm_from_malformed_messages_in_its_queues(
         return number_set_aside(platform) + job_states(platform).total() - len(good)
 
     pushed = len(in_default) + len(in_private)
-    until(lambda: taken() >= pushed, lambda: f"all {pushed} are taken: {taken()}", 90)
+    until(lambda: taken() >= pushed, lambda: f"all {pushed} are taken: {taken()}")
     assert taken() == pushed
     # A message of a task that nobody knows waits for a worker that does.
-    until(lambda: job_states(platform).keys() <= {*FINAL, State.WAITING}, lambda: job_states(platform), 60)
+    until(lambda: job_states(platform).keys() <= {*FINAL, State.WAITING}, lambda: job_states(platform))
     with platform.engine.connect() as connection:
         waiting = connection.execute(text("SELECT name FROM jobs WHERE state = 'waiting'")).scalars().all()
     assert set(waiting).isdisjoint(submitter.app.tasks)

@@ -181,7 +181,7 @@ def test_up_and_down_on_embedded_servers(platform: Platform, tmp_path: Path) -> 
     running = platform.start("up", "up", "--json", "--worker", "a=1", "-P", "threads", says='"beat"', **environment)
     started = json.loads(running.wait_for('"beat"'))
     assert_shape("up", started)
-    with urllib.request.urlopen(started["dashboard"]["url"], timeout=30) as served:
+    with urllib.request.urlopen(started["dashboard"]["url"], timeout=60) as served:
         assert_shape("cluster", json.load(served))
     running.signal(signal.SIGTERM)
     assert running.wait() == Exit.OK

@@ -174,7 +174,7 @@ def test_a_defect_is_a_problem_that_gives_nothing_away() -> None:
 def test_the_command_serves_until_it_is_told_to_end(platform: Platform, number: signal.Signals) -> None:
     process = platform.start("dashboard", "dashboard", "--port", "0", says="/api/v1/dashboard")
     url = next(line.split()[-1] for line in process.lines if "/api/v1/dashboard" in line)
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         assert json.load(answer)["resources"]["active_workers"] == 0
     process.signal(number)
     assert process.process.wait(60) == 0
@@ -197,9 +197,9 @@ def test_dashboard_serves_other_address_with_token(platform: Platform) -> None:
     url = next(line.split()[-1] for line in process.lines if "/api/v1/dashboard" in line)
     asked = urllib.request.Request(url.replace("0.0.0.0", "127.0.0.1"))
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(asked, timeout=10)
+        urllib.request.urlopen(asked, timeout=60)
     asked.add_header("Authorization", f"Bearer {token}")
-    with urllib.request.urlopen(asked, timeout=10) as answer:
+    with urllib.request.urlopen(asked, timeout=60) as answer:
         assert json.load(answer)["resources"]["active_workers"] == 0
 
 

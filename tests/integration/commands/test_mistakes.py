@@ -243,7 +243,7 @@ def test_ctrl_c_ends_a_command_that_waits_for_postgres(platform: Platform) -> No
             until(lambda: other.execute(waiting).scalar_one(), "the command waits for the lock")
             waits.send_signal(signal.SIGINT)
             try:
-                out, err = waits.communicate(timeout=10)
+                out, err = waits.communicate(timeout=60)
             finally:
                 waits.kill()
     engine.dispose()

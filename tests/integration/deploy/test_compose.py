@@ -425,7 +425,7 @@ def status(address: str, login: str = "") -> int:
     if login:
         request.add_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
@@ -457,7 +457,7 @@ def test_all_services_of_ours_come_up_healthy_work_and_end(composed: Composed, p
 
     asked = urllib.request.Request(composed.address("dashboard", "/api/v1/dashboard"))
     asked.add_header("Authorization", f"Bearer {DASHBOARD_TOKEN}")
-    with urllib.request.urlopen(asked, timeout=10) as answer:
+    with urllib.request.urlopen(asked, timeout=60) as answer:
         seen: Any = json.load(answer)
     assert {worker["name"] for worker in seen["workers"]} == {"worker-01", "worker-02"}
     assert status(composed.address("flower", "/workers")) == 401

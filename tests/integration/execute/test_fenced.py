@@ -104,7 +104,7 @@ def test_committed_job_of_a_worker_that_died_is_not_started_again(platform: Plat
     assert submitter.allocated_cpus() == "1"
     killed.kill()
     platform.worker("b", cpus=2)
-    until(lambda: submitter.allocated_cpus() == "0", "its allocation is free", 30.0)
+    until(lambda: submitter.allocated_cpus() == "0", "its allocation is free")
     assert submitter.value(job) is None
     assert (submitter.row(job).attempt, effects(platform, job)) == (1, [1])
     outcomes(submitter, job, "succeeded")
@@ -118,7 +118,7 @@ def test_a_value_that_was_stored_before_its_worker_died_stays(platform: Platform
     submitter.app.backend.store_result(job, "attempt 1", "SUCCESS")
     killed.kill()
     platform.worker("b", cpus=2, pool="threads")
-    until(lambda: submitter.row(job).step == Step.ENDED and submitter.row(job).outbox is None, "all was told", 30.0)
+    until(lambda: submitter.row(job).step == Step.ENDED and submitter.row(job).outbox is None, "all was told")
     assert submitter.value(job) == "attempt 1"
     assert (submitter.row(job).attempt, effects(platform, job)) == (1, [1])
 

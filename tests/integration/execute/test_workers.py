@@ -28,11 +28,11 @@ ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"
 
 
-#: A short lease, so that several of them pass in a test.
+#: A lease that passes in a test, and is renewed often enough for a busy machine.
 SHORT_LEASE: dict[str, Any] = {
     "PLATFORM_RENEW_INTERVAL": "0.2",
-    "PLATFORM_WORKER_TTL": "1.5",
-    "PLATFORM_LOST_AFTER": "1.8",
+    "PLATFORM_WORKER_TTL": "4",
+    "PLATFORM_LOST_AFTER": "5",
 }
 #: Intervals at which the worker's own timer renews so seldom that only a tick of beat can do it.
 TICK_ONLY: dict[str, Any] = {
@@ -229,10 +229,10 @@ def test_a_heartbeat_is_not_delayed_by_a_pool_that_is_full(
     worker = platform.worker("a", 2, pool, **SHORT_LEASE)
     jobs = [hold(platform, submitter, "gate", cpus=0.5) for _ in range(1 if pool == "solo" else 2)]
     first = lease(platform, "a")
-    # Three leases pass. At each look the lease has not ended.
-    while (now := lease(platform, "a")) < first + 3 * 1500:
+    # A lease passes. At each look it has not ended.
+    while (now := lease(platform, "a")) < first + 4000:
         assert views(platform) == {"worker:a"}
-        assert until(lambda: lease(platform, "a") > now, "the lease is renewed", 1.5)
+        assert until(lambda: lease(platform, "a") > now, "the lease is renewed")
     tasks.let_go(platform.redis, "gate", len(jobs))
     for job in jobs:
         assert submitter.ended(job).state == "succeeded"
@@ -278,7 +278,7 @@ def test_a_worker_that_ends_warmly_admits_no_more_and_lets_run_what_runs(
     assert submitter.row(later).attempt == 0
     assert worker.alive
     tasks.let_go(platform.redis, "gate")
-    assert worker.wait(60) == 0
+    assert worker.wait() == 0
     assert submitter.ended(job).state == "succeeded"
     assert submitter.outcomes(job) == ["succeeded"]
     assert views(platform) == set()
@@ -299,7 +299,7 @@ def test_what_was_admitted_and_not_started_is_handed_back(platform: Platform, su
     assert {job_field(platform.redis, job, "worker") for job in jobs} == {b"a"}
     worker.signal(signal.SIGTERM)
     os.killpg(worker.pid, signal.SIGCONT)
-    assert worker.wait(60) == 0
+    assert worker.wait() == 0
     other.stop()
     platform.worker("c", 8, "threads")
     assert [submitter.value(job) for job in jobs] == [1, 2, 3, 4]
@@ -322,7 +322,7 @@ def test_a_cold_end_hands_back_what_it_breaks_off(
         worker.signal(signal.SIGTERM)
         worker.wait_for("Warm shutdown")
     worker.signal(signal.SIGQUIT)
-    assert worker.wait(60) == 0
+    assert worker.wait() == 0
     assert not pidfile.exists()
     assert not [line for line in worker.lines if "Traceback" in line]
     row = until(lambda: (latest := submitter.row(job)).state == "waiting" and latest, "the job waits again")
@@ -347,22 +347,17 @@ def test_worker_warns_when_memory_is_published_twice(platform: Platform) -> None
 
 
 def test_capacity_comes_and_goes_with_workers_without_any_list_of_them(platform: Platform) -> None:
-    short: dict[str, Any] = {
-        "PLATFORM_RENEW_INTERVAL": "0.3",
-        "PLATFORM_WORKER_TTL": "2",
-        "PLATFORM_LOST_AFTER": "3",
-    }
-    first = platform.worker("a", 2, "threads", **short)
+    first = platform.worker("a", 2, "threads", **SHORT_LEASE)
     assert total_cpus(platform) == 2
-    second = platform.worker("b", 4.5, "threads", **short)
-    third = platform.worker("c", 1, "threads", **short)
+    second = platform.worker("b", 4.5, "threads", **SHORT_LEASE)
+    third = platform.worker("c", 1, "threads", **SHORT_LEASE)
     assert total_cpus(platform) == 7.5
     assert views(platform) == {"worker:a", "worker:b", "worker:c"}
     assert first.stop() == 0
     assert total_cpus(platform) == 5.5
     ends = lease(platform, "b")
     second.kill()
-    until(lambda: total_cpus(platform) == 1, "the killed one is no longer counted", 3.0)
+    until(lambda: total_cpus(platform) == 1, "the killed one is no longer counted")
     assert lease(platform, "c") >= ends
     assert views(platform) == {"worker:c"}
     until(lambda: lives(platform, "b") == ["lost"], "Postgres remembers it")
@@ -377,7 +372,7 @@ def test_without_tables_a_worker_says_what_to_run(platform: Platform) -> None:
         connection.execute(text("DROP TABLE alembic_version"))
     try:
         worker: Process = platform.worker("a", 1, "solo", ready=False)
-        assert worker.wait(60) not in (0, 1)
+        assert worker.wait() not in (0, 1)
         worker.wait_for("celery -A platform db upgrade")
     finally:
         with platform.engine.begin() as connection:

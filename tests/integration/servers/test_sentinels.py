@@ -121,7 +121,7 @@ def test_a_failover_opens_a_new_epoch_and_loses_and_doubles_nothing(
     first.kill()
     until(lambda: own_redis.primary_port() == second.port, "the Sentinels have made the replica the primary")
     later = [submitter.send(WORK, str(trace), str(number), 0.1) for number in range(12, 16)]
-    assert [submitter.ended(job, 60).state for job in [*jobs, *later]] == ["succeeded"] * 16
+    assert [submitter.ended(job).state for job in [*jobs, *later]] == ["succeeded"] * 16
     assert [submitter.value(job) for job in later] == ["12", "13", "14", "15"]
     # No job that ran meanwhile began a second time.
     assert set(starts(read(trace)).values()) == {1}
@@ -180,19 +180,19 @@ def test_a_short_failover_changes_not_who_decides_and_a_long_one_does(
         jobs = [submitter.send(WORK, str(trace), str(n), 0.05, 1000) for n in range(10)]
         primary, replica = own_redis.servers
         primary.kill()
-        until(lambda: own_redis.primary_port() == replica.port, "the replica is the primary", 60)
+        until(lambda: own_redis.primary_port() == replica.port, "the replica is the primary")
         jobs += [submitter.send(WORK, str(trace), str(n), 0.05, 1000) for n in range(10, 20)]
         assert {submitter.ended(job).state for job in jobs} == {"succeeded"}
         assert authority(platform).changed == before.changed
         # The Sentinels have nobody left to name.
         os.kill(replica.process.pid, signal.SIGSTOP)
-        until(lambda: authority(platform).authority == "postgres", "Postgres decides", 60)
+        until(lambda: authority(platform).authority == "postgres", "Postgres decides")
         jobs += [submitter.send(WORK, str(trace), str(n), 0.05, 1000) for n in range(20, 40)]
-        assert {submitter.ended(job, 60).state for job in jobs} == {"succeeded"}
+        assert {submitter.ended(job).state for job in jobs} == {"succeeded"}
         os.kill(replica.process.pid, signal.SIGCONT)
-        until(lambda: authority(platform).authority == "ledger", "the ledger decides", 60)
+        until(lambda: authority(platform).authority == "ledger", "the ledger decides")
         jobs += [submitter.send(WORK, str(trace), str(n), 0.05, 1000) for n in range(40, 50)]
-        assert {submitter.ended(job, 60).state for job in jobs} == {"succeeded"}
+        assert {submitter.ended(job).state for job in jobs} == {"succeeded"}
         assert starts(read(trace)) == {str(n): 1 for n in range(50)}
         assert all(worker.alive for worker in workers)
         submitter.close()

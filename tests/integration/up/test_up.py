@@ -125,7 +125,7 @@ def test_a_child_that_dies_is_started_again(platform: Platform, submitter: Submi
     running.wait_for("dashboard was ended by SIGKILL. It is started again in 1 s.")
     assert submitter.value(submitter.send(SLEEP, 0.01))["worker"] == "b"
     running.wait_for("dashboard is ready again")
-    running.wait_for("a is ready again", seconds=100)
+    running.wait_for("a is ready again")
     os.kill(started["beat"]["pid"], signal.SIGKILL)
     running.wait_for("beat was ended by SIGKILL. It is started again in 1 s.")
     running.signal(signal.SIGINT)

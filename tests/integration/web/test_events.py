@@ -138,4 +138,4 @@ def test_feed_goes_on_after_a_store_that_could_not_be_reached(stage: Stage, monk
         httpx.Client(base_url=url, timeout=60) as asking,
         asking.stream("GET", "/api/v1/events"),
     ):
-        until(lambda: app._feed.source == Store.LEDGER, "events of the ledger", 20)
+        until(lambda: app._feed.source == Store.LEDGER, "events of the ledger")

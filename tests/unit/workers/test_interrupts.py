@@ -21,7 +21,7 @@ SCRIPT = str(Path(sys.executable).with_name("capacity"))
 def end_of(*command: str, **variables: str) -> tuple[int, str, str]:
     """Return the exit code and the output of a program."""
     done = subprocess.run(
-        command, env={**usual_environment(), **variables}, capture_output=True, text=True, check=False, timeout=30
+        command, env={**usual_environment(), **variables}, capture_output=True, text=True, check=False, timeout=120
     )
     return done.returncode, done.stdout, done.stderr
 

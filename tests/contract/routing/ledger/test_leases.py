@@ -210,7 +210,7 @@ def test_a_release_stores_the_result_of_what_is_over(cluster: Cluster, outcome: 
     token = cluster.run("j")
     listener = cluster.client.pubsub()
     listener.subscribe("celery-task-meta-j")
-    assert listener.get_message(timeout=5)["type"] == "subscribe"
+    assert listener.get_message(timeout=60)["type"] == "subscribe"
     ended = Ended("j", token, Outcome(outcome), "", "", (("celery-task-meta-j", 60, b"text"),))
     for _ in range(2):
         cluster.ledger.settle("w", "w-life", ended=[ended], most_losses=MOST_LOSSES, admit=False)

@@ -189,7 +189,7 @@ def test_blocked_job_asks_for_a_look_at_once_while_none_is_reserved(cluster: Clu
             messages = iter(lambda: pubsub.get_message(timeout=0.1), None)
             return [message["data"] for message in messages if message["type"] == "message"]
 
-        pubsub.get_message(timeout=5)
+        pubsub.get_message(timeout=60)
         assert look(cluster, TIMED) == {}
         token = cluster.run("one", expecting(ONE, 512_000))
         assert asked() == []

@@ -32,6 +32,6 @@ end_process(SimpleNamespace(pool=SimpleNamespace(executor=object()), pidlock=Non
 @pytest.mark.parametrize("locked", [False, True])
 def test_process_ends_though_a_body_holds_the_lock_of_the_log(locked: bool) -> None:
     arguments = ["locked"] if locked else []
-    ended = subprocess.run([sys.executable, "-c", ENDING, *arguments], stdout=subprocess.PIPE, text=True, timeout=20)
+    ended = subprocess.run([sys.executable, "-c", ENDING, *arguments], stdout=subprocess.PIPE, text=True, timeout=120)
     assert ended.returncode == 3
     assert locked or ended.stdout == "last words\n"
