@@ -69,14 +69,18 @@ def command(
     --terminate ends its process. A job in a thread (--pool threads) cannot be ended. Jobs that are chosen by options
     are counted first, and you are asked.
     """
-    from celery_capacity.workers.client.cancel import Became, cancel, matching
+    from celery_capacity.platform.operations.auditing import commanding
+    from celery_capacity.platform.operations.jobs import cancel
+    from celery_capacity.workers.client.cancel import Became, matching
 
     filters = {"--task": task, "--group": group, "--state": state}
     used = [name for name, value in filters.items() if value is not None]
     check_choice(jobs, used)
     stores = stores_of_app(context)
     ids = choose(stores, jobs, lambda: matching(stores, task=task, group=group, state=state), "Cancel", yes)
-    cancellations = cancel(context.obj.app, stores, ids, terminate=terminate) if ids else ()
+    chosen = {"task": task, "group": group, "state": state}
+    app = context.obj.app
+    cancellations = cancel(app, stores, commanding(), ids, terminate=terminate, chosen=chosen) if ids else ()
     results = report(cancellations, lambda cancellation: _sentence(cancellation, terminate), as_json)
     if not as_json and any(cancellation.became is Became.CANNOT_TERMINATE for cancellation in results):
         talk().print("Only a pool of processes (--pool prefork) can end a running job.")

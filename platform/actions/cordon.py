@@ -33,9 +33,10 @@ def command(
     The cordon stays when the worker is started again, and when Redis is emptied, until `uncordon`. A worker that is
     draining is only cordoned from then on.
     """
-    from celery_capacity.workers.client.controls import cordon
+    from celery_capacity.platform.operations.auditing import commanding
+    from celery_capacity.platform.operations.controls import cordon
 
-    orders = cordon(stores_of(context), workers, reason=reason, by=by)
+    orders = cordon(stores_of(context), commanding(by), workers, reason=reason)
     if as_json:
         print_json([order.to_json() for order in orders])
         return

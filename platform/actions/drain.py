@@ -61,10 +61,11 @@ def command(
     another worker, and that attempt does not count as lost. A job in a thread (--pool threads) cannot be broken off,
     unless --stop ends the process. The worker stays registered, empty and cordoned, until `uncordon`.
     """
-    from celery_capacity.workers.client.controls import cordon
+    from celery_capacity.platform.operations.auditing import commanding
+    from celery_capacity.platform.operations.controls import drain
 
     stores = stores_of(context)
-    orders = cordon(stores, workers, reason=reason, by=by, drains=True, deadline=deadline, stops=stop)
+    orders = drain(stores, commanding(by), workers, reason=reason, deadline=deadline, stops=stop)
     if not as_json:
         for order in orders:
             facts().print(f"{order.worker}  {sentence(order)}")

@@ -44,10 +44,11 @@ def command(
     Submissions are accepted and wait, with the reason `paused`. Running jobs go on to their ends. The pause stays when
     workers are started again and when Redis is emptied, until `resume`.
     """
+    from celery_capacity.platform.operations.auditing import commanding
+    from celery_capacity.platform.operations.controls import pause
     from celery_capacity.routing.policy.pauses import Scope
-    from celery_capacity.workers.client.controls import pause
 
-    order = pause(stores_of(context), Scope.of(queue, task, tenant), reason=reason, by=by)
+    order = pause(stores_of(context), commanding(by), Scope.of(queue, task, tenant), reason=reason)
     if as_json:
         print_json(order.to_json())
         return

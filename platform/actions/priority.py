@@ -43,11 +43,13 @@ def command(
     A waiting job has its new place at once. A running job goes on, and its next attempt has the priority. Retries keep
     it. The first four characters of an id, or more, stand for it if no other id begins so.
     """
-    from celery_capacity.workers.client.priorities import Became, set_priority
+    from celery_capacity.platform.operations.auditing import commanding
+    from celery_capacity.platform.operations.jobs import set_priority
+    from celery_capacity.workers.client.priorities import Became
 
     stores = stores_of(context)
     ids = whole_ids(stores.engine, jobs)
-    results = report(set_priority(stores, ids, priority, reason=reason, by=by), _sentence, as_json)
+    results = report(set_priority(stores, commanding(by), ids, priority, reason=reason), _sentence, as_json)
     ended = any(result.became is Became.ENDED_BEFORE for result in results)
     raise SystemExit(Exit.FAILED if ended else Exit.OK)
 

@@ -38,10 +38,11 @@ def command(
 
     Each pause is taken back by itself: `resume` alone leaves paused what was paused by its name.
     """
+    from celery_capacity.platform.operations.auditing import commanding
+    from celery_capacity.platform.operations.controls import resume
     from celery_capacity.routing.policy.pauses import Scope
-    from celery_capacity.workers.client.controls import resume
 
-    order = resume(stores_of(context), Scope.of(queue, task, tenant), by=by)
+    order = resume(stores_of(context), commanding(by), Scope.of(queue, task, tenant))
     if as_json:
         print_json(order.to_json())
     else:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,26 +12,10 @@ from celery_capacity.platform.console.durations import Since
 from celery_capacity.platform.console.job_ids import complete_id
 from celery_capacity.platform.console.names import complete_task
 from celery_capacity.platform.console.text_type import Text
-from celery_capacity.routing.errors import InvalidRequest, PlatformError
 from celery_capacity.workers.process.exit_codes import Exit
 
 if TYPE_CHECKING:
-    from celery import Celery
-
-    from celery_capacity.workers.process.stores import Stores
-
-
-@dataclass(frozen=True, slots=True)
-class Retried:
-    """A job that was to be retried: the id of its retry, or why there is none."""
-
-    job: str
-    retried_as: str | None = None
-    refused: PlatformError | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        problem = self.refused and {"reference": self.refused.reference, "detail": str(self.refused)}
-        return {"id": self.job, "retried_as": self.retried_as, "refused": problem}
+    from celery_capacity.platform.operations.jobs import Retried
 
 
 @click.command(
@@ -77,6 +59,8 @@ def command(
     Each becomes a new job with the same message and request, linked to the old one. A job is retried once, unless
     --again says otherwise. Jobs that are chosen by --failed are counted first, and you are asked.
     """
+    from celery_capacity.platform.operations.auditing import commanding
+    from celery_capacity.platform.operations.jobs import retry_all
     from celery_capacity.workers.client.retry import failed_jobs
 
     check_choice(jobs, ["--failed"] if failed else [])
@@ -84,7 +68,9 @@ def command(
         raise WrongUsage("--task and --since choose among failed jobs", advice="Add --failed.")
     stores = stores_of_app(context)
     ids = choose(stores, jobs, lambda: failed_jobs(stores, task, since, again), "Retry", yes)
-    results = report(_retry_all(context.obj.app, stores, ids, again), _sentence, as_json)
+    chosen = {"task": task, "since_seconds": since} if failed else {}
+    retries = retry_all(context.obj.app, stores, commanding(), ids, again=again, chosen=chosen) if ids else ()
+    results = report(retries, _sentence, as_json)
     refusals = [result.refused for result in results if result.refused is not None]
     if is_empty(results, task):
         raise SystemExit(Exit.FAILED)
@@ -93,19 +79,3 @@ def command(
 
 def _sentence(result: Retried) -> str:
     return f"retried as {result.retried_as}" if result.refused is None else f"not retried: {result.refused}"
-
-
-def _retry_all(app: Celery, stores: Stores, ids: Sequence[str], again: bool) -> Iterator[Retried]:
-    """Retry jobs one by one. After an error that would meet each of them, such as a full backlog, stop trying."""
-    from celery_capacity.workers.client.retry import retry
-
-    stopped: PlatformError | None = None
-    for job in ids:
-        if stopped is not None:
-            yield Retried(job, refused=stopped)
-            continue
-        try:
-            yield Retried(job, retry(app, stores, job, again=again))
-        except PlatformError as error:
-            stopped = None if isinstance(error, InvalidRequest) else error
-            yield Retried(job, refused=error)

@@ -23,9 +23,10 @@ from celery_capacity.workers.process.exit_codes import Exit
 @click.pass_context
 def command(context: click.Context, workers: tuple[str, ...], by: str | None, as_json: bool) -> None:
     """Admit jobs to these workers again, and at once those that wait and fit. It ends a drain, too."""
-    from celery_capacity.workers.client.controls import uncordon
+    from celery_capacity.platform.operations.auditing import commanding
+    from celery_capacity.platform.operations.controls import uncordon
 
-    orders = uncordon(stores_of(context), workers, by=by)
+    orders = uncordon(stores_of(context), commanding(by), workers)
     if as_json:
         print_json([order.to_json() for order in orders])
         return

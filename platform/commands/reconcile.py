@@ -29,13 +29,10 @@ def command(context: click.Context, as_json: bool) -> None:
     Beat does this every 300 s; by hand it is harmless at any time. A ledger that is cold is opened first.
     """
     from celery_capacity.platform.console import render
-    from celery_capacity.routing.database import deadlines
-    from celery_capacity.routing.recovery import rebuild, reconcile
+    from celery_capacity.platform.operations.auditing import commanding
+    from celery_capacity.platform.operations.controls import reconcile_stores
 
-    stores = stores_of(context)
-    with deadlines.patiently(stores.settings.store_timeout * deadlines.LONG):
-        rebuilt = rebuild.open_if_cold(stores.engine, stores.ledger)
-        done = reconcile.reconcile(stores.engine, stores.ledger)
+    done, rebuilt = reconcile_stores(stores_of(context), commanding())
     if as_json:
         opened = None
         if rebuilt is not None:

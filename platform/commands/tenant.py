@@ -79,11 +79,15 @@ def set_(context: click.Context, /, name: str, by: str | None, as_json: bool, **
 
     It holds within a second, for waiting jobs too. Running jobs go on.
     """
+    from celery_capacity.platform.operations.auditing import audited, commanding
     from celery_capacity.workers.client.tenants import set_tenant
 
     changes = {option: options[option] for option in ("weight", "max_waiting") if options[option] is not None}
     changes |= {option: _amounts(option, options[option]) for option in ("nominal", "quota") if options[option]}
-    _tell(set_tenant(stores_of(context), name, changes, by=by), as_json)
+    stores, actor = stores_of(context), commanding(by)
+    with audited(stores, actor, "tenant", [f"tenant:{name}"]):
+        order = set_tenant(stores, name, changes, by=actor.name)
+    _tell(order, as_json)
 
 
 @command.command(
@@ -98,9 +102,12 @@ def set_(context: click.Context, /, name: str, by: str | None, as_json: bool, **
 @click.pass_context
 def remove(context: click.Context, name: str, by: str | None, as_json: bool) -> None:
     """Remove the rule of tenant NAME. Its jobs stay, and go on with the defaults."""
+    from celery_capacity.platform.operations.auditing import audited, commanding
     from celery_capacity.workers.client.tenants import remove_tenant
 
-    order = remove_tenant(stores_of(context), name, by=by)
+    stores, actor = stores_of(context), commanding(by)
+    with audited(stores, actor, "remove-tenant", [f"tenant:{name}"]):
+        order = remove_tenant(stores, name, by=actor.name)
     _tell(order, as_json)
     if not order.before:
         context.exit(Exit.FAILED)

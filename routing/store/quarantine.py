@@ -114,3 +114,19 @@ def read(connection: Connection, shown: int = SHOWN) -> Quarantined:
     last = connection.execute(select(func.coalesce(func.max(columns.id), 0))).scalar_one()
     counts = connection.execute(_COUNTS, {"shown": shown})
     return Quarantined(int(last), tuple(ReasonCount(*row) for row in counts))
+
+
+_LIST: Final = text("""
+SELECT id, queue, reason, worker, seen_at FROM quarantine WHERE id < :before ORDER BY id DESC LIMIT :limit
+""")
+
+
+def newest(connection: Connection, limit: int, before: int) -> list[dict[str, Any]]:
+    """Return messages that are kept, the newest first, without their bytes. `before`: the id of the last one seen."""
+    rows = connection.execute(_LIST, {"limit": limit, "before": before}).mappings()
+    return [{**row, "seen_at": row["seen_at"].astimezone(UTC).isoformat(timespec="milliseconds")} for row in rows]
+
+
+def drop(connection: Connection, ids: Sequence[int]) -> int:
+    """Delete messages by their ids; return the number of those that were there."""
+    return connection.execute(delete(quarantine).where(quarantine.c.id.in_(ids))).rowcount
