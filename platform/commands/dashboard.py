@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -38,11 +39,13 @@ def command(context: click.Context, host: str | None, port: int | None) -> None:
     """Serve the page of the cluster, and its API below /api/v1, until Ctrl-C.
 
     On this machine only (127.0.0.1:8000) unless PLATFORM_DASHBOARD or the options say otherwise. Reading needs no
-    login there. With PLATFORM_TOKEN it does, and no other address is served without one.
+    login there. With PLATFORM_TOKEN it does, and no other address is served without one. To act by the API takes that
+    token, else the one that the first start makes and prints.
     """
     # FastAPI and uvicorn take most of a second. No other command imports them.
     from celery_capacity.platform.web.application import Application
-    from celery_capacity.platform.web.http import server
+    from celery_capacity.platform.web.http import server, token_file
+    from celery_capacity.platform.web.http.login import Access
     from celery_capacity.platform.web.sources import Sources
 
     stores = stores_of(context)
@@ -58,9 +61,23 @@ def command(context: click.Context, host: str | None, port: int | None) -> None:
             value=listen,
             advice="Set PLATFORM_TOKEN or PLATFORM_TOKEN_FILE, or listen on 127.0.0.1.",
         )
-    application = Application(Sources(stores, lambda: context.obj.app), listen, settings.token)
+    made = None if settings.token is not None else token_file.read_or_make(settings.home)
+    application = Application(
+        Sources(stores, lambda: context.obj.app),
+        listen,
+        settings.token or (made[0] if made is not None else None),
+        access=Access(settings.viewer_token, settings.token is None, settings.proxy_user_header),
+    )
     _announce(sockets)
+    _announce_token(made)
     asyncio.run(server.serve(application, sockets))
+
+
+def _announce_token(made: tuple[str, Path, bool] | None) -> None:
+    """Say where the token for actions is, and at the first start the token itself."""
+    if made is not None:
+        token, path, is_new = made
+        talk().print(f"Token for actions: {f'{token}, kept ' if is_new else ''}in {path}", soft_wrap=True)
 
 
 def _announce(sockets: list[socket.socket]) -> None:

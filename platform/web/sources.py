@@ -16,12 +16,14 @@ from celery_capacity.platform.web import held_jobs, holes, runs, task_statistics
 from celery_capacity.platform.web.metrics import reading
 from celery_capacity.platform.web.metrics.ended_jobs import EndedJobs
 from celery_capacity.platform.web.metrics.exposition import Reads, families
+from celery_capacity.routing.database import audit
 from celery_capacity.routing.inspect import job_list, overview
 from celery_capacity.routing.inspect.job_list import JobFilter
 from celery_capacity.routing.inspect.overview import Overview
 from celery_capacity.routing.ledger.connection import quick_client
 from celery_capacity.routing.model.states import Store
-from celery_capacity.workers.process.stores import Stores
+from celery_capacity.routing.store import quarantine
+from celery_capacity.workers.process.stores import Stores, platform_of
 from celery_capacity.workers.supervision.exposition import exposition
 
 #: Jobs on a page of a list, where a request does not say, and at most.
@@ -42,6 +44,24 @@ class Sources:
     def client(self) -> redis.Redis:
         """Return a client of Redis that gives up soon."""
         return quick_client(self.stores.redis)
+
+    def acting(self) -> tuple[Any, Stores]:
+        """Return the app and its stores, for an action: submissions wait in the app's own stores."""
+        app = self._app()
+        return app, platform_of(app)
+
+    def audit(self, limit: int, before: int | None) -> dict[str, Any]:
+        """Return actions of operators, the newest first, and the cursor of the next page."""
+        with self.stores.engine.connect() as connection:
+            entries = audit.newest(connection, limit, audit.LAST if before is None else before)
+        cursor = str(entries[-1].seq) if len(entries) == limit else None
+        return {"actions": [entry.to_json() for entry in entries], "next_cursor": cursor}
+
+    def quarantine(self, limit: int, before: int | None) -> dict[str, Any]:
+        """Return messages that were set aside, the newest first, and the cursor of the next page."""
+        with self.stores.engine.connect() as connection:
+            messages = quarantine.newest(connection, limit, audit.LAST if before is None else before)
+        return {"messages": messages, "next_cursor": str(messages[-1]["id"]) if len(messages) == limit else None}
 
     def overview(self) -> Overview:
         seen = overview.read(self.client, self.stores.engine, self.stores.settings.worker_ttl)

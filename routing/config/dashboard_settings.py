@@ -36,7 +36,7 @@ class DashboardSettings:
     proxy_user_header: str | None = _setting(
         "PLATFORM_PROXY_USER_HEADER",
         "Header in which a reverse proxy before the dashboard names its user, such as X-Forwarded-User. The audit has"
-        " this name. The header is trusted, as is X-Forwarded-Proto, so let nobody get past the proxy.",
+        " this name. It gives no rights: an action needs the token of operators beside it.",
         setting_values.header_name,
         unit="name of a header",
         shown="none",

@@ -1,4 +1,4 @@
-"""The paths below `/api/v1`, the checks of health and the metrics. Read only."""
+"""The paths below `/api/v1` that read, the checks of health and the metrics."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from celery_capacity.workers.supervision import exposition
 
 #: Errors that each path may answer with.
 _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    status: {"model": models.Problem, "content": {MEDIA_TYPE: {}}} for status in (400, 401, 404, 421, 429, 500, 503)
+    status: {"model": models.Problem, "content": {MEDIA_TYPE: {}}}
+    for status in (400, 401, 403, 404, 409, 411, 413, 421, 429, 500, 501, 503)
 }
 
 
@@ -47,11 +48,11 @@ class Values:
         self.metrics = Prepared(lambda: sources.metrics())
 
 
-def _json(body: bytes | dict[str, Any]) -> Response:
+def json_answer(body: bytes | dict[str, Any]) -> Response:
     return Response(body if isinstance(body, bytes) else to_json(body), media_type="application/json")
 
 
-def _answers(model: type[models.Closed]) -> dict[str, Any]:
+def answers(model: type[models.Closed]) -> dict[str, Any]:
     return {"responses": {200: {"model": model}, **_ERRORS}, "response_class": Response}
 
 
@@ -67,33 +68,33 @@ def add_routes(app: FastAPI, values: Values, feed: Feed) -> None:
 
 
 def _add_cluster(router: APIRouter, values: Values) -> None:
-    @router.get("/dashboard", **_answers(models.Dashboard))
+    @router.get("/dashboard", **answers(models.Dashboard))
     async def dashboard() -> Response:
         """Return the cluster at a moment, as `cluster --json` prints it."""
-        return _json(await values.dashboard.body())
+        return json_answer(await values.dashboard.body())
 
-    @router.get("/workers", **_answers(models.Workers))
+    @router.get("/workers", **answers(models.Workers))
     async def workers(limit: Limit = PAGE, cursor: Text = None) -> Response:
         """Return the live workers by name."""
         seen = await values.dashboard.value()
         behind = [worker for worker in seen["workers"] if worker["name"] > (cursor or "")]
         page = behind[:limit]
         rest = page[-1]["name"] if len(page) < len(behind) else None
-        return _json({"workers": page, "next_cursor": rest, "source": seen["source"], "at": seen["at"]})
+        return json_answer({"workers": page, "next_cursor": rest, "source": seen["source"], "at": seen["at"]})
 
-    @router.get("/backlog", **_answers(models.Backlog))
+    @router.get("/backlog", **answers(models.Backlog))
     async def backlog() -> Response:
         """Return what waits, why, and since when; first what no worker can ever take."""
-        return _json(waiting_groups.document(await values.dashboard.value(), await values.groups.value()))
+        return json_answer(waiting_groups.document(await values.dashboard.value(), await values.groups.value()))
 
-    @router.get("/tasks", **_answers(models.Tasks))
+    @router.get("/tasks", **answers(models.Tasks))
     async def tasks() -> Response:
         """Return the figures of each task over the newest jobs."""
-        return _json(await values.tasks.body())
+        return json_answer(await values.tasks.body())
 
 
 def _add_jobs(router: APIRouter, values: Values) -> None:
-    @router.get("/jobs", **_answers(models.Jobs))
+    @router.get("/jobs", **answers(models.Jobs))
     async def jobs(
         state: Annotated[list[State], Query(description="only jobs in these states")] = [],  # noqa: B006
         task: Text = None,
@@ -108,30 +109,30 @@ def _add_jobs(router: APIRouter, values: Values) -> None:
     ) -> Response:
         """Return jobs, the newest first. `*` stands for any text in `task`, `queue` and `worker`."""
         wanted = filter_of(state, task=task, queue=queue, worker=worker, group=group, text=text, times=(since, until))
-        return _json(await run_in_threadpool(values.sources.jobs, wanted, limit, cursor))
+        return json_answer(await run_in_threadpool(values.sources.jobs, wanted, limit, cursor))
 
-    @router.get("/jobs/{job_id}", **_answers(models.JobDetail))
+    @router.get("/jobs/{job_id}", **answers(models.JobDetail))
     async def job(job_id: Annotated[str, Path(max_length=300, description="an id, or its beginning")]) -> Response:
         """Return one job with its attempts, and why it waits."""
         document = await run_in_threadpool(values.sources.job, job_id)
-        return _json(document.to_json())
+        return json_answer(document.to_json())
 
 
 def _add_runs(router: APIRouter, sources: Sources) -> None:
-    @router.get("/runs", **_answers(models.Runs))
+    @router.get("/runs", **answers(models.Runs))
     async def runs(
         since: Text = None, until: Text = None, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = RUNS
     ) -> Response:
         """Return who ran where: the attempts of a stretch of time, by default of the last hour."""
-        return _json(await run_in_threadpool(sources.runs, *stretch_of(since, until), limit))
+        return json_answer(await run_in_threadpool(sources.runs, *stretch_of(since, until), limit))
 
-    @router.get("/runs/hole", **_answers(models.Hole))
+    @router.get("/runs/hole", **answers(models.Hole))
     async def hole(
         worker: Annotated[str, Query(min_length=1, max_length=MAX_TEXT)],
         at: Annotated[str, Query(min_length=1, max_length=MAX_TEXT, description="a time that is over")],
     ) -> Response:
         """Return what was free on a worker at a moment, and which jobs waited then, as far as Postgres keeps it."""
-        return _json(await run_in_threadpool(sources.hole, text_of("worker", worker), moment_of("at", at)))
+        return json_answer(await run_in_threadpool(sources.hole, text_of("worker", worker), moment_of("at", at)))
 
 
 def _add_events(router: APIRouter, feed: Feed) -> None:
@@ -152,11 +153,11 @@ def _add_events(router: APIRouter, feed: Feed) -> None:
 
 def _add_health(app: FastAPI, values: Values) -> None:
     async def health(_request: Request) -> Response:
-        return _json({"status": "ok"})
+        return json_answer({"status": "ok"})
 
     async def ready(_request: Request) -> Response:
         await values.dashboard.value()
-        return _json({"status": "ok"})
+        return json_answer({"status": "ok"})
 
     async def metrics(_request: Request) -> Response:
         return Response(await values.metrics.value(), media_type=exposition.MEDIA_TYPE)

@@ -1,6 +1,8 @@
-"""Login by the token of the dashboard: as a header for programs, and once for a browser, which then keeps a cookie.
+"""Login by a token of the dashboard: as a header for programs, and once for a browser, which then keeps a cookie.
 
-The cookie holds no token. It holds its own end and a signature of it with the token, so a new token ends all sessions.
+The token tells the role: operators read and act, viewers read. The cookie holds no token. It holds its role, its end
+and a signature of them with the token, so a new token ends all sessions. A cookie is good for reading alone: actions
+need the token in a header, which no foreign page can send.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ import hashlib
 import hmac
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
 from http.cookies import CookieError, SimpleCookie
 from typing import Final
 
@@ -21,37 +25,76 @@ SESSION: Final = 12 * 3600
 MAX_BODY: Final = 4096
 
 
+class Role(StrEnum):
+    """Rights of a client."""
+
+    #: reads
+    VIEWER = "viewer"
+    #: reads and acts
+    OPERATOR = "operator"
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Access beside the token of operators.
+
+    `viewer`: the token of viewers. `open_reading`: reading needs no token. `user_header`: the header in which a proxy
+    names who acts.
+    """
+
+    viewer: str | None = None
+    open_reading: bool = False
+    user_header: str | None = None
+
+
 class Login:
-    """The token of this server, and the sessions that were opened by it."""
+    """The tokens of this server, and the sessions that were opened by them.
 
-    def __init__(self, token: str, clock: Callable[[], float] = time.time) -> None:
-        self._token = token.encode()
+    `token`: of operators.
+    """
+
+    def __init__(self, token: str, clock: Callable[[], float] = time.time, access: Access = Access()) -> None:
+        self._tokens = {Role.OPERATOR: token.encode()}
+        if access.viewer is not None:
+            self._tokens[Role.VIEWER] = access.viewer.encode()
         self._clock = clock
+        self.open_reading = access.open_reading
 
-    def is_token(self, text: str) -> bool:
-        """Compare a text with the token, in a time that tells nothing of it."""
-        return hmac.compare_digest(text.encode("utf-8", "backslashreplace"), self._token)
+    def role_of_token(self, text: str) -> Role | None:
+        """Return the role of a token; None for a wrong one. The time of the comparison tells nothing of the tokens."""
+        typed = text.encode("utf-8", "backslashreplace")
+        matching = [role for role, token in self._tokens.items() if hmac.compare_digest(typed, token)]
+        return matching[0] if matching else None
 
-    def new_session(self) -> str:
+    def new_session(self, role: Role) -> str:
         """Return the value of a cookie that is good for `SESSION` seconds."""
         end = str(int(self._clock()) + SESSION)
-        return f"{end}.{self._signature(end)}"
+        return f"{role}.{end}.{self._signature(role, end)}"
+
+    def shown_role(self, headers: Headers) -> Role | None:
+        """Return the role of the token in the header of a request; None where it shows none, or a wrong one."""
+        kind, _, token = headers.get("authorization", "").partition(" ")
+        return self.role_of_token(token.strip()) if kind.lower() == "bearer" else None
 
     def knows(self, headers: Headers) -> bool:
-        """Return True if a request shows the token, or the cookie of a session that has not ended."""
-        kind, _, token = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer":
-            return self.is_token(token.strip())
+        """Return True if a request shows a token, or the cookie of a session that has not ended."""
+        if "authorization" in headers:
+            return self.shown_role(headers) is not None
         try:
             morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
         except CookieError:
             return False
-        end, _, signature = ("" if morsel is None else morsel.value).partition(".")
-        signed = hmac.compare_digest(signature.encode("utf-8", "replace"), self._signature(end).encode())
+        role, _, rest = ("" if morsel is None else morsel.value).partition(".")
+        end, _, signature = rest.partition(".")
+        if role not in self._tokens:
+            return False
+        signed = hmac.compare_digest(signature.encode("utf-8", "replace"), self._signature(Role(role), end).encode())
         return signed and end.isascii() and end.isdigit() and int(end) > self._clock()
 
-    def _signature(self, end: str) -> str:
-        return hmac.new(self._token, f"session {end}".encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+    def _signature(self, role: Role, end: str) -> str:
+        return hmac.new(
+            self._tokens[role], f"session {role} {end}".encode("utf-8", "replace"), hashlib.sha256
+        ).hexdigest()
 
 
 def is_same_origin(headers: Headers) -> bool:

@@ -39,6 +39,32 @@ class NotLoggedIn(PlatformError):
     status = 401
 
 
+class NotAllowed(PlatformError):
+    """The request would change something, and shows no token of operators, or comes from another site."""
+
+    reference = "not-allowed"
+    title = "a token of operators is needed"
+    default_advice = "Send `Authorization: Bearer TOKEN` with the PLATFORM_TOKEN of the dashboard."
+    status = 403
+
+
+class BodyTooLarge(PlatformError):
+    """The body of a request is larger than the API takes."""
+
+    reference = "body-too-large"
+    title = "the body is too large"
+    default_advice = "Send fewer jobs in one request, or pass a reference (a path, a key) instead of the data."
+    status = 413
+
+
+class NotConfirmed(PlatformError):
+    """An action on many jobs was asked for without the number of jobs that it concerns, or with a wrong one."""
+
+    reference = "not-confirmed"
+    title = "the number of jobs is not confirmed"
+    status = 409
+
+
 def plain_problem(status: int) -> dict[str, Any]:
     """Return the problem of a status that has no more to say."""
     return {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}

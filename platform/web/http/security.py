@@ -18,8 +18,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from celery_capacity.platform.web.http.login import Login
-from celery_capacity.platform.web.http.problems import NotLoggedIn, TooManyRequests, plain_problem, problem_response
+from celery_capacity.platform.web.http.login import Login, Role, is_same_origin
+from celery_capacity.platform.web.http.problems import (
+    BodyTooLarge,
+    NotAllowed,
+    NotLoggedIn,
+    TooManyRequests,
+    plain_problem,
+    problem_response,
+)
 
 #: Headers of every answer: no other page frames it, runs it or reads it, and no client keeps it.
 HEADERS: Final = {
@@ -45,6 +52,11 @@ BURST: Final = 500
 RATE: Final = 50.0
 #: Clients that are counted; of more, those that asked longest ago are forgotten.
 CLIENTS: Final = 10_000
+
+#: Bytes of the body of an action or of a submission.
+MAX_BODY: Final = 8 * 1024 * 1024
+#: Methods that change nothing.
+READING: Final = ("GET", "HEAD", "OPTIONS")
 
 #: Paths that need no login: they name nothing of the cluster.
 OPEN: Final = ("/health", "/healthz", "/readyz", "/login")
@@ -129,13 +141,40 @@ class Guard:
         if not self._rates.take(str(client[0]) if client else ""):
             return problem_response(TooManyRequests().to_problem(), {"Retry-After": "1"})
         path = str(scope["path"])
-        if self._login is None or path in OPEN or path.startswith(FILES) or self._login.knows(headers):
+        if path.startswith("/api/") and scope["method"] not in READING and self._login is not None:
+            return self._refused_action(self._login, headers)
+        if (
+            self._login is None
+            or self._login.open_reading
+            or path in OPEN
+            or path.startswith(FILES)
+            or self._login.knows(headers)
+        ):
             return None
         if path.startswith("/api/") or path == METRICS:
             return problem_response(NotLoggedIn().to_problem(), {"WWW-Authenticate": "Bearer"})
         query = scope["query_string"].decode("latin-1")
         target = path + (f"?{query}" if query else "")
         return RedirectResponse(f"/login?next={quote(target, safe='/')}", 303)
+
+    def _refused_action(self, login: Login, headers: Headers) -> Response | None:
+        """Return the answer to an action that goes no further. A cookie is not enough, as a browser sends it by itself.
+
+        The length is needed before the body, so that no body is read that is too large.
+        """
+        if not is_same_origin(headers):
+            return problem_response(NotAllowed("the request comes from a page of another site").to_problem())
+        role = login.shown_role(headers)
+        if role is None:
+            return problem_response(NotLoggedIn().to_problem(), {"WWW-Authenticate": "Bearer"})
+        if role is not Role.OPERATOR:
+            return problem_response(NotAllowed("viewers change nothing").to_problem())
+        length = headers.get("content-length", "0" if "transfer-encoding" not in headers else "")
+        if not (length.isascii() and length.isdigit()):
+            return problem_response(plain_problem(411))
+        if int(length) > MAX_BODY:
+            return problem_response(BodyTooLarge(f"the body has {length} bytes, {MAX_BODY} at most").to_problem())
+        return None
 
 
 def _complete(headers: MutableHeaders, path: str) -> None:

@@ -107,7 +107,7 @@ class Pages:
             languages=LANGUAGES,
             current=request.url.path + (f"?{query}" if query else ""),
             section=name,
-            with_login=self._login is not None,
+            with_login=self._login is not None and not self._login.open_reading,
             default_queue=DEFAULT_QUEUE,
             **values,
         )
@@ -209,10 +209,11 @@ class Pages:
         if not self._tries.take(request.client.host if request.client else ""):
             return self.page(request, "login", 429, target=target, problem="Too many attempts. Wait a minute.")
         form = parse_qs((await _body(request)).decode("utf-8", "replace"))
-        if not self._login.is_token(form.get("token", [""])[0].strip()):
+        role = self._login.role_of_token(form.get("token", [""])[0].strip())
+        if role is None:
             return self.page(request, "login", 401, target=target, problem="This is not the token.")
         answer = RedirectResponse(target, 303)
-        session = self._login.new_session()
+        session = self._login.new_session(role)
         answer.set_cookie(
             logins.COOKIE,
             session,

@@ -1,0 +1,173 @@
+"""Models of the actions: what a request may have, and what is answered."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from celery_capacity.platform.web.api.models import Closed, Problem
+
+#: Jobs that one request acts on, or submits, at most.
+MAX_MANY = 1000
+
+Text = Annotated[str, Field(max_length=500)]
+Name = Annotated[str, Field(max_length=300)]
+Seconds = Annotated[float, Field(ge=0, le=31_536_000, allow_inf_nan=False)]
+
+
+class Reason(Closed):
+    """Why, for others to read."""
+
+    reason: Text | None = None
+
+
+class Cancel(Closed):
+    """How to cancel a job."""
+
+    terminate: bool = Field(False, description="end the process of a running job")
+
+
+class Retry(Closed):
+    """How to retry a job."""
+
+    again: bool = Field(False, description="also if it succeeded, or was retried already")
+
+
+class CancelMany(Cancel):
+    """Jobs to cancel, which must meet all conditions. Without `confirm` the answer has their number."""
+
+    task: Name | None = None
+    group: Name | None = None
+    state: Literal["accepted", "waiting", "scheduled", "admitted", "running", "replaced"] | None = None
+    confirm: int | None = Field(None, ge=0, description="the number of these jobs, as the answer without it has it")
+
+
+class RetryMany(Retry):
+    """Failed and lost jobs to retry. Without `confirm` the answer has their number."""
+
+    task: Name | None = None
+    since_seconds: Seconds | None = Field(None, description="ended in the last so many seconds")
+    confirm: int | None = Field(None, ge=0, description="the number of these jobs, as the answer without it has it")
+
+
+class Priority(Reason):
+    """The new priority of a job."""
+
+    priority: Annotated[int, Field(ge=0, le=9, strict=True)]
+
+
+class Drain(Reason):
+    """How to drain a worker."""
+
+    deadline_seconds: Seconds | None = Field(default=None, description="hand back after that what still runs")
+
+
+class Part(Closed):
+    """A part of the backlog: a queue, a task or a tenant; none of them: the whole platform."""
+
+    queue: Name | None = None
+    task: Name | None = None
+    tenant: Name | None = None
+
+
+class Pause(Part, Reason):
+    """A part of the backlog to pause, and why."""
+
+
+class Drop(Closed):
+    """Messages to delete."""
+
+    ids: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(min_length=1, max_length=MAX_MANY)
+
+
+class Submit(Closed):
+    """A job to submit, with the options of `apply_async`. `id`: a repeated request with it makes no second job."""
+
+    task: Annotated[str, Field(min_length=1, max_length=255)]
+    args: list[Any] = Field(default_factory=list)
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    id: Name | None = None
+    cpus: int | float | str | None = None
+    memory: int | str | None = None
+    gpus: int | None = None
+    resources: dict[str, int] | None = None
+    expected: int | float | str | None = None
+    where: dict[str, str] | None = None
+    worker: Name | None = None
+    exclusive: bool | None = None
+    placement: Literal["pack", "spread"] | None = None
+    queue: Name | None = None
+    tenant: Name | None = None
+    priority: Annotated[int, Field(ge=0, le=9)] | None = None
+    countdown: Seconds | None = None
+    expires: Seconds | None = None
+    unique: bool | None = None
+    after: list[Name] | None = None
+    limit: dict[str, int] | None = None
+    rate: dict[str, str] | None = None
+
+
+class SubmitMany(Closed):
+    """Jobs to submit."""
+
+    jobs: list[Submit] = Field(min_length=1, max_length=MAX_MANY)
+
+
+class Submitted(Closed):
+    """A job that was submitted, or why it was not."""
+
+    id: str
+    new: bool = Field(description="false: there was a job with this id, or an equal one where it is to be unique")
+    refused: Problem | None
+
+
+class SubmittedMany(Closed):
+    """Result of each submission, in their order."""
+
+    jobs: list[Submitted]
+
+
+class Results(Closed):
+    """Result for each target."""
+
+    results: list[dict[str, Any]]
+
+
+class Action(Closed):
+    """An action of an operator."""
+
+    seq: int
+    action: str
+    targets: list[str]
+    number: int
+    by: str
+    via: Literal["page", "api", "cli"]
+    at: str
+    details: dict[str, Any]
+    outcome: Literal["done", "partly", "refused"] | None
+    ended_at: str | None
+
+
+class Audit(Closed):
+    """Actions, the newest first."""
+
+    actions: list[Action]
+    next_cursor: str | None
+
+
+class SetAside(Closed):
+    """A message that was set aside."""
+
+    id: int
+    queue: str
+    reason: str
+    worker: str | None
+    seen_at: str
+
+
+class Quarantine(Closed):
+    """Messages that were set aside, the newest first."""
+
+    messages: list[SetAside]
+    next_cursor: str | None
