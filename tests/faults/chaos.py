@@ -36,7 +36,7 @@ from tests.faults.breaking import faults as breaking
 from tests.faults.breaking import lasting, processes
 from tests.faults.breaking.faults import World
 from tests.faults.breaking.servers import own_servers, small_disk
-from tests.faults.clients.load import LOOK_EVERY, Load
+from tests.faults.clients.load import LOOK_EVERY, QUOTAS, Load
 from tests.faults.judging import history
 from tests.faults.judging.healing import Times, times_of
 from tests.faults.judging.oracle import COUNTS, Verdict
@@ -119,6 +119,8 @@ def run(seed: int, seconds: float, jobs: int, faults: list[Fault], folder: Path,
         started = [world.start(name) for name, *_ in WORKERS]
         for worker in started:
             worker.wait_for(READY)
+        for tenant, quota in QUOTAS.items():
+            world.platform.celery("tenant", "set", tenant, "--quota", quota).check_returncode()
         world.beat = world.platform.start("beat", "beat", "--schedule", str(folder / "schedule"))
         load = Load(world, submitter, jobs, seconds * SUBMIT_PART, seed)
         began = time.monotonic()

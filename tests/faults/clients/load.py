@@ -19,6 +19,8 @@ CPUS: Final = (0.5, 1.0, 1.0, 2.0)
 LOOK_EVERY: Final = 0.1
 #: Tenants of the jobs in turn; None: the default tenant.
 TENANTS: Final = ("physics", "biology", None)
+#: Quotas of tenants, as `tenant set` takes them: below the CPUs of all workers, above what the jobs need on average.
+QUOTAS: Final = {"physics": "cpus=6", "biology": "cpus=5"}
 #: Keys that have limits, and the jobs of a key that may run at once.
 KEYS: Final = ("customer:1", "customer:2", "customer:3")
 AT_ONCE: Final = 2
