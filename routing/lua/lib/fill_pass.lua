@@ -7,7 +7,7 @@
 -- returns a worker to be filled, '' for none: it was kept until now for a job that this worker took.
 local function fill_pass(book, now, after, facts, admit)
   book.pauses = facts.paused
-  local sharing = read_sharing(facts)
+  local sharing = open_sharing(facts)
   local is_kept = book.kept and book.lease > now and book.status == 'ready' and not over(book)
   local kept_row = is_kept and kept_shape(book, sharing)
   if kept_row == true or not has_opening(book) or book.lease <= now or book.pauses == 'all' then

@@ -1,5 +1,31 @@
 -- The order in which a pass tries shapes, where tenants are in use.
 
+-- Open the lists of all tenants with waiting jobs, with what they hold. Where a handful of shapes ask for few enough
+-- CPUs, only these are looked at, and no other tenant is compared.
+local function open_turns(tries, book, sharing)
+  local free = int(room(book, 'cpus'))
+  local small = redis.call('ZRANGEBYSCORE', KEY.asks .. 'cpus', '-inf', free, 'LIMIT', 0, LIMIT.few + 1)
+  if #small <= LIMIT.few then
+    return look_at_last(tries, book, small)
+  end
+  local heads = redis.call('ZRANGE', KEY.tenant_heads, 0, LIMIT.tenants - 1, 'WITHSCORES')
+  local tenants = {'default'}
+  for i = 1, #heads, 2 do
+    tenants[#tenants + 1] = heads[i]
+  end
+  sharing.few = nil
+  for field, amount in pairs(numbers_of(KEY.used)) do
+    local tenant, name = string.match(field, '^([^/]*)/(.*)$')
+    sharing.used[tenant] = sharing.used[tenant] or {}
+    sharing.used[tenant][name] = amount
+  end
+  read_tenants(sharing, tenants)
+  turn_of(sharing, 'default').lists = lists_of(book, false)
+  for i = 1, #heads, 2 do
+    turn_of(sharing, heads[i]).lists = {{key = KEY.shapes_of .. '$' .. heads[i], head = tonumber(heads[i + 1])}}
+  end
+end
+
 -- Open the shapes that a pass tries, behind a cursor. `kept_row`: the only one, for which the worker was kept. Where
 -- tenants are in use, the first pass goes by their turns. Where it looked at so many shapes that others may be left,
 -- the next passes go through the rest in order.
@@ -7,16 +33,7 @@ local function open_tries(book, kept_row, after, sharing)
   local tries = {shapes = {}, seen = {}, looked = 0, after = after, cursor = after, more = not kept_row,
     sharing = sharing, by_turns = sharing and not kept_row and after == '-inf'}
   if tries.by_turns then
-    local heads = redis.call('ZRANGE', KEY.tenant_heads, 0, LIMIT.tenants - 1, 'WITHSCORES')
-    local tenants = {'default'}
-    for i = 1, #heads, 2 do
-      tenants[#tenants + 1] = heads[i]
-    end
-    read_tenants(sharing, tenants)
-    turn_of(sharing, 'default').lists = lists_of(book, false)
-    for i = 1, #heads, 2 do
-      turn_of(sharing, heads[i]).lists = {{key = KEY.shapes_of .. '$' .. heads[i], head = tonumber(heads[i + 1])}}
-    end
+    open_turns(tries, book, sharing)
   elseif tries.more then
     tries.lists = lists_of(book, sharing and true)
   end

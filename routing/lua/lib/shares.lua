@@ -1,6 +1,6 @@
 -- The shares of few tenants, which are compared where a job comes.
 
--- The shares of tenants of which few are compared: `turn_of` reads the use of each.
+-- The shares of tenants of which few are compared: `turn_of` reads the use of each. Nil where tenants are not in use.
 local function open_sharing(facts)
   return facts.tenants and {turns = {}, total = numbers_of(KEY.totals), used = {}, rules = {}, past = {}, few = true}
 end

@@ -10,20 +10,6 @@ local function note_level(sharing, turn)
   end
 end
 
--- Read the shares of all tenants. Returns nil where tenants are not in use.
-local function read_sharing(facts)
-  if not facts.tenants then
-    return nil
-  end
-  local sharing = {turns = {}, total = numbers_of(KEY.totals), used = {}, rules = {}, past = {}}
-  for field, amount in pairs(numbers_of(KEY.used)) do
-    local tenant, name = string.match(field, '^([^/]*)/(.*)$')
-    sharing.used[tenant] = sharing.used[tenant] or {}
-    sharing.used[tenant][name] = amount
-  end
-  return sharing
-end
-
 -- Read the rules and the past use of tenants.
 local function read_tenants(sharing, tenants)
   local rules, past = redis.call('HMGET', KEY.tenants, unpack(tenants)), redis.call('HMGET', KEY.past, unpack(tenants))
