@@ -17,6 +17,7 @@ from celery_capacity.routing.ledger.replies import Arrived, Ended, Submitted, Ta
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
+from celery_capacity.routing.policy.tenants import tenant_term
 
 #: Capacity of every worker: 64 CPUs and as many slots, 256 GiB.
 CPUS = 64
@@ -120,16 +121,25 @@ class Books:
             holds.append(job)
         return worker, holds
 
-    def fill_backlog(self, jobs: int, shapes: int) -> None:
-        """File jobs of as many shapes, each wider than any worker, so that they wait for ever."""
+    def fill_backlog(self, jobs: int, shapes: int, tenants: int = 0) -> None:
+        """File jobs of as many shapes, each wider than any worker, so that they wait for ever.
+
+        `tenants`: those that own the shapes in turn; 0 for none.
+        """
         for begin in range(0, jobs, CHUNK):
             rows = []
             for number in range(begin, min(begin + CHUNK, jobs)):
                 job, place = self.new_job()
                 shape = f"cpus={CPUS + 1 + number % shapes}000,slots=1"
+                shape += tenant_term(tenant_name(number % shapes % tenants)) if tenants else ""
                 rows.append((job, shape, place, self.message, 0, 0, 0))
             if self.ledger.submit_many(rows) != len(rows):
                 raise RuntimeError("the ledger knew some of the new jobs")
+
+
+def tenant_name(number: int) -> str:
+    """Return the name of a tenant."""
+    return f"tenant-{number:02}"
 
 
 def message() -> bytes:

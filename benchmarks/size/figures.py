@@ -132,10 +132,10 @@ PARTS: Mapping[str, Part] = {
             *(
                 Figure(f"rules_{name}", "×", f"an admission and its release with {says}", at_most=1.25)
                 for name, says in (
-                    ("10", "reservations: 10 workers"),
-                    ("10_waiting", "reservations: 10 workers, a million jobs wait"),
-                    ("10000", "reservations: 10,000 workers"),
-                    ("10000_waiting", "reservations: 10,000 workers, a million jobs wait"),
+                    ("10", "reservations and tenants: 10 workers"),
+                    ("10_waiting", "reservations and tenants: 10 workers, a million jobs wait"),
+                    ("10000", "reservations and tenants: 10,000 workers"),
+                    ("10000_waiting", "reservations and tenants: 10,000 workers, a million jobs wait"),
                 )
             ),
             Figure(
