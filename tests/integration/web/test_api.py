@@ -128,11 +128,15 @@ def test_unknown_job_is_not_found_and_names_nearest(stage: Stage, client: httpx.
 
 def test_openapi_has_every_path(client: httpx.Client) -> None:
     document = client.get("/api/v1/openapi.json").json()
-    paths = {
-        f"/api/v1/{name}" for name in ("dashboard", "workers", "backlog", "tasks", "jobs", "jobs/{job_id}", "runs")
-    }
-    paths.add("/api/v1/runs/hole")
-    assert set(document["paths"]) == {*paths, "/api/v1/events"}
+    assert set(document["paths"]) == {
+        f"/api/v1/{path}"
+        for path in (
+            "dashboard", "workers", "backlog", "tasks", "jobs", "jobs/{job_id}", "runs", "runs/hole", "events",
+            "audit", "quarantine", "quarantine/drop", "cancel", "retry", "pause", "resume", "reconcile", "jobs/bulk",
+            *(f"jobs/{{job_id}}/{action}" for action in ("cancel", "retry", "priority")),
+            *(f"workers/{{name}}/{action}" for action in ("cordon", "uncordon", "drain", "shutdown")),
+        )
+    }  # fmt: skip
 
 
 def test_client_that_asks_too_often_is_told_to_wait(stage: Stage) -> None:
