@@ -1,6 +1,6 @@
 # `make demo` and `make test` work as the first command in a clean clone: they make .venv and install into it, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser test-celery test-docker test-servers test-installed test-pythons check docs reference pictures bench bench-costs check-costs store-costs bench-load bench-peers soak bench-size bench-whatif bench-all chaos clean
+.PHONY: help demo test browser test-celery test-docker test-servers test-installed test-pythons check docs reference pictures screenshots bench bench-costs check-costs store-costs bench-load bench-peers soak bench-size bench-whatif bench-all chaos clean
 
 # Some machines tell Python to keep no bytecode. The tests start about a thousand processes, and each would compile the
 # package anew.
@@ -34,6 +34,7 @@ help:
 	@echo 'make docs    the documents as a site, in build/site; a warning is an error'
 	@echo 'make reference  the tables and signatures in docs/reference, from the code'
 	@echo 'make pictures   the pictures of the terminal in docs/pictures, from real commands'
+	@echo 'make screenshots   a picture of each page of the running demo, in docs/pictures; look at each'
 	@echo 'make bench   this platform beside plain Celery: twenty minutes; ARGS=--long adds a backlog of 20,000'
 	@echo 'make bench-costs  what one job costs, beside plain Celery: CPU time, commands, thread switches; a minute'
 	@echo 'make check-costs  fail when a job costs a tenth more than the stored figures; make store-costs replaces them'
@@ -106,6 +107,10 @@ docs: $(INSTALLED)
 
 reference: $(INSTALLED)
 	@$(BIN)/python -m docs.site.reference
+
+# Look at each picture before you commit it.
+screenshots: $(INSTALLED) browser
+	@$(BIN)/python -m docs.site.screenshots
 
 pictures: $(INSTALLED)
 	@$(BIN)/python -m docs.site.pictures

@@ -17,6 +17,7 @@ from starlette.staticfiles import StaticFiles
 
 from celery_capacity.platform.console import render, wording
 from celery_capacity.platform.console.command import problem_of_store
+from celery_capacity.platform.console.fitting import shorten
 from celery_capacity.platform.console.terminal import harmless
 from celery_capacity.platform.web.api.filters import MAX_TEXT, filter_of, moment_of, stretch_of, text_of
 from celery_capacity.platform.web.api.routes import Values
@@ -40,6 +41,8 @@ KEEP_LANGUAGE: Final = 365 * 86400
 #: Workers on a page, and seconds without a heartbeat after which a worker is shown as late.
 WORKERS: Final = 60
 LATE: Final = 40.0
+#: Characters of an id in a list.
+BRIEF: Final = 14
 #: Runs in the table beside the chart, and seconds that the chart shows at first.
 LISTED_RUNS: Final = 100
 STRETCH: Final = 900
@@ -91,6 +94,7 @@ class Pages:
             "age": render.age,
             "amounts": lambda request: str(Amounts.from_people(request)),
             "path": lambda text: quote(str(text), safe=""),
+            "brief": lambda job_id: shorten(harmless(str(job_id)), BRIEF),
             "colour": bars.colour_of,
             "vector": lambda people: ", ".join(format_amount(*part) for part in from_people(people).items()),
         }

@@ -4,6 +4,8 @@ import { COLOURS } from "./layout.js";
 
 export const AXIS = 26;
 export const GAP = 8;
+// Shades of one task's runs, so that neighbours differ.
+const SHADES = [1, 0.82, 0.66];
 const STEPS = [1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 43200, 86400, 172800, 604800];
 
 export function palette() {
@@ -16,8 +18,10 @@ export function palette() {
   };
 }
 
-export function gutterOf(width) {
-  return Math.min(170, Math.max(70, width * 0.16));
+export function gutterOf(context, rows, width, font) {
+  context.font = font;
+  const longest = Math.max(52, ...rows.map((row) => context.measureText(row.name).width));
+  return Math.min(longest + 14, 200, width * 0.25);
 }
 
 function clock(time, step) {
@@ -66,7 +70,9 @@ function bars(context, row, view, colours, size, y, height, now) {
       const top = y + height - to * scale;
       const high = Math.max(1, (to - from) * scale - ((to - from) * scale > 4 ? 1 : 0));
       context.fillStyle = colours.tasks[bar.colour];
+      context.globalAlpha = SHADES[bar.shade];
       context.fillRect(left, top, width, high);
+      context.globalAlpha = 1;
       if (bar.run.ready > bar.start && width > 3) {
         const wait = Math.min(right, size.x(bar.run.ready)) - left;
         context.fillStyle = colours.card;

@@ -10,9 +10,13 @@ const encoder = new TextEncoder();
 
 // The colour of a task, as on the other pages: FNV-1a of its name.
 export function colourOf(task) {
+  return hashOf(task) % COLOURS;
+}
+
+function hashOf(text) {
   let hash = 0x811c9dc5;
-  for (const byte of encoder.encode(task)) hash = Math.imul(hash ^ byte, 0x01000193) >>> 0;
-  return hash % COLOURS;
+  for (const byte of encoder.encode(text)) hash = Math.imul(hash ^ byte, 0x01000193) >>> 0;
+  return hash;
 }
 
 // Return the free pieces of a row for so many CPUs, the lowest first. A run that finds no room is placed above all.
@@ -55,7 +59,7 @@ export function rowsOf(runs, workers, wanted) {
       placed = pieces(line.held.filter((bar) => bar.end > run.start + late), cpus);
       if (placed.at(-1)[1] <= line.cpus) break;
     }
-    const bar = { run, start: run.start, end: run.end, colour: colourOf(run.task), pieces: placed };
+    const bar = { run, start: run.start, end: run.end, colour: colourOf(run.task), shade: hashOf(run.job) % 3, pieces: placed };
     line.held.push(bar);
     line.bars.push(bar);
     line.top = Math.max(line.top, bar.pieces.at(-1)[1]);

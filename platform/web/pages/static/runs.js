@@ -49,7 +49,7 @@ function measure() {
   const ratio = window.devicePixelRatio || 1;
   canvas.width = Math.round(width * ratio);
   canvas.height = Math.round(height * ratio);
-  const gutter = gutterOf(width);
+  const gutter = gutterOf(context, rows, width, colours.font);
   const x = (time) => gutter + ((time - view.begin) * (width - gutter)) / (view.end - view.begin);
   if (height !== size.height) view.whole = stack(rows, height - AXIS, GAP);
   size = { width, height, gutter, ratio, x, cpus: words.cpus };
@@ -62,7 +62,7 @@ function layout() {
   rows = rowsOf([...runs.values()], [...workers.values()], wanted.value);
   canvas.dataset.runs = rows.reduce((sum, row) => sum + row.bars.length, 0);
   view.whole = stack(rows, size.height - AXIS, GAP);
-  scrollTo(view.scroll);
+  measure();
   legend();
 }
 
