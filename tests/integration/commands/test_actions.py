@@ -351,7 +351,7 @@ def test_wait_shows_ends_above_the_bars_and_messages_escaped(submitter: Submitte
     tasks.started(platform.redis, "escaped")
     other = submitter.send(ADD, 1, 2)
     submitter.ended(other)
-    arguments = [sys.executable, "-m", "celery", "-A", "platform", "wait", job, other, "--timeout", "3"]
+    arguments = [sys.executable, "-m", "celery", "-A", "platform", "wait", job, other, "--timeout", "10"]
     shown = on_terminal(arguments, platform.environment, platform.folder)
     assert shown.code == Exit.TIMED_OUT
     assert "3 of 10 \\x1b]0;PWNED\\x07frames more" in shown.screen

@@ -341,6 +341,7 @@ def test_wrong_settings_are_listed(run: Run) -> None:
             "drain",
             "tenant set",
             "tenant remove",
+            "tail",
         )
         words = [*name.split(), *(["x"] if name in named else ["x", "5"] if name == "priority" else [])]
         error = problem(run, *words, code=Exit.CONFIGURATION, PLATFORM_CPUS="many", PLATFORM_WORKER_TTL="soon")

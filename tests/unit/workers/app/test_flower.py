@@ -23,6 +23,8 @@ def stores(dashboard: tuple[str, int] = ("127.0.0.1", 8000)) -> Any:
 @pytest.fixture(autouse=True)
 def untouched() -> Iterator[None]:
     address, settings = options.address, dict(flower.command.settings)
+    # An app of another test in this process may have prepared it.
+    flower.command.settings.pop(LOADER, None)
     yield
     options.address = address
     flower.command.settings.clear()
