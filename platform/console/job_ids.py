@@ -27,15 +27,20 @@ class UnknownJob(InvalidRequest):
     status = 404
 
 
-def whole_ids(engine: Engine, typed: Sequence[str]) -> list[str]:
-    """Return the ids, each once. The beginning of one id stands for it. Raises `UnknownJob`, `InvalidRequest`."""
+def whole_ids(engine: Engine, typed: Sequence[str], *, exact: bool = False) -> list[str]:
+    """Return the ids, each once. The beginning of one id stands for it, unless `exact`.
+
+    Raises `UnknownJob`, `InvalidRequest`.
+    """
     from celery_capacity.routing.inspect import job_lookup
     from celery_capacity.routing.recovery import revocation
 
     jobs = list(dict.fromkeys(check_job_id(job) for job in typed))
     with engine.connect() as connection:
         existing = revocation.standing(connection, jobs)
-        ids = {job: [job] if job in existing else job_lookup.with_prefix(connection, job) for job in jobs}
+        begun = [job for job in jobs if not exact and job not in existing]
+        ids = {job: [job] if job in existing else [] for job in jobs}
+        ids |= {job: job_lookup.with_prefix(connection, job) for job in begun}
         for job, candidates in ids.items():
             if len(candidates) > 1:
                 advice = f"Type more of the id. Some of them: {', '.join(candidates)}."

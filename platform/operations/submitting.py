@@ -59,8 +59,10 @@ def submit_all(app: Celery, stores: Stores, actor: Actor, submissions: Sequence[
             tasks: dict[str, str] = {row.id: row.name for row in connection.execute(_EXISTING, {"ids": valid})}
         results = []
         for job, submission in zip(ids, submissions, strict=True):
-            results.append(_submit(app, job, submission, tasks.get(job)))
-            tasks.setdefault(job, submission.task)
+            result = _submit(app, job, submission, tasks.get(job))
+            if result.refused is None and result.id == job:
+                tasks.setdefault(job, submission.task)
+            results.append(result)
         stores.sending.flush()
         words = [result.refused.reference if result.refused else "accepted" for result in results]
         note.count(words, sum(result.refused is not None for result in results))

@@ -53,10 +53,16 @@ def token(value: str, env: str) -> str:
     return value
 
 
+#: Headers that may carry the token or a password.
+SECRET_HEADERS = ("authorization", "proxy-authorization", "cookie")
+
+
 def header_name(value: str, env: str) -> str:
     """Return the name of a header of HTTP, in lower case."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]{0,63}", value):
         raise _wrong(env, value, f"{env} must be the name of a header, such as X-Forwarded-User.")
+    if value.lower() in SECRET_HEADERS:
+        raise _wrong(env, value, f"{env} must not be a header with a secret, such as {value}: the audit would show it.")
     return value.lower()
 
 

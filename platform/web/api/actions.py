@@ -65,14 +65,14 @@ def _add_jobs(router: APIRouter, sources: Sources) -> None:
     def cancel(job_id: JobId, by: Operator, body: models.Cancel | None = None) -> Response:
         """Cancel a job for good. A running one goes on to its end, unless `terminate` ends its process."""
         app, stores = sources.acting()
-        ids = whole_ids(stores.engine, [job_id])
+        ids = whole_ids(stores.engine, [job_id], exact=True)
         return _results(list(jobs.cancel(app, stores, by, ids, terminate=body is not None and body.terminate)))
 
     @router.post("/jobs/{job_id}/retry", **answers(models.Results))
     def retry(job_id: JobId, by: Operator, body: models.Retry | None = None) -> Response:
         """Run an ended job again, as a new job with the same message and request."""
         app, stores = sources.acting()
-        ids = whole_ids(stores.engine, [job_id])
+        ids = whole_ids(stores.engine, [job_id], exact=True)
         (result,) = jobs.retry_all(app, stores, by, ids, again=body is not None and body.again)
         if result.refused is not None:
             raise result.refused
@@ -82,7 +82,7 @@ def _add_jobs(router: APIRouter, sources: Sources) -> None:
     def priority(job_id: JobId, by: Operator, body: models.Priority) -> Response:
         """Give a job another priority: a waiting one has its new place at once, a running one at its next attempt."""
         _, stores = sources.acting()
-        ids = whole_ids(stores.engine, [job_id])
+        ids = whole_ids(stores.engine, [job_id], exact=True)
         return _results(jobs.set_priority(stores, by, ids, body.priority, reason=body.reason))
 
 

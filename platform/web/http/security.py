@@ -141,7 +141,7 @@ class Guard:
         if not self._rates.take(str(client[0]) if client else ""):
             return problem_response(TooManyRequests().to_problem(), {"Retry-After": "1"})
         path = str(scope["path"])
-        if path.startswith("/api/") and scope["method"] not in READING and self._login is not None:
+        if path.startswith("/api/") and scope["method"] not in READING:
             return self._refused_action(self._login, headers)
         if (
             self._login is None
@@ -157,19 +157,22 @@ class Guard:
         target = path + (f"?{query}" if query else "")
         return RedirectResponse(f"/login?next={quote(target, safe='/')}", 303)
 
-    def _refused_action(self, login: Login, headers: Headers) -> Response | None:
+    def _refused_action(self, login: Login | None, headers: Headers) -> Response | None:
         """Return the answer to an action that goes no further. A cookie is not enough, as a browser sends it by itself.
 
         The length is needed before the body, so that no body is read that is too large.
         """
         if not is_same_origin(headers):
             return problem_response(NotAllowed("the request comes from a page of another site").to_problem())
+        if login is None:
+            return problem_response(NotAllowed("this dashboard has no token").to_problem())
         role = login.shown_role(headers)
         if role is None:
             return problem_response(NotLoggedIn().to_problem(), {"WWW-Authenticate": "Bearer"})
         if role is not Role.OPERATOR:
             return problem_response(NotAllowed("viewers change nothing").to_problem())
-        length = headers.get("content-length", "0" if "transfer-encoding" not in headers else "")
+        # A chunked body may have a length too, which the server does not go by.
+        length = "" if "transfer-encoding" in headers else headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()):
             return problem_response(plain_problem(411))
         if int(length) > MAX_BODY:

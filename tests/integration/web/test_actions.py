@@ -76,6 +76,22 @@ def test_bulk_accepts_and_refuses_each_job_by_itself(client: httpx.Client, submi
     assert (newest(client).outcome, newest(client).details["accepted"]) == ("partly", 2)
 
 
+def test_bulk_submits_a_job_whose_id_was_refused_before(client: httpx.Client, submitter: Submitter) -> None:
+    job = {"task": ADD, "args": [1, 1], "id": "after-a-refusal"}
+    answer = client.post("/api/v1/jobs/bulk", json={"jobs": [{**job, "cpus": "many"}, job, job]})
+    results = models.SubmittedMany.model_validate(answer.json()).jobs
+    assert [(result.new, result.refused is None) for result in results] == [(False, False), (True, True), (False, True)]
+    assert submitter.value("after-a-refusal") == 2
+
+
+def test_beginning_of_an_id_chooses_no_job(client: httpx.Client, submitter: Submitter) -> None:
+    submitter.send(ADD, 1, 2, countdown=3600, task_id="order-17")
+    for action, body in (("cancel", {}), ("retry", {}), ("priority", {"priority": 5})):
+        answer = client.post(f"/api/v1/jobs/order-1/{action}", json=body)
+        assert (answer.status_code, answer.json()["reference"]) == (404, "unknown-job"), action
+    assert client.post("/api/v1/jobs/order-17/cancel").status_code == 200
+
+
 def test_job_is_cancelled_reprioritized_and_retried(client: httpx.Client, submitter: Submitter) -> None:
     job = submitter.send(ADD, 1, 2, countdown=3600)
     assert act(client, f"jobs/{job}/priority", {"priority": 9, "reason": "<b>now</b>"})["became"] == "moved"
@@ -193,6 +209,8 @@ def test_wrong_action_is_refused_with_advice(path: str, body: Any, status: int, 
 def test_body_without_length_or_too_large_is_refused(client: httpx.Client) -> None:
     endless = client.post("/api/v1/jobs", content=iter([b"{}"]))
     assert endless.status_code == 411
+    both = client.post("/api/v1/jobs", content=b"{}", headers={"Content-Length": "2", "Transfer-Encoding": "chunked"})
+    assert both.status_code in (400, 411)
     large = client.post("/api/v1/jobs", content=b"x" * (MAX_BODY + 1))
     assert (large.status_code, large.json()["reference"]) == (413, "body-too-large")
 

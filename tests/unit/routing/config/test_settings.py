@@ -273,6 +273,7 @@ WRONG = [
     ("PLATFORM_TOKEN", "0123456789 abcdef", "must be 16 to 500 letters"),
     ("PLATFORM_VIEWER_TOKEN", "tooshort", "must be 16 to 500 letters"),
     ("PLATFORM_PROXY_USER_HEADER", "X User", "must be the name of a header"),
+    ("PLATFORM_PROXY_USER_HEADER", "Cookie", "must not be a header with a secret"),
     ("PLATFORM_DASHBOARD", ":8000", "must be host:port"),
     ("PLATFORM_DASHBOARD", "host:99999", "must be host:port"),
     ("PLATFORM_DASHBOARD", "::1:8000", "must be host:port"),
