@@ -229,7 +229,8 @@ def test_keyboard_alone_leads_to_a_job_and_into_a_hole(history: History, visitor
 def test_chart_follows_and_reads_what_lies_before(history: History, visitor: Visitor) -> None:
     history.worker("a", cpus=4)
     history.ran("a", 3000, 2900, 2800)
-    history.ran("a", 60, 50, 40)
+    # So long that it stays in sight while the chart follows the time.
+    history.ran("a", 600, 590, 5)
     page = visitor.visit("/runs")
     expect(page.locator("#chart")).to_have_attribute("data-runs", "1")
     history.stage.worker("b", cpus=4000)
