@@ -57,7 +57,8 @@ test: check docs browser
 browser:
 	@command -v chromium chromium-browser google-chrome >/dev/null || \
 	    { command -v apt-get >/dev/null && test "$$(id -u)" = 0 && \
-	        apt-get install --yes --quiet --no-install-recommends chromium >/dev/null; } || \
+	        DEBIAN_FRONTEND=noninteractive timeout 300 apt-get -o Acquire::http::Timeout=20 -o DPkg::Lock::Timeout=60 \
+	        install --yes --quiet --no-install-recommends chromium >/dev/null </dev/null; } || \
 	    echo 'There is no Chromium, so the tests of the pages in a browser are skipped. Debian: apt install chromium'
 
 test-docker: $(INSTALLED)
