@@ -55,7 +55,7 @@ test: check docs browser
 
 # The browser of the tests of the pages: Debian's, where this user may install it. Without one those tests are skipped.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 	    { command -v apt-get >/dev/null && test "$$(id -u)" = 0 && \
 	        DEBIAN_FRONTEND=noninteractive timeout 300 apt-get -o Acquire::http::Timeout=20 -o DPkg::Lock::Timeout=60 \
 	        install --yes --quiet --no-install-recommends chromium >/dev/null </dev/null; } || \

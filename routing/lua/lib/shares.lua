@@ -8,7 +8,7 @@ end
 -- Read what a tenant holds of the resources that count.
 local function read_use(sharing, tenant)
   local names, fields, used, rule = {}, {}, {}, sharing.rules[tenant]
-  for _, amounts in ipairs({sharing.total, rule and rule.nominal or {}}) do
+  for _, amounts in ipairs({sharing.total, rule and rule.nominal or {}, rule and rule.quota or {}}) do
     for name in pairs(amounts) do
       names[#names + 1], fields[#fields + 1] = name, tenant .. '/' .. name
     end
