@@ -83,5 +83,5 @@ def _announce_token(made: tuple[str, Path, bool] | None) -> None:
 def _announce(sockets: list[socket.socket]) -> None:
     host, port = sockets[0].getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    # One write, so that a reader who has the first line has the second one too.
+    # A single write, so that a reader who has the first line has the second one too.
     talk().print(f"Dashboard: http://{shown}:{port}/api/v1/dashboard\nPage: http://{shown}:{port}/")
