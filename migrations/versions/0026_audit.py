@@ -32,7 +32,7 @@ def upgrade() -> None:
         COMMENT ON COLUMN audit.targets IS 'ids of jobs, names of workers or parts of the backlog: the first 100';
         COMMENT ON COLUMN audit.number IS 'of all targets';
         COMMENT ON COLUMN audit.made_by IS 'user@host, the user that a proxy named, or the role and the address';
-        COMMENT ON COLUMN audit.via IS 'page, api or cli';
+        COMMENT ON COLUMN audit.via IS 'api or cli';
         COMMENT ON COLUMN audit.made_at IS 'when the action began; it is kept for PLATFORM_KEEP_AUDIT from then on';
         COMMENT ON COLUMN audit.details IS 'what else was given, and of many targets how many had which result';
         COMMENT ON COLUMN audit.outcome IS 'done, partly or refused; null: under way, or its process was ended';

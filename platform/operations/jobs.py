@@ -50,10 +50,13 @@ def cancel(
     """Cancel jobs, and yield what became of each, as `workers.client.cancel`."""
     with audited(stores, actor, "cancel", ids, {**chosen, "terminate": terminate}) as note:
         results = []
-        for result in cancelling.cancel(app, stores, ids, terminate=terminate):
-            results.append(result)
-            yield result
-        note.count([result.became.value for result in results], sum(not result.done for result in results))
+        try:
+            for result in cancelling.cancel(app, stores, ids, terminate=terminate):
+                results.append(result)
+                yield result
+        finally:
+            # Also where a store went away between two jobs, or where the reader of the results did.
+            note.count([result.became.value for result in results], sum(not result.done for result in results))
 
 
 def retry_all(
@@ -63,12 +66,14 @@ def retry_all(
     with audited(stores, actor, "retry", ids, {**chosen, "again": again}) as note:
         stopped: PlatformError | None = None
         words = []
-        for job in ids:
-            result = Retried(job, refused=stopped) if stopped is not None else _retry(app, stores, job, again)
-            stopped = None if isinstance(result.refused, InvalidRequest) else result.refused
-            words.append("retried" if result.refused is None else result.refused.reference)
-            yield result
-        note.count(words, sum(word != "retried" for word in words))
+        try:
+            for job in ids:
+                result = Retried(job, refused=stopped) if stopped is not None else _retry(app, stores, job, again)
+                stopped = None if isinstance(result.refused, InvalidRequest) else result.refused
+                words.append("retried" if result.refused is None else result.refused.reference)
+                yield result
+        finally:
+            note.count(words, sum(word != "retried" for word in words))
 
 
 def _retry(app: Celery, stores: Stores, job: str, again: bool) -> Retried:

@@ -57,15 +57,17 @@ def submit_all(app: Celery, stores: Stores, actor: Actor, submissions: Sequence[
         with translated("no job was submitted: "), stores.engine.connect() as connection:
             valid = [job for job in ids if _is_valid(job)]
             tasks: dict[str, str] = {row.id: row.name for row in connection.execute(_EXISTING, {"ids": valid})}
-        results = []
-        for job, submission in zip(ids, submissions, strict=True):
-            result = _submit(app, job, submission, tasks.get(job))
-            if result.refused is None and result.id == job:
-                tasks.setdefault(job, submission.task)
-            results.append(result)
-        stores.sending.flush()
-        words = [result.refused.reference if result.refused else "accepted" for result in results]
-        note.count(words, sum(result.refused is not None for result in results))
+        results: list[Submitted] = []
+        try:
+            for job, submission in zip(ids, submissions, strict=True):
+                result = _submit(app, job, submission, tasks.get(job))
+                if result.refused is None and result.id == job:
+                    tasks.setdefault(job, submission.task)
+                results.append(result)
+            stores.sending.flush()
+        finally:
+            words = [result.refused.reference if result.refused else "accepted" for result in results]
+            note.count(words, sum(result.refused is not None for result in results))
     return results
 
 

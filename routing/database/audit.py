@@ -27,7 +27,6 @@ MAX_TEXT: Final = 500
 class Way(StrEnum):
     """The program by which an operator acts."""
 
-    PAGE = "page"
     API = "api"
     CLI = "cli"
 
@@ -37,7 +36,7 @@ class Outcome(StrEnum):
 
     #: for all targets
     DONE = "done"
-    #: for some of them, or not in full
+    #: for some of them, or not in full, or as far as it came before a store went away
     PARTLY = "partly"
     #: nothing was changed
     REFUSED = "refused"

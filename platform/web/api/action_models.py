@@ -142,7 +142,7 @@ class Action(Closed):
     targets: list[str]
     number: int
     by: str
-    via: Literal["page", "api", "cli"]
+    via: Literal["api", "cli"]
     at: str
     details: dict[str, Any]
     outcome: Literal["done", "partly", "refused"] | None

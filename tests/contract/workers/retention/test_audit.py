@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
+from celery_capacity.platform.operations import jobs
 from celery_capacity.routing.database import audit
 from celery_capacity.routing.database.audit import Actor, Outcome, Way
+from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.routing.model.states import State
+from celery_capacity.workers.client.cancel import Became, Cancellation
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.retention import audit as duty
 from tests.fixtures.stores.staged import Stage
@@ -50,6 +56,43 @@ def test_actions_are_forgotten_after_their_time(stage: Stage, stores: Stores) ->
     assert duty.run_once(NO_APP, stores) == {"forgotten": 1}
     with stage.engine.connect() as connection:
         assert [entry.targets for entry in audit.newest(connection, 5)] == [("new",)]
+
+
+def cancelled_until(most: int) -> Any:
+    """Return a cancellation of three jobs, during which a store goes away after so many."""
+
+    def cancel(*_: Any, **__: Any) -> Iterator[Cancellation]:
+        for number in range(3):
+            if number == most:
+                raise StoreUnavailable("Redis does not answer")
+            yield Cancellation(f"job-{number}", Became.CANCELLED, State.CANCELLED, None)
+
+    return cancel
+
+
+@pytest.mark.parametrize(("most", "outcome"), [(0, "partly"), (2, "partly"), (3, "done")])
+def test_outcome_is_as_far_as_an_action_came(
+    most: int, outcome: str, stage: Stage, stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("celery_capacity.workers.client.cancel.cancel", cancelled_until(most))
+    with suppress(StoreUnavailable):
+        list(jobs.cancel(NO_APP, stores, ANN, ["job-0", "job-1", "job-2"]))
+    with stage.engine.connect() as connection:
+        (entry,) = audit.newest(connection, 5)
+    assert (entry.outcome, entry.details.get("cancelled", 0)) == (outcome, most)
+    assert ("error" in entry.details) == (most < 3)
+
+
+def test_reader_that_leaves_early_leaves_an_action_done_in_part(
+    stage: Stage, stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("celery_capacity.workers.client.cancel.cancel", cancelled_until(3))
+    results: Any = jobs.cancel(NO_APP, stores, ANN, ["job-0", "job-1", "job-2"])
+    next(results)
+    results.close()
+    with stage.engine.connect() as connection:
+        (entry,) = audit.newest(connection, 5)
+    assert (entry.outcome, entry.details["cancelled"]) == ("partly", 1)
 
 
 @pytest.mark.parametrize(("keep", "seconds"), [(0.0, 3600.0), (7_776_000.0, 3600.0), (100.0, 10.0)])
