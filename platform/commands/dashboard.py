@@ -69,15 +69,18 @@ def command(context: click.Context, host: str | None, port: int | None) -> None:
         access=Access(settings.viewer_token, settings.token is None, settings.proxy_user_header),
     )
     _announce(sockets)
-    _announce_token(made)
+    if settings.token is None:
+        _announce_token(made, settings.home)
     asyncio.run(server.serve(application, sockets))
 
 
-def _announce_token(made: tuple[str, Path, bool] | None) -> None:
+def _announce_token(made: tuple[str, Path, bool] | None, home: Path) -> None:
     """Say where the token for actions is, and at the first start the token itself."""
-    if made is not None:
-        token, path, is_new = made
-        talk().print(f"Token for actions: {f'{token}, kept ' if is_new else ''}in {path}", soft_wrap=True)
+    if made is None:
+        talk().print(f"No actions: {home} takes no token. Set PLATFORM_TOKEN to act by the API.", soft_wrap=True)
+        return
+    token, path, is_new = made
+    talk().print(f"Token for actions: {f'{token}, kept ' if is_new else ''}in {path}", soft_wrap=True)
 
 
 def _announce(sockets: list[socket.socket]) -> None:

@@ -101,9 +101,16 @@ def parse_duration(value: object, what: str = EXPECTED) -> int:
         return _in_range(Decimal(value / timedelta(milliseconds=1)), value, what)
     if isinstance(value, str):
         return _in_range(_of_text(value, what), value, what)
-    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)) or not _is_finite(value):
         _refuse(value, what)
     return _in_range(Decimal(str(value)) * 1000, value, what)
+
+
+def _is_finite(value: Real | Decimal) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _of_text(text: str, what: str) -> Decimal:

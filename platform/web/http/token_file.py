@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 from pathlib import Path
@@ -21,15 +22,29 @@ def read_or_make(home: Path) -> tuple[str, Path, bool] | None:
     """
     path = home / NAME
     try:
-        if path.is_file() and not path.stat().st_mode & 0o077:
-            token = path.read_text(encoding="ascii").strip()
-            if len(token) >= SHORTEST_TOKEN:
-                return token, path, False
+        if (token := _read(path)) is not None:
+            return token, path, False
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        token, draft = secrets.token_hex(BYTES), home / f"{NAME}.{secrets.token_hex(4)}"
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-            file.write(f"{token}\n")
-        draft.replace(path)
+        # Dashboards that start at once take turns, so that all of them have the token that is in the file.
+        folder = os.open(home, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            if (token := _read(path)) is not None:
+                return token, path, False
+            token, draft = secrets.token_hex(BYTES), home / f"{NAME}.{secrets.token_hex(4)}"
+            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+                file.write(f"{token}\n")
+            draft.replace(path)
+        finally:
+            os.close(folder)
     except (OSError, ValueError):
         return None
     return token, path, True
+
+
+def _read(path: Path) -> str | None:
+    """Return the token in a file that nobody else may read; None where there is none."""
+    if not path.is_file() or path.stat().st_mode & 0o077:
+        return None
+    token = path.read_text(encoding="ascii").strip()
+    return token if len(token) >= SHORTEST_TOKEN else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from celery_capacity.platform.web.http.token_file import NAME, read_or_make
@@ -16,6 +18,19 @@ def test_token_is_made_once_and_private(tmp_path: Path) -> None:
     assert len(token) >= 32
     assert read_or_make(home) == (token, path, False)
     assert list(home.iterdir()) == [path]
+
+
+def test_dashboards_that_start_at_once_have_one_token(tmp_path: Path) -> None:
+    start = threading.Barrier(8)
+
+    def make(_number: int) -> tuple[str, Path, bool] | None:
+        start.wait()
+        return read_or_make(tmp_path)
+
+    with ThreadPoolExecutor(8) as pool:
+        made = [result for result in pool.map(make, range(8)) if result is not None]
+    assert {token for token, _, _ in made} == {(tmp_path / NAME).read_text(encoding="ascii").strip()}
+    assert sorted(is_new for _, _, is_new in made) == [False] * 7 + [True]
 
 
 def test_token_that_others_may_read_is_replaced(tmp_path: Path) -> None:
