@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from celery_capacity.routing.ledger import keys, snapshot
@@ -81,7 +81,13 @@ def file(ledger: Ledger, backlog: Sequence[Waiting]) -> None:
         assert ledger.submit(waiting.job, waiting.shape, waiting.order, MESSAGE).state == "waiting"
 
 
+#: A tenant that has used its quota up, in a cluster whose capacity the ledger does not know yet.
+FULL: Final = Sharing({"physics": Rule(quota={"cpus": 2000})}, {"physics": {"cpus": 2000}}, {}, {})
+WAITS: Final = Waiting("job-00", Request.of({"cpus": 1000}), order(0, 0), terms=tenant_term("physics"))
+
+
 @settings(ON_A_SERVER)
+@example([WAITS], {"cpus": 4000, "memory": 0, "slots": 9}, FULL)
 @given(BACKLOG, vectors(st.integers(1, 50)), SHARINGS)
 def test_release_admits_what_the_policy_admits_among_tenants(
     ledger: Ledger, backlog: list[Waiting], capacity: dict[str, int], sharing: Sharing
