@@ -93,8 +93,14 @@ SELECT seq, action, targets, number, made_by, via, made_at, details, outcome, en
 """
 _NEWEST: Final = text(f"{_READ} WHERE seq < :before ORDER BY seq DESC LIMIT :limit")
 _ENTRY: Final = text(f"{_READ} WHERE seq = :seq")
-_FORGET: Final = text("DELETE FROM audit WHERE made_at < clock_timestamp() - make_interval(secs => :keep)")
+_FORGET: Final = text("""
+DELETE FROM audit WHERE seq IN (
+  SELECT seq FROM audit WHERE made_at < clock_timestamp() - make_interval(secs => :keep) ORDER BY made_at LIMIT :most
+)
+""")
 
+#: Actions that one statement forgets: each submission over HTTP has a row.
+CHUNK: Final = 10_000
 #: Beyond the number of every action.
 LAST: Final = 2**63 - 1
 
@@ -122,9 +128,9 @@ def entry(connection: Connection, seq: int) -> Entry | None:
     return None if row is None else _entry(row)
 
 
-def forget(connection: Connection, keep: float) -> int:
-    """Delete actions that began more than `keep` seconds ago; return their number."""
-    return connection.execute(_FORGET, {"keep": keep}).rowcount
+def forget(connection: Connection, keep: float, most: int = CHUNK) -> int:
+    """Delete actions that began more than `keep` seconds ago, at most so many; return their number."""
+    return connection.execute(_FORGET, {"keep": keep, "most": most}).rowcount
 
 
 def _entry(row: Any) -> Entry:

@@ -58,6 +58,15 @@ def test_actions_are_forgotten_after_their_time(stage: Stage, stores: Stores) ->
         assert [entry.targets for entry in audit.newest(connection, 5)] == [("new",)]
 
 
+def test_actions_are_forgotten_in_chunks(stage: Stage, stores: Stores) -> None:
+    with stage.engine.connect() as connection:
+        for _ in range(5):
+            audit.begin(connection, ANN, "cordon", ["old"], {})
+        stage.sql("UPDATE audit SET made_at = made_at - interval '91 days'")
+        assert audit.forget(connection, stage.settings.keep_audit, 2) == 2
+    assert duty.run_once(NO_APP, stores) == {"forgotten": 3}
+
+
 def cancelled_until(most: int) -> Any:
     """Return a cancellation of three jobs, during which a store goes away after so many."""
 
@@ -95,6 +104,6 @@ def test_reader_that_leaves_early_leaves_an_action_done_in_part(
     assert (entry.outcome, entry.details["cancelled"]) == ("partly", 1)
 
 
-@pytest.mark.parametrize(("keep", "seconds"), [(0.0, 3600.0), (7_776_000.0, 3600.0), (100.0, 10.0)])
+@pytest.mark.parametrize(("keep", "seconds"), [(0.0, 3600.0), (7_776_000.0, 3600.0), (100.0, 10.0), (0.001, 1.0)])
 def test_pause_follows_the_time_that_actions_are_kept(keep: float, seconds: float, stage: Stage) -> None:
     assert duty.pause(dataclasses.replace(stage.settings, keep_audit=keep)) == seconds
