@@ -125,12 +125,13 @@ def run(cluster: Cluster, order: str, every: float) -> None:
 def _run(cluster: Cluster, order: str, every: float) -> None:
     console, began, problem = facts(), time.monotonic(), ""
     moment = cluster.read()
+    # A cluster that takes long to read is read more seldom.
+    due = time.monotonic() + max(every, time.monotonic() - began)
     live = Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
     with Keys() as keys, live:
         while True:
             live.update(_shown(console, moment, order, problem), refresh=True)
-            # A cluster that takes long to read is read more seldom.
-            key = keys.wait(max(every, time.monotonic() - began))
+            key = keys.wait(max(due - time.monotonic(), 0.0))
             if key in ("q", "Q"):
                 return
             if key in KEYS:
@@ -144,6 +145,7 @@ def _run(cluster: Cluster, order: str, every: float) -> None:
                 if of_store is None:
                     raise
                 problem = str(of_store)
+            due = time.monotonic() + max(every, time.monotonic() - began)
 
 
 def _shown(console: Console, moment: Moment, order: str, problem: str) -> Text:

@@ -31,7 +31,8 @@ _BEGIN: Final = text("SELECT clock_timestamp() - make_interval(secs => :age)")
 _ENDED: Final = text("""
 WITH ended AS (
   SELECT seq, name, state, finished_at,
-    CASE WHEN state IN ('succeeded', 'failed') THEN extract(epoch FROM finished_at - started_at)::float8 END AS ran,
+    CASE WHEN state IN ('succeeded', 'failed')
+      THEN greatest(extract(epoch FROM finished_at - started_at)::float8, 0) END AS ran,
     CASE WHEN admitted_at IS NOT NULL
       THEN greatest(extract(epoch FROM admitted_at - greatest(submitted_at, due_at))::float8, 0) END AS waited
   FROM jobs
