@@ -31,15 +31,20 @@ from celery_capacity.routing.model.states import Store
 
 #: Seconds to wait for a message before looking whether anybody still listens.
 PATIENCE: Final = 0.5
-#: Seconds between two looks at Postgres, and rows of a look.
+#: Seconds between two looks at Postgres, and rows of each state in a look.
 LOOK: Final = 1.0
 MAX_ROWS: Final = 500
+#: States of a job that has not ended, and those among them in which it waits.
+OPEN: Final = ["accepted", "waiting", "admitted", "running"]
+WAITING: Final = ("accepted", "waiting")
 
 _ROWS: Final = text("""
-(SELECT id, state, attempt, epoch, step, worker, coalesce(started_at, admitted_at, submitted_at) AS at
- FROM jobs WHERE state IN ('accepted', 'waiting', 'admitted', 'running') ORDER BY seq DESC LIMIT :most)
+SELECT newest.* FROM unnest(CAST(:open AS text[])) AS s (state) CROSS JOIN LATERAL (
+  SELECT id, seq, jobs.state, attempt, epoch, step, worker, coalesce(started_at, admitted_at, submitted_at) AS at
+  FROM jobs WHERE jobs.state = s.state ORDER BY seq DESC LIMIT :most
+) AS newest
 UNION ALL
-(SELECT id, state, attempt, epoch, step, worker, finished_at
+(SELECT id, seq, state, attempt, epoch, step, worker, finished_at
  FROM jobs WHERE finished_at > clock_timestamp() - interval '10 s' ORDER BY finished_at DESC LIMIT :most)
 """)
 
@@ -64,6 +69,8 @@ class Transitions:
         self._wanted = wanted
         self._pause = pause
         self._seen: dict[str, tuple[int, int, int]] = {}
+        #: greatest number of a job so far
+        self._newest = 0
         #: the store that the changes come from; None while none answers
         self.source: Store | None = None
 
@@ -126,7 +133,7 @@ class Transitions:
         """Compare the rows with those of the look before, once."""
         try:
             with self._engine().connect() as connection:
-                rows = connection.execute(_ROWS, {"most": MAX_ROWS}).all()
+                rows = connection.execute(_ROWS, {"most": MAX_ROWS, "open": OPEN}).all()
         except (DBAPIError, PoolTimeout, PlatformError):
             self._come_from(None)
         else:
@@ -134,11 +141,22 @@ class Transitions:
             ranks = {row.id: (row.epoch, row.attempt, row.step) for row in rows}
             if self._seen:
                 for row in rows:
-                    if self._seen.get(row.id, (-1, -1, -1)) < ranks[row.id]:
+                    if self._is_news(row):
                         at = None if row.at is None else row.at.isoformat(timespec="milliseconds")
                         self._say("job", _data(row.id, row.state, row.attempt, row.worker, at))
             self._seen = ranks or {"": (0, 0, 0)}
+            self._newest = max((self._newest, *(row.seq for row in rows)))
         self._pause(LOOK)
+
+    def _is_news(self, row: Any) -> bool:
+        """Return True if the look before did not have this state of a job.
+
+        A job that waited beyond its rows comes in sight when others start. Its number tells that it is not new.
+        """
+        seen = self._seen.get(row.id)
+        if seen is None:
+            return row.state not in WAITING or row.seq > self._newest
+        return seen < (row.epoch, row.attempt, row.step)
 
 
 def _data(job: str, state: str, attempt: int, worker: str | None, at: str | None) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from celery_capacity.platform.web.api import feed as feeds
 from celery_capacity.platform.web.api.stream import EventStream
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.model.states import Store
+from celery_capacity.routing.policy.placement import order
 from tests.fixtures.servers.web import serving
-from tests.fixtures.stores.staged import Stage
+from tests.fixtures.stores.staged import MESSAGE, Stage
 from tests.fixtures.waiting import until
 from tests.integration.web.test_api import application, client
 
@@ -86,6 +87,34 @@ def test_stream_comes_from_postgres_without_redis(stage: Stage, monkeypatch: pyt
         job = stage.insert({"cpus": 1000})
         change = next(events)
     assert (change["job"], change["state"]) == (job, "accepted")
+    nowhere.close()
+
+
+def test_stream_from_postgres_tells_of_the_head_of_a_long_backlog(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transitions, "LOOK", 0.05)
+    monkeypatch.setattr(transitions, "MAX_ROWS", 2)
+    stage.worker("a", cpus=4000)
+    first, *others = [stage.insert({"cpus": 1000}) for _ in range(4)]
+    nowhere = redis.Redis(port=1, socket_connect_timeout=1)
+    app = application(stage)
+    app._feed._client = lambda: nowhere
+    with (
+        serving(app) as url,
+        httpx.Client(base_url=url, timeout=60) as asking,
+        asking.stream("GET", "/api/v1/events") as answer,
+    ):
+        events = events_of(answer)
+        assert next(events)["source"] == "postgres"
+        changes = []
+        for job in (first, others[-1]):
+            row = stage.row(job)
+            stage.ledger.submit(job, row.shape, order(0, row.seq), MESSAGE, submitted_ms=stage.ledger.now_ms())
+            stage.apply()
+            changes.append(next(events))
+    # The second start brought another waiting job in sight, which is no news.
+    assert [(change["job"], change["state"]) for change in changes] == [(first, "admitted"), (others[-1], "admitted")]
     nowhere.close()
 
 
