@@ -18,6 +18,7 @@ const OVERLAP = 10_000;
 const MAX_RUNS = 10_000;
 const KEPT = 30_000;
 const SHORTEST = 200;
+const LONGEST = 60 * 86_400_000;
 
 const runs = new Map();
 let workers = new Map();
@@ -151,7 +152,7 @@ async function open() {
 
 function show(begin, end) {
   const now = timeNow();
-  const length = Math.max(SHORTEST, end - begin);
+  const length = Math.min(LONGEST, Math.max(SHORTEST, end - begin));
   view.end = Math.min(end, now + length / 20);
   view.begin = view.end - length;
   view.now = now;
