@@ -19,27 +19,26 @@ __all__ = ["client"]
 WRITTEN = pytest.mark.leaves(
     "I1", "I2", "I4", "I6", because="rows are written that no worker and no ledger knows", sometimes=True
 )
-NOW = datetime.now(UTC).replace(microsecond=0)
-
-
-def moment(seconds: float) -> str:
-    """Return the time so many seconds before the tests began."""
-    return (NOW - timedelta(seconds=seconds)).isoformat()
 
 
 class History:
-    """Rows of jobs that ran, written as Postgres keeps them; times are seconds before now."""
+    """Rows of jobs that ran, written as Postgres keeps them; times are seconds before the test began."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
+        self._now = datetime.now(UTC).replace(microsecond=0)
+
+    def moment(self, seconds: float) -> str:
+        """Return the time so many seconds before the test began."""
+        return (self._now - timedelta(seconds=seconds)).isoformat()
 
     def worker(self, name: str, cpus: int = 4, began: float = 3600, left: float | None = None) -> None:
         self.stage.worker(name, cpus=1000 * cpus)
         self.stage.sql(
             "UPDATE workers SET started_at = :began, left_at = :left WHERE name = :name",
             name=name,
-            began=moment(began),
-            left=None if left is None else moment(left),
+            began=self.moment(began),
+            left=None if left is None else self.moment(left),
         )
 
     def ran(self, worker: str, submitted: float, admitted: float, ended: float | None, cpus: int = 4) -> str:
@@ -52,9 +51,9 @@ class History:
             job=job,
             state=state,
             worker=worker,
-            submitted=moment(submitted),
-            admitted=moment(admitted),
-            ended=None if ended is None else moment(ended),
+            submitted=self.moment(submitted),
+            admitted=self.moment(admitted),
+            ended=None if ended is None else self.moment(ended),
         )
         self.attempt(job, 1, worker, admitted, ended, None if ended is None else state)
         return job
@@ -68,14 +67,14 @@ class History:
             job=job,
             number=number,
             worker=worker,
-            admitted=moment(admitted),
-            ended=None if ended is None else moment(ended),
+            admitted=self.moment(admitted),
+            ended=None if ended is None else self.moment(ended),
             outcome=outcome,
         )
 
     def waits(self, submitted: float, cpus: int) -> str:
         job = self.stage.insert({"cpus": 1000 * cpus})
-        self.stage.sql("UPDATE jobs SET submitted_at = :at WHERE id = :job", job=job, at=moment(submitted))
+        self.stage.sql("UPDATE jobs SET submitted_at = :at WHERE id = :job", job=job, at=self.moment(submitted))
         return job
 
 
@@ -100,7 +99,7 @@ def test_runs_are_those_of_the_stretch(history: History, client: httpx.Client) -
     later = history.ran("a", 390, 380, 100)
     now = history.ran("a", 350, 340, None)
     history.ran("a", 90, 80, 70)
-    document = asked(client, "runs", since=moment(400), until=moment(200))
+    document = asked(client, "runs", since=history.moment(400), until=history.moment(200))
     assert [run["job"] for run in document["runs"]] == [now, later, inside]
     assert document["whole"]
     assert document["workers"] == [{"name": "a", "cpus": 4, "status": "ready"}]
@@ -138,7 +137,7 @@ def test_hole_tells_what_waited_and_what_was_missing(history: History, client: h
     history.waits(240, cpus=9)
     history.ran("b", 230, 50, None, cpus=1)
     history.waits(10, cpus=1)
-    hole = asked(client, "runs/hole", worker="a", at=moment(200))
+    hole = asked(client, "runs/hole", worker="a", at=history.moment(200))
     assert hole["free"]["cpus"] == 1
     waited = [(group["request"]["cpus"], group["why"], group["short"]) for group in hole["waited"]]
     assert waited == [(2, "no-room", {"cpus": 1}), (9, "too-large", {"cpus": 5}), (1, None, {})]
@@ -152,7 +151,7 @@ def test_hole_tells_what_waited_and_what_was_missing(history: History, client: h
 def test_hole_outside_of_life_of_worker_has_no_room(at: float, history: History, client: httpx.Client) -> None:
     history.worker("a", left=200)
     history.waits(5000, cpus=1)
-    hole = asked(client, "runs/hole", worker="a", at=moment(at))
+    hole = asked(client, "runs/hole", worker="a", at=history.moment(at))
     assert hole["free"] is None
     assert [group["why"] for group in hole["waited"]] == ["no-worker"]
 
@@ -169,7 +168,8 @@ def test_wrong_stretch_is_refused_with_advice(path: str, client: httpx.Client) -
 
 
 def test_runs_and_holes_are_read_by_indexes(stage: Stage) -> None:
-    values: dict[str, Any] = {"most": 10, "states": ["running"], "since": NOW, "until": NOW, "at": NOW, "groups": 5}
+    now = datetime.now(UTC)
+    values: dict[str, Any] = {"most": 10, "states": ["running"], "since": now, "until": now, "at": now, "groups": 5}
     values["attempts"] = 5
     ways = ("enable_seqscan", "enable_bitmapscan", "enable_sort")
     with stage.engine.connect() as connection:
