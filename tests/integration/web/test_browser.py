@@ -25,7 +25,8 @@ __all__ = ["history"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 try:
     from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
-    from playwright.sync_api import Browser, Dialog, Page, expect, sync_playwright
+    from playwright.sync_api import Browser, Dialog, Page, Route, expect, sync_playwright
+    from playwright.sync_api import TimeoutError as OutOfPatience
 except ImportError:
     CHROMIUM = None
 
@@ -89,11 +90,17 @@ class Visitor:
         self.page.on("console", lambda message: self._note(message.type, message.text))
         self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
         self.page.on("dialog", self._dismiss)
+        self.page.on("requestfailed", lambda request: self._note_failure(request.url, str(request.failure)))
 
     def _note(self, kind: str, words: str) -> None:
         # The page of an unknown job is answered by 404 on purpose.
         if kind in ("error", "warning") and "404" not in words:
             self.troubles.append(words)
+
+    def _note_failure(self, url: str, failure: str) -> None:
+        # A page that is left breaks off its stream of events.
+        if "ERR_ABORTED" not in failure:
+            self.troubles.append(f"{url}: {failure}")
 
     def _dismiss(self, dialog: Dialog) -> None:
         self.troubles.append(dialog.message)
@@ -102,7 +109,11 @@ class Visitor:
     def visit(self, path: str) -> Page:
         """Open a page, and wait until it follows the events."""
         self.page.goto(path)
-        self.page.wait_for_selector("#live[data-state=live]")
+        try:
+            self.page.wait_for_selector("#live[data-state=live]")
+        except OutOfPatience as error:
+            state = self.page.locator("#live").get_attribute("data-state")
+            raise AssertionError(f"{path} stays {state!r}: {self.troubles}") from error
         if path.startswith("/runs"):
             self.page.wait_for_selector("#chart[data-ready]")
         return self.page
@@ -161,6 +172,32 @@ def test_page_has_no_fault_in_language_and_scheme(
         assert page.get_by_role("link", name=title, exact=True).is_visible()
     visitor.context.close()
     assert visitor.troubles == []
+
+
+def test_page_of_unknown_job_is_live_once_it_was_read_again(stage: Stage, visitor: Visitor) -> None:
+    visitor.page.add_init_script(
+        "addEventListener('live', () => { document.documentElement.dataset.read = 'yes'; }, true)"
+    )
+    page = visitor.visit("/jobs/nothing")
+    page.wait_for_selector("html[data-read]")
+    assert page.locator("#live").get_attribute("data-state") == "live"
+
+
+def test_page_follows_again_after_a_refusal(stage: Stage, visitor: Visitor) -> None:
+    stage.worker("a", cpus=4000)
+    answers = iter((503, 429))
+
+    def refuse(route: Route) -> None:
+        status = next(answers, None)
+        route.fulfill(status=status) if status else route.continue_()
+
+    visitor.page.route("**/api/v1/events*", refuse)
+    page = visitor.visit("/")
+    stage.submit(cpus=3000)
+    expect(page.locator("#totals .figure strong").first).to_have_text("3")
+    # The browser notes the two refusals.
+    assert len(visitor.troubles) == 2
+    visitor.troubles.clear()
 
 
 def test_switch_of_language_stays_on_the_page(stage: Stage, visitor: Visitor) -> None:

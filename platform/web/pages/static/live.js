@@ -4,6 +4,8 @@
 const PARTS = ".live-part";
 // Milliseconds between two reads.
 const PACE = 400;
+// Milliseconds until the events are asked for again, after the server refused them.
+const AGAIN = 3000;
 
 const sign = document.getElementById("live");
 let reading = false;
@@ -52,7 +54,8 @@ async function read() {
       return;
     }
     exchange(new DOMParser().parseFromString(await answer.text(), "text/html"));
-    show(answer.ok ? "live" : "interrupted");
+    // A page about a job that is not there is up to date too.
+    show(answer.ok || answer.status === 404 ? "live" : "interrupted");
     // Other scripts of the page read their parts again too.
     document.dispatchEvent(new Event("live"));
   } catch {
@@ -64,15 +67,29 @@ async function read() {
   }, PACE);
 }
 
+let events;
+
+function connect() {
+  events = new EventSource("/api/v1/events?only=changes");
+  events.addEventListener("open", () => {
+    show("live");
+    read();
+  });
+  events.addEventListener("error", () => {
+    show("interrupted");
+    // A browser comes again by itself after a broken stream, but not after an answer that is an error.
+    if (events.readyState === EventSource.CLOSED) setTimeout(connect, AGAIN);
+  });
+  for (const kind of ["changed", "reset", "tick"]) events.addEventListener(kind, read);
+}
+
 show("connecting");
-const events = new EventSource("/api/v1/events?only=changes");
-events.addEventListener("open", () => {
-  show("live");
-  read();
-});
-events.addEventListener("error", () => show("interrupted"));
-for (const kind of ["changed", "reset", "tick"]) events.addEventListener(kind, read);
+connect();
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden && stale) read();
 });
 window.addEventListener("pagehide", () => events.close());
+window.addEventListener("pageshow", (event) => {
+  // The browser kept the page as it was left, and shows it once more.
+  if (event.persisted) connect();
+});
