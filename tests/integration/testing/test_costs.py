@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.books import Books
 from benchmarks.costs import stored
-from benchmarks.costs.checking import cpu_ratio
+from benchmarks.costs.checking import compare, cpu_ratio, to_store
 from benchmarks.costs.lives import LIVES, commands
 from benchmarks.costs.reading import Costs, Meter, Reading, cpu_seconds, thread_switches
 from benchmarks.costs.report import as_json, print_table, read
@@ -74,6 +74,17 @@ def test_storing_costs_keeps_those_of_other_kinds(tmp_path: Path) -> None:
     stored.write({"commands": {"alone": 1.23456}, "cpu_ratio": {"submit": 1.0}}, path)
     stored.write({"commands": {"alone": 2.0}}, path)
     assert stored.read(path) == {"commands": {"alone": 2.0}, "cpu_ratio": {"submit": 1.0}}
+
+
+def test_cpu_time_that_was_not_judged_stays_as_stored() -> None:
+    now = {"commands": {"alone": 2.0}, "cpu_ratio": {"submit": 1.2}}
+    before = {"commands": {"alone": 1.0}, "cpu_ratio": {"submit": 1.0, "bulk": 0.5, "gone": 3.0}}
+    assert to_store(now, before) == {"commands": {"alone": 2.0}, "cpu_ratio": {"submit": 1.2, "bulk": 0.5}}
+
+
+def test_cpu_time_that_is_not_stored_fails_no_check() -> None:
+    assert compare({"cpu_ratio": {"submit": 1.2}}, {}) == []
+    assert compare({"cpu_ratio": {"submit": 1.2}}, {"cpu_ratio": {"submit": 1.0}}) != []
 
 
 def test_cpu_seconds_count_this_process_to_the_millisecond() -> None:
