@@ -109,7 +109,7 @@ def tenant_before(connection: Connection, use: Sharing, shape: str, priority: in
 
 def waiting_by_tenant(connection: Connection) -> dict[str, int]:
     """Return the number of jobs that wait, by tenant."""
-    return dict(connection.execute(_WAITING_OF).tuples().all())
+    return {row[0]: row[1] for row in connection.execute(_WAITING_OF)}
 
 
 def max_waiting(connection: Connection, tenant: str) -> int:
