@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 @click.option("--memory", metavar="SIZE", type=Text(), help="Memory, such as 2GiB.")
 @click.option("--gpus", metavar="N", type=Text(), help="GPUs.")
 @click.option("--resource", metavar="NAME=N", type=Text(), multiple=True, help="A named resource; again for more.")
+@click.option("--requests", metavar="JSON", type=Text(), help='Alternatives in order: [{"gpus": 1}, {"cpus": 32}].')
 @click.option("--expected", metavar="DURATION", type=Text(), help="Its expected run time, such as 90 or 10m.")
 @click.option("--where", metavar="CONDITION", type=Text(), multiple=True, help="Labels of its worker; again for more.")
 @click.option(
@@ -150,6 +151,8 @@ def _call(options: Mapping[str, Any]) -> dict[str, Any]:
         call["cpus"] = cpus_number(parse_cpus_text(options["cpus"], "--cpus"))
     if options["gpus"] is not None:
         call["gpus"] = parse_count_text(options["gpus"], "--gpus")
+    if options["requests"] is not None:
+        call["requests"] = _parsed("--requests", options["requests"], list, 'a list: [{"gpus": 1}, {"cpus": 32}]')
     if options["expected"] is not None:
         parse_duration(options["expected"], "--expected")
         call["expected"] = options["expected"]

@@ -18,7 +18,7 @@ that fits counts, in the order of the file. Its amounts replace those that the t
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,7 +26,14 @@ from typing import Any, Final
 
 from celery_capacity.routing.errors import InvalidRequest, SettingsError, show
 from celery_capacity.routing.model.expected import EXPECTED, parse_duration
-from celery_capacity.routing.model.request import CALL_OPTIONS, PLACE_OPTIONS, REQUEST_OPTIONS, Request
+from celery_capacity.routing.model.request import (
+    CALL_OPTIONS,
+    PLACE_OPTIONS,
+    REQUEST_OPTIONS,
+    REQUESTS,
+    Request,
+    alternatives_from,
+)
 from celery_capacity.routing.policy.labels import ANYWHERE, Place, place_of_options
 
 #: Setting that names the file.
@@ -77,6 +84,11 @@ class RequestRules:
         rule = self.of(name)
         return declared if rule is None else declared.merged(rule.options)
 
+    def alternatives(self, name: str, before: Sequence[Request], declared: Request) -> tuple[Request, ...]:
+        """Return the alternatives of a task: those that it declares, with the options of the file over them."""
+        rule = self.of(name)
+        return tuple(before) if rule is None else alternatives_from(rule.options, before, declared)
+
 
 #: Rules where no file is named.
 NO_RULES: Final = RequestRules()
@@ -122,6 +134,12 @@ def _rule(pattern: str, table: Any, where: str, wrong: list[str]) -> Rule:
             Request.from_options({key: value}, 0)
         except InvalidRequest as error:
             wrong.append(f"{where}: {key}: {error}")
+    if REQUESTS in table:
+        options[REQUESTS] = table[REQUESTS]
+        try:
+            alternatives_from({REQUESTS: table[REQUESTS]}, (), Request.of({}))
+        except InvalidRequest as error:
+            wrong.append(f"{where}: {error}")
     expected_ms = None
     if EXPECTED in table:
         try:

@@ -125,7 +125,8 @@ def _row(columns: Any, most_losses: int) -> Row | None:
 
 def can_hold(book: Book, head: Waiting) -> bool:
     """Return True if a worker would take a job, were it empty."""
-    return book.takes(head) and fits(head.request, replace(book, allocated={})) is None
+    empty = replace(book, allocated={})
+    return book.takes(head) and any(fits(entry.request, empty) is None for entry in head.choices)
 
 
 def refuse(connection: Connection, row: Row) -> None:

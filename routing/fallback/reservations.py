@@ -31,6 +31,7 @@ from celery_capacity.routing.policy.reservation import (
     is_taken,
     large_enough,
     place_in_line,
+    planned,
     renew,
 )
 from celery_capacity.routing.policy.tenants import Sharing
@@ -135,6 +136,7 @@ def renew_reservations(
         memory.patience.forget(())
         return {}
     cluster = _read(connection, firsts, sharing, state, memory, worker_ttl, most_losses)
+    cluster = replace(cluster, firsts={shape: planned(it, cluster.books, sharing) for shape, it in firsts.items()})
     before = {
         row.worker: replace(row.reservation, shape=row.head.shape)
         for row in state.rows

@@ -9,9 +9,11 @@ from functools import lru_cache
 from operator import attrgetter
 from typing import Any, Final
 
+from celery_capacity.routing.model.amounts import ALONE, LABEL
 from celery_capacity.routing.model.job import NewJob
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, number_held
 from celery_capacity.routing.model.states import State
+from celery_capacity.routing.policy.placement import asked_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,31 @@ class Column:
 def request_json(shape: str) -> str:
     """Return the column `request`: the shape in people's units, as JSON."""
     return json.dumps(Request.from_shape(shape).to_people())
+
+
+def held_columns(shape: str) -> dict[str, str]:
+    """Return the shape and the request of a row whose job holds an alternative; none for a shape without one.
+
+    `shape`: as the ledger has it. A row has neither its task nor that a last attempt runs alone.
+    """
+    if not number_held(shape):
+        return {}
+    asked = asked_shape(shape)
+    return {"shape": asked, "request": request_json(asked)}
+
+
+_LISTED: Final = r"regexp_replace(substring(jobs.shape FROM ',\|([^,]*)'), '^[0-9]\|', '')"
+_FIRST: Final = f"translate(split_part({_LISTED}, '|', 1), '!;', '=,')"
+#: True for a row with alternatives, and the shape and the request under which its job waits.
+HAS_ALTERNATIVES: Final = "strpos(jobs.shape, ',|') > 0"
+WAITING_SHAPE: Final = f"{_FIRST} || ',|' || {_LISTED} || coalesce({{}}, '')".format(
+    r"substring(jobs.shape FROM ',\|[^,]*(,.*)$')"
+)
+WAITING_REQUEST: Final = f"""(
+  SELECT jsonb_build_object('cpus', 0) || jsonb_object_agg(split_part(pair, '=', 1),
+    CASE WHEN pair LIKE 'cpus=%' THEN to_jsonb(trim_scale(split_part(pair, '=', 2)::numeric / 1000))
+         ELSE to_jsonb(split_part(pair, '=', 2)::bigint) END)
+  FROM unnest(string_to_array({_FIRST}, ',')) AS pair WHERE pair NOT LIKE '{ALONE}=%' AND pair NOT LIKE '{LABEL}%')"""
 
 
 def _same(name: str, type_: str) -> Column:

@@ -23,9 +23,23 @@ from celery_capacity.routing.inspect import held_back, running_jobs, waiting
 from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.ledger import snapshot
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request, filed_shape, run_time_of, split_shape, terms_of
+from celery_capacity.routing.model.request import (
+    Request,
+    alternatives_of,
+    filed_shape,
+    run_time_of,
+    split_shape,
+    terms_of,
+)
 from celery_capacity.routing.model.states import FINAL, HOLDING, State, Store
-from celery_capacity.routing.policy.feasibility import count_before, is_large_enough, judge, kind_of, kinds_of
+from celery_capacity.routing.policy.feasibility import (
+    count_before,
+    is_large_enough,
+    judge,
+    kind_of,
+    kinds_of,
+    with_named,
+)
 from celery_capacity.routing.policy.labels import place_of, words_of_labels
 from celery_capacity.routing.policy.missing import missing_on_each, unblocked_by
 from celery_capacity.routing.policy.pauses import Pauses
@@ -94,7 +108,8 @@ def explain(
     if (pause := controls.pause_of(connection, row.queue, row.name, tenant_of(row.shape))) is not None:
         return Explanation(job, state, Reason.PAUSED, request, row.declared, pause=pause)
     sharing = tenants.sharing_in_use(connection)
-    if sharing is not None and (resource := sharing.exceeded(tenant_of(row.shape), request)):
+    exceeded = [sharing.exceeded(tenant_of(row.shape), it) for it in alternatives_of(row.shape)] if sharing else []
+    if sharing is not None and all(exceeded) and (resource := exceeded[0]):
         return _over_quota(job, row, request, sharing, resource)
     if connection.execute(select(schema.authority.c.authority)).scalar_one_or_none() == Store.POSTGRES:
         explanation = Explanation(job, state, Reason.LEDGER_STANDS_BACK, request, row.declared)
@@ -181,10 +196,11 @@ def _read_ledger(client: redispy.Redis, connection: Connection, job: str, row: A
         before.update(waiting.count_left(client, connection, borders, most_losses, position))
     tasks = {split_shape(shape).task for shape in (filed, *before)} - {""}
     knowing = snapshot.read_catalogues(client, {book.catalogue for book in books} - {""}, tasks)
+    registered = [book.to_policy(head.now, knowing) for book in books]
     return _Ledger(
-        held=Request.from_shape(split_shape(filed)[0]),
+        held=_first_possible(filed, registered),
         filed=filed,
-        registered=[book.to_policy(head.now, knowing) for book in books],
+        registered=registered,
         live=frozenset(book.worker for book in books if head.is_live(book)),
         before=before,
     )
@@ -199,7 +215,7 @@ def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, 
     startable = {filed: number for filed, number in seen.before.items() if not pauses.hold_back(filed)}
     bound = run_time_of(seen.filed).bound
     terms, location = terms_of(seen.filed), place_of(seen.filed)
-    decision = judge(seen.held, seen.registered, ahead, task, bound, terms)
+    decision = judge(Request.from_shape(split_shape(seen.filed)[0]), seen.registered, ahead, task, bound, terms)
     refusal = None if isinstance(decision, Admission) else decision
     why = Reason.ABOUT_TO_START if refusal is None else refusal.reason
     if state is State.ACCEPTED and why in (Reason.ABOUT_TO_START, Reason.BEHIND_SHAPE):
@@ -209,7 +225,7 @@ def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, 
     if cordon is not None:
         why, refusal = Reason.CORDONED, Refusal(Reason.CORDONED, worker=cordon.worker)
     missing = missing_on_each(seen.held, seen.registered, task, bound, terms) if why in SHORT_OF_ROOM else []
-    large = _large_workers(request, seen.registered, task, terms)
+    large = _large_workers(alternatives_of(row.shape), seen.registered, task, terms)
     unblocking = None
     if why in (Reason.NO_ROOM, Reason.ALONE):
         workers = [line.worker for line in missing if line.admits and line.worker in large][:LOOKED_AT]
@@ -246,10 +262,20 @@ def _like(filed: str, before: Mapping[str, int]) -> int:
     return sum(number for other, number in before.items() if (*split_shape(other)[:2], terms_of(other)) == kind)
 
 
-def _large_workers(request: Request, registered: Sequence[Book], task: str, terms: str) -> set[str]:
-    """Return the workers that may run the task there, and would have room for the request if they were empty."""
-    kinds = kinds_of(registered)
-    large = {kind_of(book) for book in kinds if book.knows(task) and is_large_enough(request, book)}
+def _first_possible(filed: str, registered: Sequence[Book]) -> Request:
+    """Return the first alternative of a filed shape that a worker could ever hold; else the first one."""
+    requests, terms = alternatives_of(filed), terms_of(filed)
+    if len(requests) == 1:
+        return requests[0]
+    kinds = with_named(kinds_of(registered), registered, terms)
+    allowed = [book for book in kinds if book.allows(terms)]
+    return next((it for it in requests if any(is_large_enough(it, book) for book in allowed)), requests[0])
+
+
+def _large_workers(requests: Sequence[Request], registered: Sequence[Book], task: str, terms: str) -> set[str]:
+    """Return the workers that may run the task there, and would have room for an alternative if they were empty."""
+    kinds = [book for book in kinds_of(registered) if book.knows(task)]
+    large = {kind_of(book) for book in kinds if any(is_large_enough(request, book) for request in requests)}
     return {book.worker for book in registered if kind_of(book) in large and book.allows(terms)}
 
 

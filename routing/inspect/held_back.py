@@ -14,9 +14,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from celery_capacity.routing.insert import key_lines
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request, run_time_of, split_shape, terms_of
+from celery_capacity.routing.model.request import alternatives_of, run_time_of, split_shape, terms_of
 from celery_capacity.routing.model.states import WorkerStatus
-from celery_capacity.routing.policy.placement import Admission, Book, Refusal, survey
+from celery_capacity.routing.policy.feasibility import survey
+from celery_capacity.routing.policy.placement import Admission, Book, Refusal
 from celery_capacity.routing.recovery.controls import entries
 from celery_capacity.routing.store import controls
 from celery_capacity.routing.store.controls import Cordon, Orders
@@ -60,9 +61,12 @@ def cordon_in_the_way(
         return None
     cordons = controls.cordons(connection)
     opened = [replace(book, admitting=True) for book in books if book.worker in cordons]
-    request, bound = Request.from_shape(filed), run_time_of(filed).bound
-    decision = survey(request, opened, 0, split_shape(filed).task, bound, terms_of(filed)) if opened else None
-    return cordons[decision.worker] if isinstance(decision, Admission) else None
+    task, bound, terms = split_shape(filed).task, run_time_of(filed).bound, terms_of(filed)
+    for request in alternatives_of(filed) if opened else ():
+        decision = survey(request, opened, 0, task, bound, terms)
+        if isinstance(decision, Admission):
+            return cordons[decision.worker]
+    return None
 
 
 def differences(connection: Connection, client: redispy.Redis) -> Iterator[str]:

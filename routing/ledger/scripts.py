@@ -98,14 +98,15 @@ TENANTS_IN_TURN: Final = 256
 FOLDERS: Final = ("jobs", "workers", "backlog", "repair", "epoch")
 #: The files of `lua/lib`, with the functions that the operations share. A function stands behind those that it uses.
 LIBRARY: Final = (
-    "values", "book", "labels", "times", "opening", "classes", "indexes", "candidates", "spread", "search", "job",
-    "transitions", "border", "beside", "queues", "tenants", "shares", "turns", "reservation", "controls", "admit",
-    "requeue", "batches", "admit_or_file", "held", "exclusive", "shapes_to_try", "next_turn", "kept_shape", "fill_pass",
+    "values", "book", "labels", "times", "alternatives", "opening", "classes", "indexes", "candidates", "spread",
+    "search", "job", "transitions", "border", "beside", "queues", "tenants", "quotas", "shares", "turns", "reservation",
+    "controls", "admit", "requeue", "batches", "admit_or_file", "held", "exclusive", "shapes_to_try", "next_turn",
+    "kept_shape", "fill_pass",
 )  # fmt: skip
 #: Functions that many calls do not reach, or reach once. The functions that only they use stand inside them.
 LAZY: Final = frozenset({
-    "ask_for_more", "count_use", "enter", "file", "fill_pass", "find_worker", "is_held_by_quota", "is_kept_elsewhere",
-    "kept_shape", "leave_behind", "next_by_turns", "note_start", "open_spread", "passing_worker", "put_back",
+    "ask_for_more", "count_use", "enter", "file", "fill_pass", "find_worker", "is_kept_elsewhere", "kept_shape",
+    "leave_behind", "next_by_turns", "note_start", "open_spread", "passing_worker", "put_back",
     "quota_of", "read_tenants",
 })  # fmt: skip
 _LUA: Final = files("celery_capacity.routing").joinpath("lua")

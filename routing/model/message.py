@@ -5,7 +5,8 @@ The form is that of kombu's virtual transports, so that on Redis a script can pu
     {"body": <base64>, "content-encoding": ..., "content-type": ..., "headers": {...}, "properties": {...}}
 
 `properties` comes last and is never empty, so the text ends with `}}`. The script that delivers the message puts the
-delivery tag there, which is the token of the attempt. The tag is `<job>:<epoch>.<attempt>`.
+delivery tag there, which is the token of the attempt. The tag is `<job>:<epoch>.<attempt>`. Where the attempt holds one
+of several alternatives, the number of that one stands behind it: `<job>:<epoch>.<attempt>/<number>`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ ETA: Final = "eta"
 PLATFORM_PREFIX: Final = "platform."
 #: Most characters of a token: two numbers of 64 bits.
 TOKEN_LENGTH: Final = 40
+#: Number of an alternative in a tag.
+_NUMBER: Final = re.compile(r"[1-9]", re.ASCII)
 #: Fields that a template leaves open beside the id and the body, and the part of the message that has each.
 OPEN: Final = {
     "argsrepr": "headers",
@@ -44,26 +47,33 @@ _quoted: Final = json.encoder.encode_basestring_ascii
 
 
 class Tag(NamedTuple):
-    """Delivery tag: a job, and the token of its attempt."""
+    """Delivery tag: a job, and the token of its attempt. `alternative`: the number of the one that it holds, or 0."""
 
     job: str
     token: Token
+    alternative: int = 0
 
     def __str__(self) -> str:
-        return f"{self.job}:{self.token}"
+        return f"{self.job}:{self.token}" + (f"/{self.alternative}" if self.alternative else "")
 
 
 def parse_tag(text: object) -> Tag | None:
     """Return the tag that a script wrote, or None for any other value."""
     if not isinstance(text, str):
         return None
-    job, _, token = text.rpartition(":")
-    if not job or len(token) > TOKEN_LENGTH:
+    job, _, attempt = text.rpartition(":")
+    token, slash, number = attempt.partition("/")
+    if not job or len(token) > TOKEN_LENGTH or (slash and not _NUMBER.fullmatch(number)):
         return None
     try:
-        return Tag(job, Token.parse(token))
+        return Tag(job, Token.parse(token), int(number or 0))
     except ValueError:
         return None
+
+
+def tagged(message: bytes, tag: Tag) -> str:
+    """Return a row's message with its delivery tag, in the form of `tagged` in lua/lib/transitions.lua."""
+    return f'{message[:-2].decode("utf-8")},"delivery_tag":{json.dumps(str(tag))}}}}}'
 
 
 def encode(

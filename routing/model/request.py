@@ -7,12 +7,17 @@ A shape may go on with a *suffix*: what a job needs beside amounts, and its run 
 queues of their own. The suffix is a list of terms, each with a comma and the sign of its kind before it, in the order
 of `SIGNS`, and the run time behind them: `cpus=4000,slots=1,$physics,^3896794,~688862`. A term has no comma, no equals
 sign and no sign of another term, so neither an amount nor a task is taken for one.
+
+A job may have *alternatives*: requests in order, of which one is enough. Their term lists all of them, with `!` and `;`
+for the characters of amounts: `cpus=1000,gpus=1,slots=1,|cpus!1000;gpus!1;slots!1|cpus!32000;slots!1`. So such jobs
+wait in one queue. The amounts of a waiting shape are those of the first alternative. The shape of a job that holds an
+alternative has its amounts, and its number before the list: `cpus=32000,slots=1,|2|cpus!1000;…`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
@@ -40,7 +45,14 @@ _SAFE: Final = "._-:/@"
 _UNSAFE: Final = re.compile(rf"[^\w{re.escape(_SAFE)}]", re.ASCII)
 
 #: Signs of the terms in a suffix, in the order in which they stand.
-SIGNS: Final = "?+$"
+SIGNS: Final = "|?+$"
+#: Sign of the alternatives, which also stands between them.
+ALTERNATIVE_SIGN: Final = "|"
+#: Most alternatives of a job. Each may cost a search.
+MAX_ALTERNATIVES: Final = 4
+_ALTERNATIVES: Final = re.compile(r",\|(?:(\d)\|)?([^,]+)", re.ASCII)
+_WRITTEN: Final = str.maketrans("=,", "!;")
+_READ: Final = str.maketrans("!;", "=,")
 _SUFFIX: Final = re.compile(rf",[{re.escape(SIGNS)}^~].*\Z", re.ASCII)
 _TIMES: Final = re.compile(r"(?:,\^(\d{1,12}))?,~(\d{1,12})\Z", re.ASCII)
 
@@ -50,8 +62,10 @@ TENANT: Final = "tenant"
 REQUEST_OPTIONS = (CPUS, MEMORY, GPUS, "resources")
 #: options of a task, a call and a rule that say where a job may run
 PLACE_OPTIONS = ("where", "worker", "exclusive", "placement")
+#: option of a task, a call and a rule: alternatives in order, each with some of the options of a request
+REQUESTS: Final = "requests"
 #: all of these, the expected run time and the tenant
-CALL_OPTIONS = (*REQUEST_OPTIONS, EXPECTED, TENANT, *PLACE_OPTIONS)
+CALL_OPTIONS = (*REQUEST_OPTIONS, REQUESTS, EXPECTED, TENANT, *PLACE_OPTIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +249,98 @@ def run_time_of(shape: str) -> RunTime:
     """Return the classes of the run time in a shape."""
     match = _TIMES.search(shape) if "~" in shape else None
     return UNKNOWN if match is None else RunTime(int(match[2]), int(match[1] or match[2]))
+
+
+# -- alternatives ------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def alternatives_of(shape: str) -> tuple[Request, ...]:
+    """Return the requests of which a job with this shape, or with these terms, needs one, in order.
+
+    Without a term there is only the request of the shape. Where that one runs alone, all do: it is the last attempt.
+    Raises `InvalidRequest`.
+    """
+    match = _ALTERNATIVES.search(shape) if ",|" in shape else None
+    if match is None:
+        return (Request.from_shape(shape),)
+    listed = match[2].split(ALTERNATIVE_SIGN)
+    requests = tuple(_from_shape(text.translate(_READ)) for text in listed)
+    is_alone = Request.from_shape(shape).get(ALONE) if "=" in shape else 0
+    return tuple(Request.of({**dict(asked.amounts), ALONE: 1}) if is_alone else asked for asked in requests)
+
+
+def alternatives_term(requests: Sequence[Request]) -> str:
+    """Return the term of alternatives, with its comma; "" where there is only one request."""
+    if len(requests) < 2:
+        return ""
+    return "," + "".join(ALTERNATIVE_SIGN + request.shape.translate(_WRITTEN) for request in requests)
+
+
+def number_held(shape: str) -> int:
+    """Return the number of the alternative that the job of a shape holds, from 1; 0 where it holds none."""
+    match = _ALTERNATIVES.search(shape) if ",|" in shape else None
+    return int(match[1] or 0) if match is not None else 0
+
+
+def holding(shape: str, number: int) -> str:
+    """Return the shape of a job that holds one of its alternatives, by its number; 0 returns the shape it waits under.
+
+    A shape without alternatives, or with fewer, stays as it is.
+    """
+    match = _ALTERNATIVES.search(shape) if ",|" in shape else None
+    if match is None or number > len(requests := alternatives_of(shape)):
+        return shape
+    term = f",{ALTERNATIVE_SIGN}{number}{ALTERNATIVE_SIGN}{match[2]}" if number else f",{ALTERNATIVE_SIGN}{match[2]}"
+    held = with_request(shape, requests[max(0, number - 1)])
+    return held.replace(match[0], term, 1)
+
+
+def check_alternatives(shape: str) -> tuple[Request, ...]:
+    """Return the alternatives of a shape that a message brought. Raises `InvalidRequest` for a wrong term.
+
+    A message may come from anybody, and its shape becomes a part of keys.
+    """
+    requests = alternatives_of(shape)
+    if ",|" in shape:
+        queues = {request.queue for request in requests}
+        term = term_of(shape, ALTERNATIVE_SIGN).removeprefix(f"{number_held(shape)}{ALTERNATIVE_SIGN}")
+        canonical = alternatives_term(requests).removeprefix(f",{ALTERNATIVE_SIGN}")
+        if term != canonical or len(set(requests)) < len(requests) or len(queues) > 1:
+            advice = "Give `requests` to apply_async, and leave the header as it is."
+            raise InvalidRequest(f"shape {show(shape)} has no valid alternatives", value=shape, advice=advice)
+        _check_number(len(requests))
+    return requests
+
+
+def alternatives_from(options: Mapping[str, Any], base: Sequence[Request], common: Request) -> tuple[Request, ...]:
+    """Return the alternatives of a task or a call, with its options over those of the sources behind it.
+
+    `base`: those of the sources behind. `common`: their amounts without alternatives. `requests` in the options
+    replaces the alternatives. All other amounts there go into each alternative. Raises `InvalidRequest`.
+    """
+    listed = options.get(REQUESTS)
+    if listed is None:
+        return tuple(dict.fromkeys(request.merged(options) for request in base))
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in listed):
+        raise InvalidRequest(f"requests={show(listed)} is not valid", value=listed, advice=_ALTERNATIVES_RULE)
+    _check_number(len(listed))
+    strange = sorted({str(name) for entry in listed for name in entry if name not in REQUEST_OPTIONS})
+    if strange:
+        advice = f"There are {', '.join(REQUEST_OPTIONS)}. All other options hold for each alternative."
+        raise InvalidRequest(f"requests: {show(strange[0])} is not known", value=strange[0], advice=advice)
+    common = common.merged(options)
+    return tuple(dict.fromkeys(common.merged(entry) for entry in listed))
+
+
+_ALTERNATIVES_RULE: Final = 'It must be a list such as [{"gpus": 1}, {"cpus": 32}].'
+
+
+def _check_number(number: int) -> None:
+    if not 1 <= number <= MAX_ALTERNATIVES:
+        raise InvalidRequest(
+            f"requests has {number} alternatives", value=number, advice=f"There may be 1 to {MAX_ALTERNATIVES} of them."
+        )
 
 
 # -- from options ------------------------------------------------------------------------------------------------------

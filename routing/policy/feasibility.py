@@ -12,9 +12,19 @@ from dataclasses import dataclass, replace
 
 from celery_capacity.routing.model.amounts import ALONE, CPUS, format_amount, is_label
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request, run_time_of, split_shape, terms_of
+from celery_capacity.routing.model.request import Request, alternatives_of, run_time_of, split_shape, terms_of
 from celery_capacity.routing.policy.labels import named_worker, place_of, words_of_labels
-from celery_capacity.routing.policy.placement import Admission, Book, Refusal, fits, shortages, survey
+from celery_capacity.routing.policy.placement import (
+    TIME,
+    Admission,
+    Book,
+    Refusal,
+    asked_kept,
+    choose,
+    closest_refusal,
+    fits,
+    shortages,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +65,19 @@ def is_large_enough(request: Request, book: Book) -> bool:
 def find_shortfall(request: Request, registered: Iterable[Book], terms: str = "") -> Shortfall | None:
     """Return the reason why no registered worker could ever hold a request with these terms, None where one could.
 
-    Without a worker that serves the request's queue nothing is judged: return None.
+    Without a worker that serves the request's queue nothing is judged: return None. Of alternatives none may fit, and
+    the reason is that of the first one.
     """
+    books, first = list(registered), None
+    for alternative in alternatives_of(request.shape + terms):
+        shortfall = _shortfall(alternative, books, terms)
+        if shortfall is None:
+            return None
+        first = first or shortfall
+    return first
+
+
+def _shortfall(request: Request, registered: Iterable[Book], terms: str) -> Shortfall | None:
     every = [replace(book, allocated={}, kept="") for book in registered if book.serves(request)]
     serving = [book for book in every if book.allows(terms)]
     if every and not serving:
@@ -79,6 +100,51 @@ def find_shortfall(request: Request, registered: Iterable[Book], terms: str = ""
     return Shortfall(Reason.TOO_LARGE, *short[0], worker=closest.worker, combined=True)
 
 
+def survey(
+    request: Request, books: Iterable[Book], ahead: int = 0, task: str = "", bound: int = 0, terms: str = ""
+) -> Admission | Refusal:
+    """Return the decision over all workers, with the best reason there is, as `explain` says it.
+
+    `ahead`: jobs of the same request and task that wait before this one; they would get the room first. `bound`:
+    milliseconds after which the job has ended, 0 for unknown.
+    """
+    live = list(books)
+    knowing = [book for book in live if book.knows(task)]
+    if live and not knowing:
+        return Refusal(Reason.NO_TASK)
+    serving = [book for book in knowing if book.serves(request)]
+    if knowing and not serving:
+        return Refusal(Reason.NO_QUEUE)
+    allowed = [book for book in serving if book.allows(terms)]
+    if serving and not allowed:
+        return Refusal(Reason.NO_LABEL)
+    admitting = [book for book in allowed if book.admitting]
+    if not admitting:
+        return Refusal(Reason.NO_WORKER)
+    for name, amount in request.amounts:
+        if name != ALONE and not any(book.capacity.get(name, 0) for book in allowed):
+            return Refusal(Reason.UNKNOWN_RESOURCE, name, amount)
+    empty = [replace(book, allocated={}, kept="") for book in admitting]
+    large_enough = [book for book, bare in zip(admitting, empty, strict=True) if fits(request, bare) is None]
+    if not large_enough:
+        return closest_refusal(request, empty, Reason.TOO_LARGE)
+    lasting = [book for book in large_enough if book.lasts(bound)]
+    if not lasting:
+        longest = max(large_enough, key=lambda book: (book.left or 0, book.worker))
+        return Refusal(Reason.NO_TIME, TIME, bound, longest.left or 0, longest.worker)
+    decision = choose(request, lasting, len(lasting), terms=terms)
+    if isinstance(decision, Admission) and ahead:
+        return Refusal(Reason.BEHIND_SHAPE, asked=ahead, worker=decision.worker)
+    if isinstance(decision, Refusal) and request.get(ALONE):
+        kept = next((book.worker for book in lasting if asked_kept(book) == request.shape), "")
+        return Refusal(Reason.ALONE, worker=kept)
+    if isinstance(decision, Refusal) and decision.reason is Reason.NO_ROOM:
+        passed = (book for book in lasting if book.reserved_at is not None and fits(request, book) is None)
+        if (book := min(passed, key=lambda book: book.worker, default=None)) is not None:
+            return Refusal(Reason.RESERVED, free=book.reserved_at or 0, worker=book.worker)
+    return decision
+
+
 def judge(
     request: Request, registered: Iterable[Book], ahead: int = 0, task: str = "", bound: int = 0, terms: str = ""
 ) -> Admission | Refusal:
@@ -87,12 +153,28 @@ def judge(
     `ahead`: jobs of the same request and task that wait before this one. `bound`: milliseconds after which the job has
     ended, 0 for unknown. A request that no worker could ever hold is refused as such, also while no worker admits
     anything. Where only workers that admit nothing now are large enough, the refusal is `NO_WORKER` and names the first
-    of them.
+    of them. Of alternatives the first one with a worker counts, then the first one that a worker could ever hold.
     """
     books = list(registered)
+    requests = alternatives_of(request.shape + terms)
+    decisions = [_judge(alternative, books, ahead, task, bound, terms) for alternative in requests]
+    return min(decisions, key=_hopelessness)
+
+
+def _hopelessness(decision: Admission | Refusal) -> int:
+    """Return 0 for a decision that finds a worker, 2 for a request that no worker could ever hold, else 1."""
+    if isinstance(decision, Admission) or decision.reason is Reason.BEHIND_SHAPE:
+        return 0
+    return 2 if decision.reason in (Reason.TOO_LARGE, Reason.UNKNOWN_RESOURCE) else 1
+
+
+def _judge(
+    request: Request, books: Sequence[Book], ahead: int, task: str, bound: int, terms: str
+) -> Admission | Refusal:
+    """Return the decision for one request."""
     knowing = [book for book in books if book.knows(task)]
     kinds = with_named(kinds_of(knowing), knowing, terms)
-    never = find_shortfall(request, kinds, terms)
+    never = _shortfall(request, kinds, terms)
     if never is not None:
         return Refusal(never.reason, never.resource, never.asked, never.largest, never.worker)
     large = [book for book in kinds if book.allows(terms) and is_large_enough(request, book)]
@@ -134,11 +216,11 @@ def count_before(waiting: Mapping[str, int], registered: Iterable[Book]) -> int:
 
 
 def _can_start(filed: str, kinds: Sequence[Book], books: Sequence[Book]) -> bool:
-    shape, task, _ = split_shape(filed)
-    request, terms = Request.from_shape(shape), terms_of(filed)
+    task, terms, requests = split_shape(filed).task, terms_of(filed), alternatives_of(filed)
     possible = (book for book in with_named(kinds, books, terms) if book.allows(terms))
     bound = run_time_of(filed).bound
-    return any(book.knows(task) and book.lasts(bound) and is_large_enough(request, book) for book in possible)
+    lasting = (book for book in possible if book.knows(task) and book.lasts(bound))
+    return any(is_large_enough(request, book) for book in lasting for request in requests)
 
 
 def _lifetime(book: Book) -> float:

@@ -1,4 +1,7 @@
-"""Worker's pass over the backlog: it takes the jobs that fit, in order, or is kept for an exclusive job."""
+"""Worker's pass over the backlog: it takes the jobs that fit, in order, or is kept for an exclusive job.
+
+A job with alternatives takes the first that may start: on any worker for a new job, on the worker of a pass for others.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from celery_capacity.routing.model.amounts import ALONE
-from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.policy.placement import Book, Waiting, fits
-from celery_capacity.routing.policy.reservation import Reservation, after_start, passes, place_in_line
-from celery_capacity.routing.policy.tenants import Sharing
+from celery_capacity.routing.model.reasons import Reason
+from celery_capacity.routing.policy.placement import Admission, Book, Refusal, Waiting, choose, fits
+from celery_capacity.routing.policy.reservation import Reservation, after_start, first_fitting, place_in_line
+from celery_capacity.routing.policy.tenants import Sharing, within_quota
 
 
 class Filling(NamedTuple):
@@ -52,7 +55,7 @@ def fill_or_keep(
     looked_at = {shape: deque(queue) for shape, queue in queues.items()}
     if book.kept:
         first = queues.get(book.kept)
-        if first and book.takes(first[0]) and fits(first[0].request, replace(book, allocated={})) is None:
+        if first and book.takes(first[0]) and _fits_empty(first[0], book, sharing):
             if not book.empty:
                 return Filling([], book.kept)
             looked_at = {book.kept: deque(first)}
@@ -64,19 +67,18 @@ def fill_or_keep(
         possible = [
             (place_in_line(shape, queue[0].order, sharing), shape)
             for shape, queue in looked_at.items()
-            if queue
-            and _may_start(queue[0], book, elsewhere, reservation, now, sharing)
-            and (sharing is None or sharing.may_start(queue[0]))
+            if queue and _may_start(queue[0], book, elsewhere, reservation, now, sharing)
         ]
         if not possible:
             break
         shape = min(possible)[-1]
-        if fits(looked_at[shape][0].request, book) is not None:
+        starting = first_fitting(looked_at[shape][0], book, reservation, now, sharing)
+        if starting is None:
             return Filling(admitted, shape)
-        waiting = looked_at[shape].popleft()
-        admitted.append(waiting)
-        book, reservation = book.holding(waiting.request), after_start(waiting, reservation, now)
-        sharing = sharing and sharing.holding(shape, waiting.request)
+        looked_at[shape].popleft()
+        admitted.append(starting)
+        book, reservation = book.holding(starting.request), after_start(starting, reservation, now)
+        sharing = sharing and sharing.holding(shape, starting.request)
     return Filling(admitted, "")
 
 
@@ -89,15 +91,40 @@ def _may_start(
     sharing: Sharing | None,
 ) -> bool:
     """Return True if it is a job's turn on a worker: it starts there, or the worker is to be kept for it."""
-    if not book.takes(waiting) or not passes(waiting, reservation, now, sharing):
+    if not book.takes(waiting):
         return False
-    if fits(waiting.request, book) is None:
+    if first_fitting(waiting, book, reservation, now, sharing) is not None:
         return True
-    return reservation is None and _keeps(waiting.shape, waiting.request, book, elsewhere)
+    return reservation is None and _keeps(waiting, book, elsewhere, sharing)
 
 
-def _keeps(shape: str, request: Request, book: Book, elsewhere: Collection[str]) -> bool:
-    """Return True if a worker on which others run is to be kept for a request that must be alone."""
-    if not request.get(ALONE) or shape in elsewhere or book.allocated.get(ALONE, 0):
+def _keeps(waiting: Waiting, book: Book, elsewhere: Collection[str], sharing: Sharing | None) -> bool:
+    """Return True if a worker on which others run is to be kept for a job that must be alone."""
+    if not waiting.request.get(ALONE) or waiting.shape in elsewhere or book.allocated.get(ALONE, 0):
         return False
-    return fits(request, replace(book, allocated={})) is None
+    return _fits_empty(waiting, book, sharing)
+
+
+def _fits_empty(waiting: Waiting, book: Book, sharing: Sharing | None) -> bool:
+    """Return True if a worker would have room for an alternative of a job, were it empty."""
+    empty = replace(book, allocated={})
+    return any(fits(entry.request, empty) is None for entry in within_quota(waiting, sharing))
+
+
+def choose_alternative(
+    waiting: Waiting, books: Iterable[Book], candidates: int, sharing: Sharing | None = None
+) -> tuple[Waiting, Admission | Refusal]:
+    """Return the first alternative of a job for which `choose` finds a worker, and the decision.
+
+    An alternative that the quota of its tenant holds back is passed over. Where no worker has room, the decision is
+    about the first alternative.
+    """
+    books = list(books)
+    first: tuple[Waiting, Admission | Refusal] = (waiting, Refusal(Reason.TENANT_QUOTA))
+    for entry in reversed([*within_quota(waiting, sharing)]):
+        decision = choose(
+            entry.request, books, candidates, task=entry.task, bound=entry.run_time.bound, terms=entry.terms
+        )
+        if isinstance(decision, Admission) or not isinstance(first[1], Admission):
+            first = entry, decision
+    return first

@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple
 from celery_capacity.routing.errors import InvalidRequest, show
 from celery_capacity.routing.model.amounts import ALONE
 from celery_capacity.routing.model.identifiers import check_worker_name
-from celery_capacity.routing.model.request import PLACE_OPTIONS, Request, term_of, terms_of
+from celery_capacity.routing.model.request import PLACE_OPTIONS, Request, alternatives_term, term_of, terms_of
 
 PACK: Final = "pack"
 SPREAD: Final = "spread"
@@ -110,11 +110,15 @@ class Place(NamedTuple):
         where = f",{WHERE_SIGN}{'/'.join(conditions)}" if conditions else ""
         return f"{where},{PLACEMENT_SIGN}{':'.join(kinds)}" if kinds else where
 
-    def shape(self, request: Request) -> str:
-        """Return the shape of a request at this place."""
-        if bool(request.get(ALONE)) != bool(self.exclusive):
-            request = Request.of({**dict(request.amounts), ALONE: int(bool(self.exclusive))})
-        return request.shape + self.terms
+    def shape(self, *requests: Request) -> str:
+        """Return the shape of a request at this place, or of several alternatives."""
+        asked = [
+            Request.of({**dict(request.amounts), ALONE: int(bool(self.exclusive))})
+            if bool(request.get(ALONE)) != bool(self.exclusive)
+            else request
+            for request in requests
+        ]
+        return asked[0].shape + alternatives_term(asked) + self.terms
 
     def __str__(self) -> str:
         """Return the place in words: "arch=aarch64, on worker node-7"."""

@@ -17,6 +17,8 @@ The rules:
   label: the job asks for one of it, and workers that serve the queue have more than can be allocated. A worker that
   does not serve the default queue takes only jobs with a label. Labels are no capacity: a worker that serves a queue no
   more is not over its capacity for the jobs that it still holds of that queue.
+- A job may have alternatives, in order. It takes the first one for which any worker has room. A worker that fills its
+  room takes a waiting job by the first one that fits there.
 - Best fit: of the workers with room, the one with the fewest free CPUs, ties by name. A spread job goes to the last.
 - Waiting jobs come in order of priority (9 first) and then of submission. A job that does not fit holds up no other,
   unless a worker is reserved for it (`reservation`).
@@ -45,7 +47,15 @@ from celery_capacity.routing.model.amounts import (
 )
 from celery_capacity.routing.model.expected import UNKNOWN, RunTime
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request, filed_shape, split_shape, split_suffix, timed
+from celery_capacity.routing.model.request import (
+    Request,
+    alternatives_of,
+    filed_shape,
+    holding,
+    split_shape,
+    split_suffix,
+    timed,
+)
 from celery_capacity.routing.policy.amount_classes import CLASS_SPAN, amount_class
 from celery_capacity.routing.policy.labels import allows, is_exclusive, is_spread, named_worker
 
@@ -53,7 +63,6 @@ from celery_capacity.routing.policy.labels import allows, is_exclusive, is_sprea
 TOP_PRIORITY = 9
 #: submissions that fit between two priorities. Ten times as many stay below 2^53, up to which Redis's scores are exact.
 SUBMISSIONS = 2**49
-
 
 #: Name of the time that a worker has left, in a refusal.
 TIME = "time"
@@ -203,7 +212,7 @@ class Waiting:
     """A job in the backlog. `order` is the number that `order()` makes of priority and submission.
 
     `task`: its name; "" for one that every worker knows. `run_time`: its classes, as the job is filed. `terms`: those
-    of its shape, as `terms_of` returns them.
+    of its shape, as `terms_of` returns them. `request`: the first alternative, or the one that the job takes.
     """
 
     job: str
@@ -215,8 +224,23 @@ class Waiting:
 
     @property
     def shape(self) -> str:
-        """Return the shape under which the job is filed."""
-        return filed_shape(timed(self.request.shape + self.terms, self.run_time), self.task)
+        """Return the shape under which the job is filed, whichever alternative it takes."""
+        return filed_shape(timed(self.alternatives[0].shape + self.terms, self.run_time), self.task)
+
+    @property
+    def held_shape(self) -> str:
+        """Return the shape of the job while it holds its request."""
+        return holding(self.shape, self.alternatives.index(self.request) + 1)
+
+    @property
+    def alternatives(self) -> tuple[Request, ...]:
+        """Return the requests of which the job needs one, in order."""
+        return alternatives_of(self.request.shape + self.terms) if ",|" in self.terms else (self.request,)
+
+    @property
+    def choices(self) -> tuple[Waiting, ...]:
+        """Return the job with each of its alternatives, in order."""
+        return tuple(replace(self, request=it) for it in self.alternatives) if ",|" in self.terms else (self,)
 
 
 def order(priority: int, seq: int) -> int:
@@ -339,55 +363,12 @@ def choose(
     if len(behind) > len(looked_at):
         free, worker, _ = looked_at[-1]
         return Refusal(Reason.LOOK_FURTHER, CPUS, asked, free, worker)
-    return _closest(request, [book for book in admitting if book.knows(task) and book.allows(terms)], Reason.NO_ROOM)
+    return closest_refusal(
+        request, [book for book in admitting if book.knows(task) and book.allows(terms)], Reason.NO_ROOM
+    )
 
 
-def survey(
-    request: Request, books: Iterable[Book], ahead: int = 0, task: str = "", bound: int = 0, terms: str = ""
-) -> Admission | Refusal:
-    """Return the decision over all workers, with the best reason there is, as `explain` says it.
-
-    `ahead`: jobs of the same request and task that wait before this one; they would get the room first. `bound`:
-    milliseconds after which the job has ended, 0 for unknown.
-    """
-    live = list(books)
-    knowing = [book for book in live if book.knows(task)]
-    if live and not knowing:
-        return Refusal(Reason.NO_TASK)
-    serving = [book for book in knowing if book.serves(request)]
-    if knowing and not serving:
-        return Refusal(Reason.NO_QUEUE)
-    allowed = [book for book in serving if book.allows(terms)]
-    if serving and not allowed:
-        return Refusal(Reason.NO_LABEL)
-    admitting = [book for book in allowed if book.admitting]
-    if not admitting:
-        return Refusal(Reason.NO_WORKER)
-    for name, amount in request.amounts:
-        if name != ALONE and not any(book.capacity.get(name, 0) for book in allowed):
-            return Refusal(Reason.UNKNOWN_RESOURCE, name, amount)
-    empty = [replace(book, allocated={}, kept="") for book in admitting]
-    large_enough = [book for book, bare in zip(admitting, empty, strict=True) if fits(request, bare) is None]
-    if not large_enough:
-        return _closest(request, empty, Reason.TOO_LARGE)
-    lasting = [book for book in large_enough if book.lasts(bound)]
-    if not lasting:
-        longest = max(large_enough, key=lambda book: (book.left or 0, book.worker))
-        return Refusal(Reason.NO_TIME, TIME, bound, longest.left or 0, longest.worker)
-    decision = choose(request, lasting, len(lasting), terms=terms)
-    if isinstance(decision, Admission) and ahead:
-        return Refusal(Reason.BEHIND_SHAPE, asked=ahead, worker=decision.worker)
-    if isinstance(decision, Refusal) and request.get(ALONE):
-        kept = next((book.worker for book in lasting if asked_kept(book) == request.shape), "")
-        return Refusal(Reason.ALONE, worker=kept)
-    if isinstance(decision, Refusal) and decision.reason is Reason.NO_ROOM:
-        passed = (book for book in lasting if book.reserved_at is not None and fits(request, book) is None)
-        if (book := min(passed, key=lambda book: book.worker, default=None)) is not None:
-            return Refusal(Reason.RESERVED, free=book.reserved_at or 0, worker=book.worker)
-    return decision
-
-
-def _closest(request: Request, books: Sequence[Book], reason: Reason) -> Refusal:
+def closest_refusal(request: Request, books: Sequence[Book], reason: Reason) -> Refusal:
     """Return the refusal of the worker that lacks the fewest resources, then has most free CPUs, then by name."""
     judged = [(shortages(request, book), book) for book in books]
     closest = min(

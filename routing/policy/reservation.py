@@ -9,6 +9,8 @@ delay the start that is reserved for the blocked one.
 - **Reservation.** A worker and the time at which the head can start there: the soonest by the expected ends of the jobs
   that run. A worker that ends at a known time must last until the head has ended, by its bound. A worker carries one
   reservation at a time, so that the next shape in order reserves another worker.
+- **Alternatives.** A worker is reserved for the first alternative of a head that its quota allows and that a worker
+  would have room for, were it empty. The head still starts by whichever alternative fits first.
 - **Passing.** Later jobs start on the reserved worker if they end before that time, or fit beside the head. On other
   workers nothing changes. A job that comes earlier in order ignores the reservation, so that a reservation of a lower
   priority delays no higher one.
@@ -40,7 +42,7 @@ from typing import Final, NamedTuple
 from celery_capacity.routing.model.amounts import ALONE, CPUS, SLOTS
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.placement import CANDIDATES, SUBMISSIONS, Book, Waiting, fits
-from celery_capacity.routing.policy.tenants import Sharing
+from celery_capacity.routing.policy.tenants import Sharing, within_quota
 
 #: Share of its expected time by which a job that overran is expected to go on at least: one in so many.
 OVERRUN_SHARE: Final = 8
@@ -148,6 +150,13 @@ def large_enough(head: Waiting, books: Iterable[Book]) -> list[Book]:
         able.sort(key=lambda book: (-book.free(CPUS), book.worker))
         del able[CANDIDATES:]
     return able
+
+
+def planned(waiting: Waiting, books: Sequence[Book], sharing: Sharing | None = None) -> Waiting:
+    """Return a job with the alternative for which a worker is reserved; else with the first one."""
+    if len(waiting.alternatives) == 1:
+        return waiting
+    return next((entry for entry in within_quota(waiting, sharing) if large_enough(entry, books)), waiting)
 
 
 def reserve(
@@ -301,7 +310,7 @@ def renew(
     """Make the reservations anew, the earlier head first.
 
     `heads`: the first jobs of the blocked shapes that get one, in order. `before`: the reservations until now, by
-    worker. `firsts`: for each shape that has a reservation and still waits, its first job.
+    worker. `firsts`: for each shape that has a reservation and still waits, its first job. Jobs are `planned`.
 
     A worker that is kept stays so while its job waits, also when a job of a higher priority is the head by then.
     """
@@ -345,11 +354,21 @@ def passes(waiting: Waiting, reservation: Reservation | None, now: int, sharing:
     )
 
 
+def first_fitting(
+    waiting: Waiting, book: Book, reservation: Reservation | None = None, now: int = 0, sharing: Sharing | None = None
+) -> Waiting | None:
+    """Return a job with its first alternative that may start on a worker now; None where none may."""
+    for entry in within_quota(waiting, sharing):
+        if fits(entry.request, book) is None and passes(entry, reservation, now, sharing):
+            return entry
+    return None
+
+
 def is_taken(
     waiting: Waiting, book: Book, reservation: Reservation | None, now: int, sharing: Sharing | None = None
 ) -> bool:
     """Return True if a worker is about to take a job, so that nothing is to be reserved for it."""
-    return book.open and fits(waiting.request, book) is None and passes(waiting, reservation, now, sharing)
+    return book.open and first_fitting(waiting, book, reservation, now, sharing) is not None
 
 
 def comes_first(waiting: Waiting, reservation: Reservation, sharing: Sharing | None = None) -> bool:

@@ -132,8 +132,9 @@ class Sharing:
         return next((n for n, most in quota if asked.get(n, 0) and used.get(n, 0) + asked[n] > most), "")
 
     def may_start(self, waiting: Waiting) -> bool:
-        """Return True if the quota of its tenant lets a job start."""
-        return not self.exceeded(tenant_of(waiting.shape), waiting.request)
+        """Return True if the quota of its tenant lets a job start, by one of its alternatives."""
+        tenant = tenant_of(waiting.terms)
+        return not all(self.exceeded(tenant, request) for request in waiting.alternatives)
 
     def admissible(self, backlog: Iterable[Waiting]) -> Iterator[Waiting]:
         """Yield the jobs that no quota holds back."""
@@ -163,3 +164,10 @@ class Sharing:
         """Return the shares after some time, in which past use decayed."""
         left = math.exp(-elapsed_ms / time_ms) if time_ms else 0.0
         return replace(self, past={tenant: use * left for tenant, use in self.past.items()})
+
+
+def within_quota(waiting: Waiting, sharing: Sharing | None) -> Iterator[Waiting]:
+    """Yield a job with each of its alternatives that the quota of its tenant allows, in order."""
+    for entry in waiting.choices:
+        if sharing is None or not sharing.exceeded(tenant_of(waiting.terms), entry.request):
+            yield entry

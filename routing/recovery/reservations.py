@@ -36,6 +36,7 @@ from celery_capacity.routing.policy.reservation import (
     is_taken,
     large_enough,
     place_in_line,
+    planned,
     renew,
 )
 from celery_capacity.routing.policy.tenants import TENANT_SIGN, Rule, Sharing, tenant_of
@@ -92,6 +93,7 @@ def renew_reservations(ledger: Ledger, rules: Rules, memory: Memory) -> dict[str
     before = {book.reservation.shape: book.reservation for book in books.values() if book.reservation}
     tasks = {waiting.task for waiting in seen.firsts.values() if waiting.task}
     policy = _policy_books(ledger.client, books.values(), tasks, seen)
+    seen = replace(seen, firsts={shape: planned(first, policy, seen.sharing) for shape, first in seen.firsts.items()})
     heads = _heads(policy, before, seen, rules.depth)
     memory.patience.forget(seen.firsts)
     held = _held(ledger.client, policy, list(heads.values()), before, memory)

@@ -46,6 +46,7 @@ def parse(entry: bytes, fields: dict[bytes, bytes]) -> Transition:
         entry=entry.decode(),
         outbox=text("outbox"),
         told=text("told") == "1",
+        shape=text("shape"),
     )
 
 

@@ -20,7 +20,7 @@ from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.snapshot import WorkerBook
 from celery_capacity.routing.model.amounts import ALONE
-from celery_capacity.routing.model.request import Request, split_shape, terms_of
+from celery_capacity.routing.model.request import Request, alternatives_of, split_shape, terms_of
 from celery_capacity.routing.policy.placement import Book, fits
 
 #: Most smallest requests of a task that are judged. Where there are more, any worker that knows the task may have room.
@@ -90,9 +90,10 @@ def smallest(shapes: Iterable[str]) -> list[Request] | None:
     Return None where there are more than `MAX_SMALLEST`, or a shape is no valid request.
     """
     try:
-        requests = sorted(map(Request.from_shape, shapes), key=lambda request: sum(dict(request.amounts).values()))
+        alternatives = {request for shape in shapes for request in alternatives_of(shape)}
     except InvalidRequest:
         return None
+    requests = sorted(alternatives, key=lambda request: (sum(dict(request.amounts).values()), request.shape))
     minimal: list[Request] = []
     for request in requests:
         if any(_is_no_larger(other, request) for other in minimal):

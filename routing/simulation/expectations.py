@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from celery_capacity.routing.simulation.jobs import Submission
-from celery_capacity.routing.simulation.simulation import Expectations
 
 #: Run times of a task that are remembered: the last ones, so that a changed task is learned anew.
 REMEMBERED: Final = 16
@@ -15,6 +14,16 @@ REMEMBERED: Final = 16
 FEWEST: Final = 2
 #: Part of the remembered run times that an expectation is not below. A job that ends early delays nobody.
 QUANTILE: Final = 0.75
+
+
+class Expectations(Protocol):
+    """Source of expected run times."""
+
+    def expected(self, submission: Submission) -> int:
+        """Return the expected run time in milliseconds at the time of the submission; 0 where it is unknown."""
+
+    def learn(self, submission: Submission) -> None:
+        """Take note that a job has ended."""
 
 
 class Unknown:

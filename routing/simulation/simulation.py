@@ -16,11 +16,12 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from celery_capacity.routing.model.amounts import CPUS
 from celery_capacity.routing.model.expected import RunTime, expected_class
-from celery_capacity.routing.policy.placement import CANDIDATES, Admission, Book, Waiting, choose, fits, order
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy.fill import choose_alternative
+from celery_capacity.routing.policy.placement import CANDIDATES, Admission, Book, Waiting, choose, order
 from celery_capacity.routing.policy.reservation import (
     Held,
     Patience,
@@ -28,27 +29,19 @@ from celery_capacity.routing.policy.reservation import (
     Rules,
     after_start,
     earliest_start,
+    first_fitting,
     large_enough,
     passes,
     place_in_line,
     renew,
 )
-from celery_capacity.routing.policy.tenants import Sharing, tenant_of
+from celery_capacity.routing.policy.tenants import Sharing, tenant_of, within_quota
+from celery_capacity.routing.simulation.expectations import Expectations
 from celery_capacity.routing.simulation.jobs import Queued, Running, Start, Submission
 from celery_capacity.routing.simulation.shares import Shares, Turns
 
 #: Kinds of events, in the order in which those of one time happen.
 _END, _SUBMIT, _LOOK = 0, 1, 2
-
-
-class Expectations(Protocol):
-    """Source of expected run times."""
-
-    def expected(self, submission: Submission) -> int:
-        """Return the expected run time in milliseconds at the time of the submission; 0 where it is unknown."""
-
-    def learn(self, submission: Submission) -> None:
-        """Take note that a job has ended."""
 
 
 @dataclass
@@ -77,8 +70,8 @@ class Simulation:
     _worker_ends: dict[str, int] = field(default_factory=dict)
     #: Memory of `_soonest`, which holds while no job starts or ends on a worker, and none overruns.
     _changes: Counter[str] = field(default_factory=Counter)
-    _able: dict[str, list[str]] = field(default_factory=dict)
-    _room_at: dict[str, dict[str, tuple[int, int, int, int]]] = field(default_factory=dict)
+    _able: dict[tuple[str, Request], list[str]] = field(default_factory=dict)
+    _room_at: dict[tuple[str, Request], dict[str, tuple[int, int, int, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._worker_ends = {name: self.now + book.left for name, book in self.books.items() if book.left is not None}
@@ -141,9 +134,9 @@ class Simulation:
         queue = self._queues.setdefault(shape := waiting.shape, [])
         # Where a job of the shape waits, a later one finds no room either.
         behind = bool(queue) and queue[0][0] < waiting.order
-        worker = "" if behind or not self._may_start(waiting) else self._place(waiting)
+        starting, worker = (waiting, "") if behind or not self._may_start(waiting) else self._place(waiting)
         if worker:
-            self._start(waiting, worker)
+            self._start(starting, worker)
         else:
             heapq.heappush(queue, (waiting.order, waiting.job, waiting))
         if not queue:
@@ -156,6 +149,7 @@ class Simulation:
         """Return True if no quota holds a job back."""
         return self.shares is None or self.shares.may_start(waiting)
 
+    @property
     def _sharing(self) -> Sharing | None:
         """Return the shares of now, None where tenants are not in use."""
         if self.shares is None:
@@ -163,18 +157,21 @@ class Simulation:
         self.shares.age(self.now)
         return self.shares.sharing
 
-    def _place(self, waiting: Waiting) -> str:
-        """Return the worker for a new job: the best fit without a reservation, else one where the job passes."""
+    def _place(self, waiting: Waiting) -> tuple[Waiting, str]:
+        """Return a new job as it starts, and its worker: the best fit without a reservation, else where it passes."""
         unreserved = [self._book(name) for name in self.books if name not in self.reservations]
-        sharing = self._sharing()
-        entries = self.reservations.items()
-        reserved = [self._book(name) for name, entry in entries if passes(waiting, entry, self.now, sharing)]
-        for books in (unreserved, reserved):
-            most, bound = max(len(books), CANDIDATES), waiting.run_time.bound
-            decision = choose(waiting.request, books, most, task=waiting.task, bound=bound, terms=waiting.terms)
+        sharing = self._sharing
+        starting, decision = choose_alternative(waiting, unreserved, max(len(unreserved), CANDIDATES), sharing)
+        if isinstance(decision, Admission):
+            return starting, decision.worker
+        entries, bound = self.reservations.items(), waiting.run_time.bound
+        for starting in within_quota(waiting, sharing):
+            reserved = [self._book(name) for name, entry in entries if passes(starting, entry, self.now, sharing)]
+            most = max(len(reserved), CANDIDATES)
+            decision = choose(starting.request, reserved, most, task=waiting.task, bound=bound, terms=waiting.terms)
             if isinstance(decision, Admission):
-                return decision.worker
-        return ""
+                return starting, decision.worker
+        return waiting, ""
 
     def _book(self, worker: str) -> Book:
         """Return the book of a worker, with the rest of its life."""
@@ -203,7 +200,7 @@ class Simulation:
             running = len(self.starts)
             for waiting in sorted((queue[0][2] for queue in self._queues.values()), key=lambda first: first.order):
                 waits = waiting.shape in self._queues and tenant in ("", tenant_of(waiting.terms))
-                if waits and self._may_start(waiting) and (worker := self._place(waiting)):
+                if waits and self._may_start(waiting) and (worker := self._place(waiting)[1]):
                     self._fill(worker)
             if len(self.starts) == running:
                 return
@@ -236,7 +233,9 @@ class Simulation:
         book = self.books[worker]
         free = book.free(CPUS)
         tries = [
-            (queue[0][:2], shape) for shape, queue in self._queues.items() if queue[0][2].request.get(CPUS) <= free
+            (queue[0][:2], shape)
+            for shape, queue in self._queues.items()
+            if any(request.get(CPUS) <= free for request in queue[0][2].alternatives)
         ]
         heapq.heapify(tries)
         while tries:
@@ -244,10 +243,10 @@ class Simulation:
             queue = self._queues[shape]
             waiting = queue[0][2]
             book = self._book(worker)
-            takes = book.open and book.takes(waiting) and fits(waiting.request, book) is None
-            if takes and passes(waiting, self.reservations.get(worker), self.now):
+            starting = first_fitting(waiting, book, self.reservations.get(worker), self.now)
+            if starting is not None and book.open and book.takes(waiting):
                 self._leave(shape)
-                self._start(waiting, worker)
+                self._start(starting, worker)
                 if queue:
                     heapq.heappush(tries, (queue[0][:2], shape))
 
@@ -256,18 +255,19 @@ class Simulation:
         shares.age(self.now)
         free, behind = self.books[worker].free(CPUS), list[Waiting]()
         firsts = (queue[0][2] for queue in self._queues.values())
-        turns = Turns(shares, (first for first in firsts if first.request.get(CPUS) <= free))
+        turns = Turns(shares, (first for first in firsts if any(it.get(CPUS) <= free for it in first.alternatives)))
         while (waiting := turns.next()) is not None:
             book, shape = self._book(worker), waiting.shape
-            takes = book.open and book.takes(waiting) and fits(waiting.request, book) is None
-            if not takes or not shares.may_start(waiting):
+            takes = book.open and book.takes(waiting)
+            if not takes or first_fitting(waiting, book, sharing=shares.sharing) is None:
                 continue
             reservation = self.reservations.get(worker)
-            if not passes(waiting, reservation, self.now, shares.sharing):
+            starting = first_fitting(waiting, book, reservation, self.now, shares.sharing)
+            if starting is None:
                 behind.append(waiting)
                 continue
             self._leave(shape)
-            self._start(waiting, worker)
+            self._start(starting, worker)
             if shape in self._queues:
                 turns.add(self._queues[shape][0][2])
             left = self.reservations.get(worker)
@@ -285,17 +285,23 @@ class Simulation:
 
     def _heads(self) -> list[Waiting]:
         """Return the first jobs of the first blocked shapes, by their places, as many as the depth says."""
-        sharing = self._sharing()
+        sharing = self._sharing
         firsts = [(place_in_line(shape, queue[0][0], sharing), *queue[0]) for shape, queue in self._queues.items()]
         heapq.heapify(firsts)
         heads: list[Waiting] = []
         while firsts and len(heads) < self.rules.depth:
-            waiting = heapq.heappop(firsts)[-1]
+            waiting = self._planned(heapq.heappop(firsts)[-1])
             if self._may_start(waiting) and any(
                 self._outlives(name, self.now, waiting) for name in self._able_workers(waiting)
             ):
                 heads.append(waiting)
         return heads
+
+    def _planned(self, waiting: Waiting) -> Waiting:
+        """Return a job with the alternative for which a worker is reserved, as `policy.reservation.planned` does."""
+        if len(waiting.alternatives) == 1:
+            return waiting
+        return next((it for it in within_quota(waiting, self._sharing) if self._able_workers(it)), waiting)
 
     def _reserve_anew(self) -> None:
         """Make the reservations anew until nothing starts by it. Each round fills the workers that gained room."""
@@ -316,7 +322,8 @@ class Simulation:
     def _reservations(self, heads: Sequence[Waiting]) -> dict[str, Reservation]:
         """Return the reservations of these heads by worker."""
         shapes = [entry.shape for entry in self.reservations.values() if entry.shape in self._queues]
-        firsts = {shape: first for shape in shapes if self._may_start(first := self._queues[shape][0][2])}
+        waiting = [self._planned(self._queues[shape][0][2]) for shape in shapes]
+        firsts = {first.shape: first for first in waiting if self._may_start(first)}
         if self.shares is not None:
             # A job that a quota held back is blocked only from now on.
             queues = self._queues.items()
@@ -342,7 +349,7 @@ class Simulation:
 
     def _soonest(self, head: Waiting) -> Iterator[tuple[int, int, str]]:
         """Yield the workers where a head can start at a known time, with that time and the free CPUs."""
-        room_at = self._room_at.setdefault(head.shape, {})
+        room_at = self._room_at.setdefault((head.shape, head.request), {})
         for name in self._able_workers(head):
             changes, until, start, free = room_at.get(name, (-1, 0, 0, 0))
             if self.now >= until or changes != self._changes.get(name, 0):
@@ -354,11 +361,11 @@ class Simulation:
 
     def _able_workers(self, head: Waiting) -> list[str]:
         """Return the workers that would have room for a job, were they empty, and live long enough at the beginning."""
-        able = self._able.get(shape := head.shape)
+        able = self._able.get(kind := (head.shape, head.request))
         if able is None:
             books = self.books.values()
             # Each book is judged alone, since `large_enough` looks at some of many.
-            able = self._able[shape] = [book.worker for book in books if large_enough(head, [book])]
+            able = self._able[kind] = [book.worker for book in books if large_enough(head, [book])]
         return able
 
     def _outlives(self, worker: str, start: int, waiting: Waiting) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -20,15 +20,17 @@ from sqlalchemy.exc import OperationalError
 from celery_capacity.routing.database import tenants
 from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.database.schema import CHANNEL
+from celery_capacity.routing.insert.columns import held_columns
 from celery_capacity.routing.model.amounts import ALONE
-from celery_capacity.routing.model.request import KNOWN_EVERYWHERE, Request, run_time_of, terms_of
+from celery_capacity.routing.model.message import Tag, tagged
+from celery_capacity.routing.model.request import KNOWN_EVERYWHERE, Request, holding, number_held, run_time_of, terms_of
 from celery_capacity.routing.model.states import Outcome, Step
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.ends import became
 from celery_capacity.routing.policy.fill import fill_or_keep
-from celery_capacity.routing.policy.placement import MAX_ADMITTED, Book, Waiting, fits, held_by, order
-from celery_capacity.routing.policy.reservation import Reservation, passes
-from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, Sharing, tenant_of
+from celery_capacity.routing.policy.placement import MAX_ADMITTED, Book, Waiting, held_by, order
+from celery_capacity.routing.policy.reservation import Reservation, first_fitting
+from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, Sharing
 from celery_capacity.routing.policy.unknown_starts import FEWEST_LOSSES, losses_in_doubt
 from celery_capacity.routing.store import fencing, job_transitions
 from celery_capacity.routing.store.controls import NOT_PAUSED
@@ -42,13 +44,14 @@ START: Final = (-10, 0)
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A row that waits and may start now."""
+    """A row that waits and may start now. `held`: its shape once it holds the chosen alternative, "" for no change."""
 
     job: str
     shape: str
     priority: int
     seq: int
     losses: int
+    held: str = ""
 
     @property
     def position(self) -> tuple[int, int]:
@@ -142,15 +145,16 @@ def choose(
     while the ledger keeps one: here every worker would be kept, since none knows of the others.
     """
     by_id = {row.job: row for row in page}
-    waiting = [waiting_of(row, most_losses) for row in page]
+    waiting, alone = [waiting_of(row, most_losses) for row in page], None
     if book.empty:
-        for entry in sharing.admissible(waiting) if sharing else waiting:
-            able = entry.request.get(ALONE) and book.takes(entry) and fits(entry.request, book) is None
-            if able and passes(entry, reservation, now, sharing):
-                return [by_id[entry.job]]
-    elsewhere = {entry.shape for entry in waiting if entry.request.get(ALONE)}
-    filling = fill_or_keep(book, waiting, MAX_ADMITTED, elsewhere, reservation, now, sharing)
-    return [by_id[entry.job] for entry in filling.admitted]
+        exclusive = (entry for entry in waiting if entry.request.get(ALONE) and book.takes(entry))
+        alone = next(filter(None, (first_fitting(it, book, reservation, now, sharing) for it in exclusive)), None)
+    if alone is not None:
+        starting = [alone]
+    else:
+        elsewhere = {entry.shape for entry in waiting if entry.request.get(ALONE)}
+        starting = fill_or_keep(book, waiting, MAX_ADMITTED, elsewhere, reservation, now, sharing).admitted
+    return [replace(by_id[it.job], held=it.held_shape if len(it.alternatives) > 1 else "") for it in starting]
 
 
 def look(
@@ -184,20 +188,16 @@ def look(
         if chosen or len(page) < PAGE:
             return chosen
         after = page[-1].position
-        requests = {row.shape: Request.from_shape(row.shape) for row in page}
-        without |= {s for s, asked in requests.items() if fits(asked, book) or not book.allows(terms_of(s))}
-        without |= {s for s, asked in requests.items() if sharing and sharing.exceeded(tenant_of(s), asked)}
         last = order(page[-1].priority, page[-1].seq)
-        without |= {
-            s
-            for s, asked in requests.items()
-            if not passes(Waiting("", asked, last, "", run_time_of(s), terms_of(s)), reservation, now, sharing)
-        }
+        for shape, row in {row.shape: row for row in page}.items():
+            waiting = replace(waiting_of(row, 0), order=last)
+            if not book.takes(waiting) or first_fitting(waiting, book, reservation, now, sharing) is None:
+                without.add(shape)
 
 
 def waiting_of(row: Candidate, most_losses: int) -> Waiting:
     """Return a row in the form that the policy takes. Its task was compared by the statement that read it."""
-    request = held_by(Request.from_shape(row.shape), row.losses, most_losses)
+    request = held_by(Request.from_shape(row.held or row.shape), row.losses, most_losses)
     return Waiting(row.job, request, order(row.priority, row.seq), "", run_time_of(row.shape), terms_of(row.shape))
 
 
@@ -230,13 +230,15 @@ WITH {{}} doubt AS (
     AND revoked_at IS NULL
     AND EXISTS (SELECT 1 FROM authority WHERE authority = 'postgres' AND epoch = :epoch)
     AND {NOT_PAUSED} AND NOT EXISTS (SELECT FROM cordons WHERE worker = :worker) {{}}
+    AND coalesce(CAST(:held AS jsonb) -> id ->> 'waiting', shape) = shape
   FOR NO KEY UPDATE SKIP LOCKED
 ), taken AS (
   UPDATE jobs SET state = 'running', epoch = :epoch, attempt = jobs.attempt + 1 + chosen.doubtful::int,
     step = {Step.RUNNING.value},
     losses = jobs.losses + (chosen.doubtful AND jobs.rerun AND jobs.losses = 0 AND :counts)::int,
     worker = :worker, incarnation = :incarnation, admitted_at = chosen.at, started_at = chosen.at,
-    error = NULL
+    error = NULL, shape = coalesce(CAST(:held AS jsonb) -> jobs.id ->> 'shape', jobs.shape),
+    request = coalesce((CAST(:held AS jsonb) -> jobs.id ->> 'request')::jsonb, jobs.request)
   FROM chosen WHERE jobs.id = chosen.id
   RETURNING jobs.id, jobs.name, jobs.attempt, jobs.shape, jobs.priority, jobs.seq, jobs.losses, jobs.message,
     jobs.started_at, jobs.rerun
@@ -270,29 +272,26 @@ def take(
     jobs: Sequence[str],
     most_losses: int = FEWEST_LOSSES,
     passing: Passing | None = None,
+    held: Mapping[str, str] | None = None,
 ) -> list[Taken]:
     """Make attempts of these jobs where they still wait; none where Postgres does not decide in this epoch.
 
-    `passing`: of a reserved worker. Nothing is taken where the reservation is another one by now.
+    `passing`: of a reserved worker. Nothing is taken where the reservation is another one by now. `held`: the shapes of
+    those that hold an alternative from now on, by job.
     """
+    columns = {job: held_columns(shape) for job, shape in (held or {}).items()}
+    changes = json.dumps({job: {**new, "waiting": holding(new["shape"], 0)} for job, new in columns.items()})
     values: dict[str, Any] = {"ids": list(jobs), "epoch": epoch, "worker": worker, "incarnation": incarnation}
-    values["counts"] = most_losses >= FEWEST_LOSSES
+    values |= {"counts": most_losses >= FEWEST_LOSSES, "held": changes}
     if passing is not None:
         values |= {"made_at": passing.made_at, "beside": json.dumps(dict(passing.beside))}
     rows = connection.execute(_TAKE_ANY if passing is None else _TAKE_BESIDE, values)
     taken = []
     for job, name, attempt, shape, losses, started_ms, message, rerun in rows:
         token = Token(epoch, attempt)
-        taken.append(Taken(job, name, token, shape, losses, started_ms, tagged(bytes(message), job, token), rerun))
+        text_of = tagged(bytes(message), Tag(job, token, number_held(shape)))
+        taken.append(Taken(job, name, token, shape, losses, started_ms, text_of, rerun))
     return taken
-
-
-def tagged(message: bytes, job: str, token: Token) -> str:
-    """Return a row's message with the token of its attempt as delivery tag.
-
-    The form is that of `tagged` in lua/lib/transitions.lua.
-    """
-    return f'{message[:-2].decode("utf-8")},"delivery_tag":{json.dumps(f"{job}:{token}")}}}}}'
 
 
 def wake(connection: Connection) -> None:

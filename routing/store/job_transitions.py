@@ -17,7 +17,7 @@ from sqlalchemy.exc import OperationalError
 from celery_capacity.routing.database.postgres_errors import is_locked
 from celery_capacity.routing.database.prepared_statement import Prepared
 from celery_capacity.routing.errors import storable
-from celery_capacity.routing.insert import replacements, successors
+from celery_capacity.routing.insert import columns, replacements, successors
 from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, LABEL
 from celery_capacity.routing.model.states import FINAL, Outcome, Rank, State, Step
@@ -51,6 +51,8 @@ class Transition:
     outbox: str = ""
     #: True: the worker itself sends the result, events and signals.
     told: bool = False
+    #: Shape of an attempt that holds one of several alternatives, as `holding` makes it; "" for all others.
+    shape: str = ""
 
     @property
     def rank(self) -> Rank:
@@ -79,8 +81,7 @@ _APPLY: Final = Prepared.of(
 WITH e AS (
   SELECT * FROM json_to_recordset(CAST(:newest AS json)) AS e (job text, epoch bigint, attempt int, state text,
     step smallint, worker text, incarnation text, admitted bigint, started bigint, at bigint, losses smallint,
-    error text, outbox text)
-  LIMIT CAST(:jobs AS int)
+    error text, outbox text, shape text, request text) LIMIT CAST(:jobs AS int)
 ), x AS (
   SELECT * FROM json_to_recordset(CAST(:attempts AS json)) AS x (job text, epoch bigint, attempt int, worker text,
     incarnation text, admitted bigint, started bigint, ended bigint, outcome text, error text)
@@ -153,9 +154,13 @@ UPDATE jobs SET
                     ELSE jobs.not_before END,
   key_limits = CASE WHEN goes_on THEN next_limits ELSE jobs.key_limits END,
   message = CASE WHEN goes_on THEN jobs.successor ELSE jobs.message END,
-  shape = CASE WHEN goes_on THEN jobs.successor_shape ELSE jobs.shape END,
+  shape = CASE WHEN goes_on THEN jobs.successor_shape
+               WHEN e.step <= {Step.ENDED.value} THEN coalesce(e.shape, jobs.shape)
+               WHEN {columns.HAS_ALTERNATIVES} THEN {columns.WAITING_SHAPE} ELSE jobs.shape END,
   queue = CASE WHEN goes_on THEN {_QUEUE_OF} ELSE jobs.queue END,
-  request = CASE WHEN goes_on THEN jobs.successor_request ELSE jobs.request END,
+  request = CASE WHEN goes_on THEN jobs.successor_request WHEN e.step <= {Step.ENDED.value}
+                 THEN coalesce(e.request::jsonb, jobs.request)
+                 WHEN {columns.HAS_ALTERNATIVES} THEN {columns.WAITING_REQUEST} ELSE jobs.request END,
   expected_ms = CASE WHEN goes_on THEN coalesce(jobs.successor_expected_ms, 0) ELSE jobs.expected_ms END,
   name = CASE WHEN goes_on THEN coalesce(jobs.successor_name, jobs.name) ELSE jobs.name END,
   rerun = CASE WHEN goes_on THEN coalesce(jobs.successor_rerun, jobs.rerun) ELSE jobs.rerun END,
@@ -229,6 +234,7 @@ def _job_columns(transition: Transition) -> dict[str, str | int]:
         "losses": transition.losses,
         "error": storable(transition.error, ERROR_LENGTH),
         "outbox": _outbox(transition),
+        **columns.held_columns(transition.shape),
     }
 
 

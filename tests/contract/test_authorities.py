@@ -17,6 +17,7 @@ import pytest
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model.expected import UNKNOWN, RunTime
 from celery_capacity.routing.model.reasons import Reason
+from celery_capacity.routing.model.request import Request, alternatives_term
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.pauses import Scope
 from celery_capacity.routing.store import controls as stored_controls
@@ -294,6 +295,25 @@ def test_job_of_a_lost_worker_runs_elsewhere_or_is_lost(
     authority.wake("a")
     assert authority.end(job, worker="a", token=Token(row.epoch, 1)) != "released"
     assert authority.row(job).state == state
+
+
+def test_job_holds_one_alternative_and_waits_for_all_again(authority: Authority) -> None:
+    terms = alternatives_term([Request.of({"cpus": 1000, "gpus": 1}), Request.of({"cpus": 2000})])
+    authority.worker("a", cpus=2000)
+    job = authority.submit(cpus=1000, gpus=1, terms=terms)
+    assert authority.starts("a") == [job]
+    assert authority.allocated("a") == {"cpus": 2000, "slots": 1}
+    authority.lose("a")
+    authority.lose("a")
+    row = authority.row(job)
+    assert (row.shape, row.request) == (f"cpus=1000,gpus=1,slots=1{terms}", {"cpus": 1, "gpus": 1, "slots": 1})
+    authority.worker("b", cpus=1000, gpus=1)
+    assert authority.starts("b") == [job]
+    assert authority.allocated("b") == {"cpus": 1000, "gpus": 1, "slots": 1}
+    row = authority.row(job)
+    assert (row.shape.split(",|")[0], row.request["gpus"]) == ("cpus=1000,gpus=1,slots=1", 1)
+    assert authority.end(job, worker="b") == "released"
+    assert authority.row(job).state == "succeeded"
 
 
 def test_attempt_that_went_back_cannot_end_the_next_one(authority: Authority) -> None:

@@ -9,11 +9,13 @@ import pytest
 from celery_capacity.routing.fallback import reservations as without_ledger
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.expected import RunTime
+from celery_capacity.routing.model.request import Request, alternatives_term
 from celery_capacity.routing.policy.pauses import Kind, Scope
 from celery_capacity.routing.policy.placement import Waiting
 from celery_capacity.routing.policy.reservation import Patience, Rules
 from celery_capacity.routing.recovery import reservations as with_ledger
 from celery_capacity.workers.client import controls
+from celery_capacity.workers.client.tenants import set_tenant
 from tests.fixtures.stores.authorities import Authority, PostgresDecides
 from tests.fixtures.stores.staged import MOST_LOSSES
 
@@ -196,3 +198,82 @@ def test_reservation_moves_where_its_worker_is_lost(authority: Authority) -> Non
     authority.end(running["a"])
     assert authority.starts("b") == [wide]
     assert authority.waits(later)
+
+
+#: Alternatives of a job that runs on a GPU, or on two CPUs.
+GPU_OR_CPUS: Final = alternatives_term([Request.of({"cpus": 1000, "gpus": 1}), Request.of({"cpus": 2000})])
+
+
+def test_head_reserves_by_its_first_alternative_that_fits_a_worker(authority: Authority) -> None:
+    runner = Runner(authority, AT_ONCE)
+    authority.worker("a", cpus=2000)
+    running = authority.submit(cpus=1000)
+    assert authority.starts("a") == [running]
+    head = authority.submit(cpus=1000, gpus=1, terms=GPU_OR_CPUS)
+    assert runner.look() == {"reserved": 1, "kept": 1}
+    later = authority.submit(cpus=1000)
+    assert authority.starts("a") == []
+    authority.end(running)
+    assert authority.starts("a") == [head]
+    assert authority.allocated("a") == {"cpus": 2000, "slots": 1}
+    assert authority.waits(later)
+
+
+def test_reserved_head_starts_by_whichever_alternative_fits_first(authority: Authority) -> None:
+    runner = Runner(authority, AT_ONCE)
+    authority.worker("a", cpus=1000, gpus=1)
+    authority.worker("b", cpus=2000)
+    on_gpu = authority.submit(cpus=1000, gpus=1)
+    assert authority.starts("a") == [on_gpu]
+    running = authority.submit(cpus=1000)
+    assert authority.starts("b") == [running]
+    head = authority.submit(cpus=1000, gpus=1, terms=GPU_OR_CPUS)
+    runner.look()
+    assert runner.reserved() == ["a"]
+    authority.end(running)
+    assert authority.starts("b") == [head]
+    assert authority.allocated("b") == {"cpus": 2000, "slots": 1}
+    runner.look()
+    assert runner.reserved() == []
+
+
+def test_job_passes_a_reserved_worker_by_a_later_alternative(authority: Authority) -> None:
+    runner = Runner(authority, AT_ONCE)
+    authority.worker("a", cpus=4000, gpus=2)
+    running = authority.submit(cpus=2000)
+    assert authority.starts("a") == [running]
+    wide = authority.submit(cpus=3000, gpus=2)
+    assert runner.look() == {"reserved": 1, "kept": 1}
+    # Beside the wide job one CPU is left, and no GPU.
+    requests = [Request.of({"cpus": 500, "gpus": 1}), Request.of({"cpus": 1000})]
+    passes = authority.submit(cpus=500, gpus=1, terms=alternatives_term(requests))
+    waits = authority.submit(cpus=500, gpus=1, terms=alternatives_term(requests))
+    assert authority.starts("a") == [passes]
+    assert authority.allocated("a") == {"cpus": 3000, "slots": 2}
+    runner.look()
+    authority.end(running)
+    assert authority.starts("a") == [wide]
+    assert authority.waits(waits)
+
+
+@pytest.mark.parametrize("cpus", [1500, 2000])
+def test_head_reserves_by_an_alternative_that_its_quota_allows(authority: Authority, cpus: int) -> None:
+    runner = Runner(authority, AT_ONCE)
+    set_tenant(authority.stores, "physics", {"quota": {"gpus": 1}})
+    authority.worker("a", cpus=cpus, gpus=2)
+    theirs = authority.submit(cpus=cpus - 1000, gpus=1, terms=",$physics")
+    assert authority.starts("a") == [theirs]
+    authority.worker("b", cpus=2000)
+    running = authority.submit(cpus=1500)
+    assert authority.starts("b") == [running]
+    # There is room for its first alternative, beyond the quota.
+    head = authority.submit(cpus=1000, gpus=1, terms=f"{GPU_OR_CPUS},$physics")
+    assert authority.starts("a") == []
+    runner.look()
+    (worker,) = runner.reserved()
+    assert worker == ("b" if cpus == 1500 else "a")
+    authority.end(running if worker == "b" else theirs)
+    assert authority.starts(worker) == [head]
+    # The end of their own job leaves room below the quota.
+    gpu, wide = {"cpus": 1000, "gpus": 1, "slots": 1}, {"cpus": 2000, "slots": 1}
+    assert authority.allocated(worker) == (wide if worker == "b" else gpu)

@@ -37,6 +37,7 @@ from celery_capacity.routing.model import envelope as envelopes
 from celery_capacity.routing.model.envelope import Envelope, Unreadable
 from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.workers.broker.decompression import TIMES, unpack
+from celery_capacity.workers.broker.held_headers import held_headers
 from celery_capacity.workers.process.spare_connections import close_spare
 
 logger = logging.getLogger(__name__)
@@ -90,8 +91,7 @@ class JobMessage(Message):
     """Message of this worker's own queue: its row is durable, so that nobody waits for an acknowledgement.
 
     A body that cannot be decompressed is no error of the message, because its job must be claimed before it can end.
-    `spoiled` has that error, and the starter of the job looks there. `revoked`: the claim said that the job was
-    revoked.
+    `spoiled` has that error for the starter of the job. `revoked`: the claim said that the job was revoked.
     """
 
     revoked = False
@@ -100,6 +100,7 @@ class JobMessage(Message):
         super().__init__(*args, **options)
         self.spoiled: BaseException | None = self.errors[0][1] if self.errors else None
         self.errors = []
+        self.headers = held_headers(self.headers, self.delivery_tag)
 
     def ack(self, multiple: bool = False) -> None:
         self._state = "ACK"

@@ -91,6 +91,9 @@ class JobRequest:
             self._request_dict["attempt"] = self.tag.token.attempt  # type: ignore[attr-defined]
             delivery = self._request_dict.setdefault("delivery_info", {})  # type: ignore[attr-defined]
             delivery["redelivered"] = self._is_redelivered(self.tag.token.attempt)
+            if self.tag.alternative:
+                # A task with alternatives sees the one that it holds as self.request.allocation.
+                self._request_dict["allocation"] = request_of(self._request_dict)  # type: ignore[attr-defined]
             carried = self._request_dict.get(HEADER)  # type: ignore[attr-defined]
             if isinstance(carried, Mapping) and ETA in carried:
                 # The ETA has come. Celery looked for an ETA before this line, so it holds nothing back.

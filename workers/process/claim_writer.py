@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from celery_capacity.routing.model.job import Publisher
 from celery_capacity.routing.model.message import Tag
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, number_held
 from celery_capacity.routing.model.states import State, Step
 from celery_capacity.routing.store import fencing, job_transitions
 from celery_capacity.routing.store.job_transitions import Transition
@@ -45,6 +45,7 @@ def running(identity: Identity, holding: Holding, entry: str = "") -> Transition
         at_ms=holding.started_ms,
         losses=holding.losses,
         entry=entry,
+        shape=holding.filed if number_held(holding.filed) else "",
     )
 
 

@@ -26,7 +26,7 @@ from celery_capacity.routing.model.request import Request, filed_shape, split_su
 from celery_capacity.routing.model.states import Outcome, Store
 from celery_capacity.routing.policy.placement import held_by
 from celery_capacity.routing.store import claims, controls, fencing
-from celery_capacity.routing.store.claims import Passing
+from celery_capacity.routing.store.claims import Candidate, Passing
 from celery_capacity.routing.store.refused_transitions import concerns_data
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.holdings import Holding
@@ -141,7 +141,7 @@ class Puller(OnDemandLookingService):
             # A lost answer leaves rows that this worker does not know of: then the next pass compares again.
             self._compared_until, compared_until = 0.0, self._compared_until
             ids = [row.job for row in chosen]
-            taken = self._take_these(connection, ids, held.passing(chosen, most_losses))
+            taken = self._take_these(connection, chosen, held.passing(chosen, most_losses))
             self._compared_until = compared_until
             if not taken and held.row is not None and not reservation_rows.is_current(connection, held.row):
                 return 0
@@ -165,11 +165,15 @@ class Puller(OnDemandLookingService):
             if cordoned:
                 self.on_cordon()
 
-    def _take_these(self, connection: Connection, ids: Sequence[str], passing: Passing | None) -> list[claims.Taken]:
+    def _take_these(
+        self, connection: Connection, rows: Sequence[Candidate], passing: Passing | None
+    ) -> list[claims.Taken]:
         """Take those of these jobs that still wait, and whose rows Postgres lets anybody write."""
         me, most_losses = self._identity, self._settings.most_losses
+        ids, held = [row.job for row in rows], {row.job: row.held for row in rows if row.held}
+        epoch = self._confirmation.epoch
         try:
-            return claims.take(connection, self._confirmation.epoch, me.name, me.incarnation, ids, most_losses, passing)
+            return claims.take(connection, epoch, me.name, me.incarnation, ids, most_losses, passing, held)
         except DBAPIError as error:
             if not concerns_data(error):
                 raise
@@ -181,7 +185,7 @@ class Puller(OnDemandLookingService):
                     )
                 return []
         half = len(ids) // 2
-        return self._take_these(connection, ids[:half], passing) + self._take_these(connection, ids[half:], passing)
+        return self._take_these(connection, rows[:half], passing) + self._take_these(connection, rows[half:], passing)
 
     def _compare(self) -> bool:
         """Give back jobs that this worker has by its rows and does not hold; return False where it cannot compare.

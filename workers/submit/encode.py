@@ -37,7 +37,7 @@ from celery_capacity.routing.model.identifiers import check_job_id, check_queue_
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.message import ETA, HEADER
 from celery_capacity.routing.model.nesting import JSON, check_body, check_value
-from celery_capacity.routing.model.request import TENANT, Request, timed
+from celery_capacity.routing.model.request import TENANT, Request, alternatives_term, check_alternatives, timed
 from celery_capacity.routing.policy.labels import place_of
 from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, tenant_term
 from celery_capacity.workers.process.stores import Stores
@@ -190,7 +190,10 @@ class Encoder:
         )
 
     def _request(self, wire: dict[str, Any], queue: str) -> tuple[Request, str]:
-        """Return the request of a job and the terms of its place, and write the request into the platform's header."""
+        """Return the first alternative of a job, and the terms of its alternatives and its place.
+
+        Its request is written into the platform's header.
+        """
         carried = wire.get(HEADER)
         if not isinstance(carried, Mapping):
             # An old producer, or a publish that passed no router.
@@ -200,11 +203,11 @@ class Encoder:
             }
         carried = wire[HEADER] = {**carried, "format": format_versions.MESSAGE}
         shape = str(carried.get("shape"))
-        request, terms = Request.from_shape(shape), place_of(shape).terms
-        if queue != DEFAULT_QUEUE or LABEL in request.shape:
-            request = request.within(check_queue_name(queue))
-            wire[HEADER] = {**carried, "shape": request.shape}
-        return request, terms
+        requests = check_alternatives(shape)
+        if queue != DEFAULT_QUEUE or LABEL in requests[0].shape:
+            requests = tuple(request.within(check_queue_name(queue)) for request in requests)
+            wire[HEADER] = {**carried, "shape": requests[0].shape}
+        return requests[0], alternatives_term(requests) + place_of(shape).terms
 
     def learned_of(self, task: object, request: str, may_ask: Callable[[], bool] | None = None) -> int:
         """Return the learned run time of a task with this request in milliseconds, 0 where it is unknown.

@@ -49,7 +49,7 @@ from celery_capacity.workers.submit.router import Router
 _OF_TASK: Final = attrgetter(
     *("__class__", "name", "_exec_options", "ignore_result", "time_limit", "soft_time_limit", "rate_limit"),
     *("_dump_pydantic_arguments", "cpus", "memory", "gpus", "resources", "expected", "tenant", "rerun"),
-    *("unique", "unique_for", "limit", "rate", "where", "worker", "exclusive", "placement"),
+    *("unique", "unique_for", "limit", "rate", "requests", "where", "worker", "exclusive", "placement"),
 )
 #: Attributes of the app's AMQP that its messages depend on. The serialiser and the like belong to the sender, which
 #: Celery makes once.
@@ -350,7 +350,7 @@ def _is_plain_task(task: Any) -> bool:
         not task.name.startswith(_SPECIAL)
         and not (declares(task) or limited(task))
         and {type(task.cpus), type(task.memory), type(task.gpus), type(task.expected), type(task.tenant)} <= _AMOUNTS
-        and task.resources is task.where is None
+        and task.resources is task.where is task.requests is None
         and task._dump_pydantic_arguments is None
         and type(task)._get_exec_options is Task._get_exec_options
         and not task.__v2_compat__

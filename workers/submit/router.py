@@ -18,11 +18,21 @@ from celery_capacity.routing.insert import key_options
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.snapshot import text
-from celery_capacity.routing.model.amounts import DEFAULT_QUEUE
+from celery_capacity.routing.model.amounts import CPUS, DEFAULT_QUEUE
 from celery_capacity.routing.model.expected import EXPECTED, EXPECTED_MS, LIMITS, NO_LIMITS, Limits, parse_duration
 from celery_capacity.routing.model.identifiers import check_tenant
 from celery_capacity.routing.model.message import HEADER, PLATFORM_PREFIX
-from celery_capacity.routing.model.request import CALL_OPTIONS, PLACE_OPTIONS, REQUEST_OPTIONS, TENANT, Request
+from celery_capacity.routing.model.request import (
+    CALL_OPTIONS,
+    PLACE_OPTIONS,
+    REQUEST_OPTIONS,
+    REQUESTS,
+    TENANT,
+    Request,
+    alternatives_from,
+    alternatives_of,
+    alternatives_term,
+)
 from celery_capacity.routing.policy.labels import ANYWHERE, SPREAD, Place, place_of, place_of_options
 from celery_capacity.routing.policy.tenants import DEFAULT_TENANT
 from celery_capacity.workers.process.stores import Stores
@@ -47,7 +57,7 @@ MISSPELT: Final = {
 #: because an older release reads each declaration as a request.
 TIMES: Final = "times"
 #: Options of a called task that hold for the map which calls it.
-_OF_CALLED: Final = (*REQUEST_OPTIONS, *PLACE_OPTIONS)
+_OF_CALLED: Final = (*REQUEST_OPTIONS, REQUESTS, *PLACE_OPTIONS)
 _SPREAD: Final = Place(spread=True)
 #: Key of the terms that say where the jobs of a task may run, beside its times.
 PLACE: Final = "place"
@@ -73,6 +83,8 @@ class Router:
         #: Expected run times (ms) and time limits of published tasks that have some.
         self._published_times: dict[str, tuple[int, Limits]] = {}
         self._published_places: dict[str, Place] = {}
+        #: Alternatives of published tasks that have some.
+        self._published_alternatives: dict[str, tuple[Request, ...]] = {}
         self._published_until = 0.0
 
     def __call__(self, name: str, args: Any, kwargs: Any, options: dict[str, Any], task: Any = None, **_: Any) -> None:
@@ -127,9 +139,10 @@ class Router:
         """
         call = call or {}
         base, declared = self._base(name, carried, task)
-        asks = not call.keys().isdisjoint(REQUEST_OPTIONS)
+        asks = not call.keys().isdisjoint((*REQUEST_OPTIONS, REQUESTS))
         place = self._place(name, carried, task, call)
-        header = {"shape": place.shape(base.merged(call)), "declared": declared or asks}
+        requests = self._requests(name, carried, task, call, base)
+        header = {"shape": place.shape(*requests), "declared": declared or asks}
         header |= self._times(name, carried, task, call.get(EXPECTED))
         header |= self._tenant(name, carried, task, call.get(TENANT))
         return header if self._reruns(name, rerun, carried, task) else {**header, RERUN: False}
@@ -142,6 +155,24 @@ class Router:
         if rules := self._stores.requests:
             return rules.over(name, base), declared or rules.of(name) is not None
         return base, declared
+
+    def _requests(
+        self, name: str, carried: Any, task: Any, call: Mapping[str, Any], base: Request
+    ) -> tuple[Request, ...]:
+        """Return the alternatives of a job, in order; its one request where it has no others. `base`: as of `_base`."""
+        if isinstance(carried, Mapping):
+            before = tuple(request.within(DEFAULT_QUEUE) for request in alternatives_of(str(carried.get("shape"))))
+            if len(before) > 1:
+                shared = set.intersection(*(set(request.amounts) for request in before))
+                base = Request.of({CPUS: self._stores.settings.default_cpus, **dict(shared)})
+            return alternatives_from(call, before, base)
+        registered = task if task is not None else self._tasks().get(name)
+        declared, _ = self._declared(name, task)
+        if registered is not None:
+            before = alternatives_by(registered, declared)
+        else:
+            before = self._published_alternatives.get(name) or (declared,)
+        return alternatives_from(call, self._stores.requests.alternatives(name, before, declared), base)
 
     def _declared(self, name: str, task: Any) -> tuple[Request, bool]:
         registered = task if task is not None else self._tasks().get(name)
@@ -245,6 +276,9 @@ class Router:
             self._published_places = {
                 name: place_of(fields[PLACE]) for name, fields in times.items() if PLACE in fields
             }
+            self._published_alternatives = {
+                name: alternatives_of(fields[REQUESTS]) for name, fields in times.items() if REQUESTS in fields
+            }
             self._published = {name: Request.from_people(fields) for name, fields in declared.items()}
         return self._published
 
@@ -274,6 +308,10 @@ def declaration(task: Any, default_cpus: int, rules: RequestRules = NO_RULES) ->
     place = place_by(task) if rule is None else rule.location.over(place_by(task))
     if place.terms:
         times[PLACE] = place.terms
+    declared = declared_by(task, default_cpus)
+    requests = rules.alternatives(task.name, alternatives_by(task, declared), declared)
+    if len(requests) > 1:
+        times[REQUESTS] = alternatives_term(requests)
     if times:
         people[TIMES] = times
     return people if again else {**people, RERUN: False}
@@ -286,6 +324,16 @@ def expected_by(task: Any) -> int:
         return 0
     try:
         return parse_duration(declared)
+    except InvalidRequest as error:
+        raise InvalidRequest(
+            f"the declaration of task {task.name} is wrong: {error.message}", value=error.value, advice=error.advice
+        ) from error
+
+
+def alternatives_by(task: Any, declared: Request) -> tuple[Request, ...]:
+    """Return the alternatives that a task declares, as by `@app.task(requests=[...])`; else its request alone."""
+    try:
+        return alternatives_from({REQUESTS: getattr(task, REQUESTS, None)}, (declared,), declared)
     except InvalidRequest as error:
         raise InvalidRequest(
             f"the declaration of task {task.name} is wrong: {error.message}", value=error.value, advice=error.advice

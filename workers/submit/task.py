@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +26,8 @@ class PlatformTask:
     memory: int | str | None = None
     gpus: int | None = None
     resources: dict[str, int] | None = None
+    #: Alternatives in order, such as `[{"gpus": 1}, {"cpus": 32}]`: the first that a worker has room for is taken.
+    requests: Sequence[Mapping[str, Any]] | None = None
     #: Time that the job is expected to run: seconds, text such as "10m", or a timedelta.
     expected: float | str | timedelta | None = None
     #: Tenant of its jobs, None for that of the process.

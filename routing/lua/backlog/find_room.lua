@@ -11,13 +11,14 @@ local from = after == '' and '-inf' or '(' .. after
 local rows = redis.call('ZRANGEBYSCORE', KEY.shapes, from, '+inf', 'WITHSCORES', 'LIMIT', 0, LIMIT.shapes)
 local reply = {'ok', ''}
 for i = 1, #rows, 2 do
-  local shape, amounts = rows[i], amounts_of(rows[i])
-  local paused, book, seen, more = is_paused(facts.paused, shape) or is_over_quota(facts, shape, amounts), nil, 0, nil
-  if not paused then
-    book, seen, more = search(shape, amounts, epoch, now, 2 * LIMIT.few, '', '')
+  local shape, book, seen, more = rows[i], nil, 0, nil
+  local options = not is_paused(facts.paused, shape) and options_now(facts, shape)
+  local startable = options and has_option(options)
+  if startable then
+    book, seen, more = search_any(shape, options, epoch, now, 2 * LIMIT.few, '', '')
   end
   looked, cursor = looked + seen, rows[i + 1]
-  local to_keep = amounts.alone and not paused and not book and redis.call('HEXISTS', KEY.kept, shape) == 0
+  local to_keep = startable and amounts_of(shape).alone and not book and redis.call('HEXISTS', KEY.kept, shape) == 0
   if book or more or to_keep then
     reply[#reply + 1], reply[#reply + 2] = shape, book and book.worker or ''
   end

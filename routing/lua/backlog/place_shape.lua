@@ -7,11 +7,13 @@
 --   none)} | {more, cursor_score, cursor_worker, freed} | {none, freed} | {cold} | {epoch, current}
 -- Cost: at the worst LIMIT.candidates books are read, and LIMIT.most places without their waiting jobs are passed
 -- Repeat: harmless: the admitted job waits no longer, and the next one is looked at
-local now, amounts, id = clock(), amounts_of(shape), first_of(shape)
-if not id or is_paused(facts.paused, shape) or is_over_quota(facts, shape, amounts) then
+local now, id = clock(), first_of(shape)
+local options = id and not is_paused(facts.paused, shape) and options_now(facts, shape)
+if not options or not has_option(options) then
   return {'none', ''}
 end
-local book, _, cpus, worker = search(shape, amounts, epoch, now, LIMIT.candidates, cursor_score, cursor_worker)
+local book, _, cpus, worker, number = search_any(shape, options, epoch, now, LIMIT.candidates, cursor_score,
+  cursor_worker)
 if not book then
   return cpus and {'more', cpus, worker, ''} or {'none', ''}
 end
@@ -21,8 +23,9 @@ for _ = 1, LIMIT.most do
   local job = read_job(id, true)
   if job and job.state == 'waiting' and job.message ~= '' then
     job.epoch, job.attempt, job.counted = epoch, int(tonumber(job.attempt) + 1), facts.tenants and '1' or nil
+    job.shape = holding(shape, number)
     admit_job(id, job, job.message, book, now)
-    allocate(book, amounts, 1)
+    allocate(book, options[number], 1)
     enter(book)
     count('admitted', 1)
     return {'admitted', id, book.worker, job.attempt, leave_queue(shape, epoch, facts)}

@@ -41,7 +41,7 @@ local function admit_or_file(id, job, rerun, facts, now, batch)
     end
     -- Where a shape already waits, another job of it would find no room either: it is filed without a search.
     local paused = is_paused(facts.paused, job.shape)
-    batch = {shape = job.shape, amounts = amounts_of(job.shape), paused = paused, looked = batch and batch.looked or 0,
+    batch = {shape = job.shape, options = options_of(job.shape), paused = paused, looked = batch and batch.looked or 0,
       full = paused or redis.call('ZSCORE', KEY.shapes, job.shape)}
     -- A batch is filed from the job on that would exceed the quota of its tenant.
     if has_tenants(facts, job.shape) then
@@ -56,21 +56,22 @@ local function admit_or_file(id, job, rerun, facts, now, batch)
   local cursor_score, cursor_worker, passing = '', '', ''
   -- A reserved worker may take a job that comes before all others of its shape.
   local first = not batch.full or (not batch.paused and tonumber(job.order) < tonumber(batch.full))
-  if not batch.full and batch.rule and is_beyond_quota(batch.rule, batch.used, batch.amounts) then
+  local options = allowed_options(batch.rule, batch.used, batch.options)
+  if not batch.full and not has_option(options) then
     batch.full, first = job.order, false
   end
   if not batch.full then
     local book = batch.book
     -- Use the worker of the last job as long as it has room for one more.
-    local other = not book or batch.amounts.alone or is_spread(job.shape)
+    local other = not book or options[2] or options[1].alone or is_spread(job.shape)
     if other or room(book, 'slots') < 1 or not fits(book, batch.amounts) then
       write_batch(batch)
-      batch.book, cursor_score, cursor_worker = find_worker(batch, job.epoch, now)
+      batch.book, cursor_score, cursor_worker = find_worker(batch, options, job.epoch, now)
       batch.full = not batch.book and job.order
     end
   end
   if not batch.full then
-    job.attempt = int(attempt + 1)
+    job.attempt, job.shape = int(attempt + 1), holding(job.shape, batch.number)
     if facts.tenants then
       job.counted = '1'
     end
@@ -95,7 +96,7 @@ local function admit_or_file(id, job, rerun, facts, now, batch)
     return {'left'}, batch
   end
   if facts.reserved and first and not facts.fetched then
-    passing = passing_worker(facts, job.shape, job.order, batch.amounts, job.epoch, now)
+    passing = passing_worker(facts, job.shape, job.order, options, job.epoch, now)
   elseif facts.asks and first and not facts.fetched then
     redis.call('PUBLISH', KEY.low, 'reserve')
   end

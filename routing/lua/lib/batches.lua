@@ -7,10 +7,11 @@
 
 -- Write the changes of a batch, at its end.
 --
--- A batch has `shape`, `amounts`, `looked` (workers at which this script has looked), and `full` where all later jobs
--- are filed. `paused`: a pause holds the shape back. Until they are written it has `book` and the admissions there:
--- `tokens` (id, token, id, token, ...), `due` (time, id, time, id, ...) and `messages`. It also has `waiting`, as
--- `file` takes it, with `first`, the least of its orders.
+-- A batch has `shape`, `options` (its alternatives), and `looked` (workers at which this script has looked). `number`,
+-- `amounts`: of the alternative that its last job took. It has `full` where all later jobs are filed. `paused`: a pause
+-- holds the shape back. Until they are written it has `book` and the admissions there: `tokens` (id, token, id, token,
+-- ...), `due` (time, id, time, id, ...) and `messages`. It also has `waiting`, as `file` takes it, with `first`, the
+-- least of its orders.
 local function write_batch(batch)
   if batch.messages then
     enter(batch.book)
@@ -53,13 +54,34 @@ local function leave_behind(batch, order, facts)
   refile(batch.shape)
 end
 
--- Find the best worker for a batch. Returns its book, or nil and the cursor behind which there may be others. One
--- script looks at LIMIT.searched workers. After that it looks at none, and the caller goes on from the beginning.
-local function find_worker(batch, epoch, now)
+-- Search for a worker for the first of these alternatives for which any has room, as `search` does for one. Also
+-- returns the number of the alternative. The cursor of a later one has its number before the free CPUs: 2/4000.
+local function search_any(shape, options, epoch, now, most, cursor_cpus, cursor_worker)
+  local looked, from, behind = 0, string.match(cursor_cpus, '^(%d+)/(.*)$')
+  local cpus, worker = behind or cursor_cpus, cursor_worker
+  for number = tonumber(from or '1'), #options do
+    if looked >= most then
+      return nil, looked, int(number) .. '/', ''
+    elseif options[number] then
+      local book, seen, more, last = search(shape, options[number], epoch, now, most - looked, cpus, worker)
+      looked = looked + seen
+      if book or more then
+        return book, looked, more and (number > 1 and int(number) .. '/' or '') .. more, last, number
+      end
+    end
+    cpus, worker = '', ''
+  end
+  return nil, looked
+end
+
+-- Find the best worker for a batch, for one of these alternatives. Returns its book, or nil and the cursor behind which
+-- there may be others. One script looks at LIMIT.searched workers. After that it looks at none, and the caller goes on
+-- from the beginning.
+local function find_worker(batch, options, epoch, now)
   if batch.looked >= LIMIT.searched then
     return nil, '0', ''
   end
-  local book, looked, cpus, worker = search(batch.shape, batch.amounts, epoch, now, LIMIT.candidates, '', '')
-  batch.looked = batch.looked + looked
+  local book, looked, cpus, worker, number = search_any(batch.shape, options, epoch, now, LIMIT.candidates, '', '')
+  batch.looked, batch.number, batch.amounts = batch.looked + looked, number, number and options[number]
   return book, cpus or '', worker or ''
 end

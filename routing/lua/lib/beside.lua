@@ -2,7 +2,8 @@
 
 -- The index of waiting shapes in which a shape stands beside the whole index. For a tenant, but the default one, it is
 -- the index of that tenant. For a queue it is the index of that
--- queue. In the default queue it is the index of the shape's first resource that not every worker has.
+-- queue. In the default queue it is the index of the shape's first resource that not every worker has. A shape with
+-- alternatives stands among those without such a resource: any worker may have one of them.
 local function shapes_beside(shape)
   if string.find(shape, ',$', 1, true) then
     return KEY.shapes_of .. '$' .. tenant_of(shape)
@@ -12,7 +13,7 @@ local function shapes_beside(shape)
     return KEY.shapes_of .. label
   end
   local name, at = string.match(shape, '^([^=,]+)=%d+,?()')
-  while name do
+  while name and not string.find(shape, ',|', 1, true) do
     if has_index(name) then
       return KEY.shapes_of .. name
     end

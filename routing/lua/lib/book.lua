@@ -33,7 +33,7 @@ end
 
 -- The task of a shape, which stands between its amounts and its suffix; nil where any worker may take the job.
 local function task_of(shape)
-  return string.match(shape, ',([^=,?+$^~]+)$') or string.match(shape, ',([^=,?+$^~]+),[?+$^~]')
+  return string.match(shape, ',([^=,|?+$^~]+)$') or string.match(shape, ',([^=,|?+$^~]+),[|?+$^~]')
 end
 
 -- Store the names of a catalogue's tasks, once for all workers with the same ones. An empty name, which no task has,

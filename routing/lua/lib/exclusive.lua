@@ -29,16 +29,19 @@ local function leave_queue(shape, epoch, facts)
   return unkeep(shape, epoch)
 end
 
--- True if another worker than the asking one is kept for a shape. A worker that can no longer take the shape is no
--- longer kept for it.
-local function is_kept_elsewhere(shape, amounts, asking, now)
+-- True if another worker than the asking one is kept for a shape, or if none of these alternatives fits on the asking
+-- one. A worker that can no longer take the shape is no longer kept for it.
+local function is_kept_elsewhere(shape, options, asking, now)
+  if not fits_any_empty(asking, options) then
+    return true
+  end
   local other = redis.call('HGET', KEY.kept, shape)
   local book = other and other ~= asking.worker and read_book(other, asking.epoch)
   if not book or book.kept ~= shape then
     return false
   end
   if book.status == 'ready' and not book.cordoned and book.lease > now and serves(book, shape)
-    and fits_empty(book, amounts) and takes(book, shape) then
+    and fits_any_empty(book, options) and takes(book, shape) then
     return true
   end
   forget_kept(book)

@@ -25,13 +25,12 @@ local function fill_pass(book, now, after, facts, admit)
       cursor = tries.more and tries.cursor or ''
       break
     end
-    local alone, occupied = first.amounts.alone, admitted > 0 or (book.allocated.slots or 0) > 0
-    -- The turn of a job that must be alone has come, and others run here. The worker is kept for it, unless another
-    -- worker is.
-    local keep = alone and occupied and not book.kept and not is_kept_elsewhere(first.shape, first.amounts, book, now)
-    local goes = book.kept and passes(book, first.shape, first.order, first.amounts, now, sharing) or not book.kept
-    local held_back = sharing and is_held_by_quota(sharing, first.shape, first.amounts)
-    if not held_back and (keep or goes and not (alone and occupied) and fits(book, first.amounts)) then
+    local alone, occupied = first.options[1].alone, admitted > 0 or (book.allocated.slots or 0) > 0
+    local options = within_quota(sharing, first.shape, first.options)
+    -- The turn of a job that must be alone has come, and others run here. The worker is kept for it, unless another is.
+    local keep = alone and occupied and not book.kept and not is_kept_elsewhere(first.shape, options, book, now)
+    local number = not (alone and occupied) and first_option(book, first.shape, first.order, options, now, sharing)
+    if keep or number then
       -- A place without its waiting job costs as much as a place with it.
       if admitted + dead == LIMIT.most then
         cursor = after
@@ -47,12 +46,13 @@ local function fill_pass(book, now, after, facts, admit)
       local job = id and read_job(id, true)
       if job and job.state == 'waiting' and job.message ~= '' then
         job.epoch, job.attempt, job.counted = book.epoch, int(tonumber(job.attempt) + 1), sharing and '1' or nil
+        job.shape = holding(first.shape, number)
         admit(id, job, job.message)
         admitted = admitted + 1
-        allocate(book, first.amounts, 1)
-        note_use(sharing, first.shape, first.amounts)
+        allocate(book, options[number], 1)
+        note_use(sharing, first.shape, options[number])
         if book.kept then
-          note_start(book, first.shape, first.order, first.amounts, now)
+          note_start(book, first.shape, first.order, options[number], now)
         end
       elseif id then
         dead = dead + 1
@@ -75,7 +75,7 @@ local function fill_pass(book, now, after, facts, admit)
         keep_shape(tries, first)
       end
       bring_back(tries, book, first.shape)
-    elseif not goes then
+    elseif book.kept then
       set_back(tries, first)
     end
   end

@@ -5,8 +5,8 @@
 local function kept_shape(book, sharing)
   local shape, head = book.kept, redis.call('ZSCORE', KEY.shapes, book.kept)
   local mine, row = redis.call('HGET', KEY.kept, shape) == book.worker, nil
-  if mine and head and serves(book, shape) and fits_empty(book, amounts_of(shape)) and takes(book, shape)
-    and not is_paused(book.pauses, shape) and not (sharing and is_held_by_quota(sharing, shape, amounts_of(shape))) then
+  if mine and head and serves(book, shape) and takes(book, shape) and not is_paused(book.pauses, shape)
+    and fits_any_empty(book, within_quota(sharing, shape, options_of(shape))) then
     if is_reserved(book) then
       read_reservation(book, head)
       return nil

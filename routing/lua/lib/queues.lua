@@ -1,11 +1,16 @@
 -- The queues of waiting shapes.
 
--- Enter a shape into the indexes of asked amounts, by which a pass passes over shapes that ask for too much. A shape
--- that must run alone stands before all others there: a worker on which it does not fit now may be kept for it.
+-- Enter a shape into the indexes of asked amounts, by which a pass passes over shapes that ask for too much. Of
+-- alternatives the least amount counts. A shape that must run alone stands before all others there: a worker on which
+-- it does not fit now may be kept for it.
 local function note_asked(shape)
-  local amounts = amounts_of(shape)
+  local options = options_of(shape)
   for _, name in ipairs({'cpus', 'memory'}) do
-    redis.call('ZADD', KEY.asks .. name, amounts.alone and '-1' or int(amounts[name] or 0), shape)
+    local least = options[1][name] or 0
+    for i = 2, #options do
+      least = math.min(least, options[i][name] or 0)
+    end
+    redis.call('ZADD', KEY.asks .. name, options[1].alone and '-1' or int(least), shape)
   end
 end
 
@@ -78,28 +83,13 @@ local function refile(shape)
 end
 
 -- The shape under which the next attempt of a job is filed. The job runs alone where one more loss ends it (`held_by`
--- of routing/policy/placement.py). Names stand in the order of their bytes.
+-- of routing/policy/placement.py).
 local function shape_held(shape, losses, most_losses)
   local most = tonumber(most_losses)
   if most <= 1 or tonumber(losses) < most - 1 or amounts_of(shape).alone then
     return shape
   end
-  local parts, unplaced = {}, 'alone'
-  for name, amount in string.gmatch(shape, '([^=,]+)=(%d+)') do
-    if unplaced then
-      local at = 1
-      while at <= #name and string.byte(name, at) == string.byte(unplaced, at) do
-        at = at + 1
-      end
-      if (string.byte(name, at) or 0) > (string.byte(unplaced, at) or 0) then
-        parts[#parts + 1], unplaced = 'alone=1', nil
-      end
-    end
-    parts[#parts + 1] = name .. '=' .. amount
-  end
-  if unplaced then
-    parts[#parts + 1] = 'alone=1'
-  end
+  local parts = {with_alone(shape)}
   parts[#parts + 1] = task_of(shape)
   parts[#parts + 1] = suffix_of(shape)
   return table.concat(parts, ',')

@@ -33,6 +33,7 @@ local function put_back(id, job, now, outcome, error_text, most_losses, outbox, 
     end
     job.shape = shape_held(job.shape, job.losses, most_losses)
   end
+  job.shape = holding(job.shape, 0)
   if job.successor or message_of(id, job) == '' then
     -- Postgres has the message that runs next: that of the successor, or that of an adopted job.
     local state = job.successor and 'scheduled' or 'accepted'

@@ -75,18 +75,28 @@ local function note_reserved(workers)
   end
 end
 
+-- The number of the first of these alternatives by which a job may start on a worker now; nil for none.
+local function first_option(book, shape, order, options, now, sharing)
+  for number, amounts in ipairs(options) do
+    if amounts and fits(book, amounts) and passes(book, shape, order, amounts, now, sharing) then
+      return number
+    end
+  end
+  return nil
+end
+
 -- One of these reserved workers on which the first job of a shape may start now, '' for none. Such workers stand in no
 -- index, so no search finds them. At most LIMIT.candidates of them are looked at.
-local function passing_worker(facts, shape, order, amounts, epoch, now)
+local function passing_worker(facts, shape, order, options, epoch, now)
   local looked, sharing = 0, nil
   for worker in string.gmatch(facts.reserved, '%S+') do
     looked = looked + 1
     local book = looked <= LIMIT.candidates and read_book(worker, epoch)
     if book and is_reserved(book) and book.kept ~= shape and book.lease > now and has_opening(book)
-        and serves(book, shape) and fits(book, amounts) and takes(book, shape) then
+        and serves(book, shape) and fits_any(book, options) and takes(book, shape) then
       read_reservation(book, redis.call('ZSCORE', KEY.shapes, book.kept) or 'inf')
       sharing = sharing or open_sharing(facts)
-      if passes(book, shape, tonumber(order), amounts, now, sharing) then
+      if first_option(book, shape, tonumber(order), options, now, sharing) then
         return book.worker
       end
     end

@@ -36,11 +36,11 @@ end
 -- is admitted moves behind the cursor, and is met there again. Kept twice, its later jobs would come too early.
 local function look_at(tries, book, shape, order)
   tries.looked = tries.looked + 1
-  local amounts = not tries.seen[shape] and serves(book, shape) and amounts_of(shape)
+  local options = not tries.seen[shape] and serves(book, shape) and options_of(shape)
   tries.seen[shape] = true
-  if amounts and (fits(book, amounts) or amounts.alone and fits_empty(book, amounts)) and takes(book, shape)
+  if options and (fits_any(book, options) or options[1].alone and fits_any_empty(book, options)) and takes(book, shape)
     and not holds_back(book.pauses, shape) then
-    keep_shape(tries, {shape = shape, order = order, amounts = amounts})
+    keep_shape(tries, {shape = shape, order = order, options = options})
   end
 end
 

@@ -2,7 +2,7 @@
 
 -- The suffix of a shape without its first comma, nil where the shape has none.
 local function suffix_of(shape)
-  return string.match(shape, ',([?+$^~].*)$')
+  return string.match(shape, ',([|?+$^~].*)$')
 end
 
 -- The tenant of the jobs of a shape.

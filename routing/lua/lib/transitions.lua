@@ -43,6 +43,9 @@ local function note(id, job, state, step, now, more)
   if job.losses and job.losses ~= '0' then
     rest[n + 1], rest[n + 2], n = 'losses', job.losses, n + 2
   end
+  if number_held(job.shape or '') then
+    rest[n + 1], rest[n + 2], n = 'shape', job.shape, n + 2
+  end
   for name, value in pairs(more or {}) do
     if value ~= '' then
       rest[n + 1], rest[n + 2], n = name, value, n + 2
@@ -62,8 +65,11 @@ local function token_of(job)
   return job.epoch .. '.' .. job.attempt
 end
 
--- A job's message with the token of its attempt as delivery tag. The message ends with the closing braces of its
+-- A job's message with the token of its attempt as delivery tag, and with the number of the alternative that it holds
+-- behind a slash. The message ends with the closing braces of its
 -- properties and of itself, so the tag goes before them.
 local function tagged(message, id, job)
-  return string.sub(message, 1, -3) .. ',"delivery_tag":' .. cjson.encode(id .. ':' .. token_of(job)) .. '}}'
+  local number = number_held(job.shape)
+  return string.sub(message, 1, -3) .. ',"delivery_tag":' ..
+    cjson.encode(id .. ':' .. token_of(job) .. (number and '/' .. number or '')) .. '}}'
 end

@@ -50,10 +50,10 @@ local function note_use(sharing, shape, amounts)
   note_level(sharing, turn)
 end
 
--- True if the quota of its tenant holds a shape back.
-local function is_held_by_quota(sharing, shape, amounts)
-  local turn = turn_of(sharing, tenant_of(shape))
-  return is_beyond_quota(turn.rule, turn.used, amounts)
+-- The alternatives of a shape, with false for those that the quota of its tenant holds back.
+local function within_quota(sharing, shape, options)
+  local turn = sharing and turn_of(sharing, tenant_of(shape))
+  return turn and allowed_options(turn.rule, turn.used, options) or options
 end
 
 -- True if the first job of a turn comes before that of another, by priority, then by turn, then by order.

@@ -13,8 +13,9 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy import placement
+from celery_capacity.routing.policy.feasibility import survey
 from celery_capacity.routing.policy.fill import fill_or_keep
-from celery_capacity.routing.policy.placement import Admission, Book, Refusal, Waiting, order, survey
+from celery_capacity.routing.policy.placement import Admission, Book, Refusal, Waiting, order
 from tests.fixtures.stores.books import MOST_LOSSES, job_field
 from tests.fixtures.stores.cluster import CAPACITY, ONE, Cluster
 

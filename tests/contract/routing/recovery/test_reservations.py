@@ -10,7 +10,8 @@ from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.token import Token
-from celery_capacity.routing.policy.placement import Refusal, Waiting, survey
+from celery_capacity.routing.policy.feasibility import survey
+from celery_capacity.routing.policy.placement import Refusal, Waiting
 from celery_capacity.routing.policy.reservation import Patience, Reservation, Rules
 from celery_capacity.routing.policy.tenants import Rule
 from celery_capacity.routing.recovery import reservations

@@ -17,7 +17,7 @@ from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Arrived, Ended
 from celery_capacity.routing.model.expected import UNKNOWN, RunTime
-from celery_capacity.routing.model.request import Request, timed
+from celery_capacity.routing.model.request import Request, alternatives_term, timed
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import Book, order
@@ -41,10 +41,11 @@ SHORTEST, STEP = 2**24, 1.5
 MOST: Final = 14
 FIRST: Final = Token(1, 1)
 
-#: Events: a job with CPUs, GPUs, a priority, and an expected time or none comes; or a running job ends.
+#: Events: a job with CPUs, GPUs or other CPUs as alternatives, a priority, and an expected time or none comes; or a
+#: running job ends.
 COMES: Final = st.tuples(
     st.integers(1, 8),
-    st.sampled_from([0, 0, 0, 1]),
+    st.sampled_from([(0,), (0,), (0,), (1,), (1, 5), (2, 3), (0, 1)]),
     st.sampled_from([0, 0, 0, 5]),
     st.sampled_from([True, True, False]),
 )
@@ -82,11 +83,17 @@ class Both:
             pass
         self.simulation.now = now
 
-    def come(self, cpus: int, gpus: int, priority: int, expected: int, tenant: str = DEFAULT_TENANT) -> None:
+    def come(
+        self, cpus: int, kinds: tuple[int, ...], priority: int, expected: int, tenant: str = DEFAULT_TENANT
+    ) -> None:
         self.tick()
         self.jobs += 1
-        job, request = f"job-{self.jobs:02}", Request.of({"cpus": cpus, "gpus": gpus})
-        terms, run_time = tenant_term(tenant), RunTime(expected, expected) if expected else UNKNOWN
+        gpus, *others = kinds
+        requests = [Request.of({"cpus": cpus, "gpus": gpus}), *(Request.of({"cpus": other}) for other in others)]
+        requests = list(dict.fromkeys(requests))
+        job, request = f"job-{self.jobs:02}", requests[0]
+        terms = alternatives_term(requests) + tenant_term(tenant)
+        run_time = RunTime(expected, expected) if expected else UNKNOWN
         entry = Submission(job, 0, expected, request, priority=priority, terms=terms)
         self.simulation._submissions[job] = entry
         self.simulation._submit(self.jobs, entry)
@@ -114,13 +121,13 @@ class Both:
 @settings(ON_A_SERVER, max_examples=40)
 @given(EVENTS, st.permutations(range(MOST)), st.sampled_from([0, 1, 1, 2]))
 def test_platform_starts_what_the_simulation_starts(
-    ledger: Ledger, events: list[tuple[int, int, int, bool] | int], times: list[int], depth: int
+    ledger: Ledger, events: list[tuple[int, tuple[int, ...], int, bool] | int], times: list[int], depth: int
 ) -> None:
     both = Both(ledger, depth)
     for event in events:
         if isinstance(event, tuple) and both.jobs < MOST:
-            cpus, gpus, priority, timed = event
-            both.come(cpus, gpus, priority, round(SHORTEST * STEP ** times[both.jobs]) if timed else 0)
+            cpus, kinds, priority, timed = event
+            both.come(cpus, kinds, priority, round(SHORTEST * STEP ** times[both.jobs]) if timed else 0)
         elif isinstance(event, int) and both.running:
             both.end(event)
         both.compare()
@@ -157,7 +164,7 @@ def slow_ledger(redis_url: str) -> Iterator[Ledger]:
 )
 def test_platform_starts_what_the_simulation_starts_among_tenants(
     slow_ledger: Ledger,
-    events: list[tuple[tuple[int, int, int, bool], str] | int],
+    events: list[tuple[tuple[int, tuple[int, ...], int, bool], str] | int],
     times: list[int],
     depth: int,
     sharing: Sharing,
@@ -165,9 +172,9 @@ def test_platform_starts_what_the_simulation_starts_among_tenants(
     both = Both(slow_ledger, depth, sharing)
     for event in events:
         if isinstance(event, tuple) and both.jobs < MOST:
-            (cpus, gpus, priority, timed), tenant = event
+            (cpus, kinds, priority, timed), tenant = event
             expected = round(SHORTEST * STEP ** times[both.jobs]) if timed else 0
-            both.come(cpus, gpus, priority, expected, tenant)
+            both.come(cpus, kinds, priority, expected, tenant)
         elif isinstance(event, int) and both.running:
             both.end(event)
         both.compare()

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_capacity.routing.errors import InvalidRequest
-from celery_capacity.routing.model.request import REQUEST_OPTIONS, Request
+from celery_capacity.routing.model.request import (
+    REQUEST_OPTIONS,
+    Request,
+    alternatives_from,
+    alternatives_of,
+    alternatives_term,
+    check_alternatives,
+    filed_shape,
+    holding,
+    number_held,
+    with_request,
+)
 
 NAMES = st.one_of(st.sampled_from(["cpus", "memory", "gpus"]), st.text("abc_.-09", min_size=1, max_size=8))
 REQUESTS = st.dictionaries(NAMES, st.integers(0, 1_000_000_000), max_size=8).map(Request.of)
@@ -125,3 +136,53 @@ def test_the_constructor_takes_the_canonical_form_only() -> None:
 def test_json_without_cpus_or_slots_means_none_and_one() -> None:
     assert Request.from_people({}).shape == "slots=1"
     assert Request.from_people({"cpus": 0.5, "slots": 2}).shape == "cpus=500,slots=2"
+
+
+# -- alternatives
+
+
+GPU_OR_CPUS: Final = alternatives_from(
+    {"requests": [{"gpus": 1}, {"cpus": 32}]}, (), Request.from_options({"memory": "1GiB"}, 1000)
+)
+SHAPE: Final = GPU_OR_CPUS[0].shape + alternatives_term(GPU_OR_CPUS)
+
+
+def test_alternatives_have_what_is_asked_for_beside_them() -> None:
+    assert [str(request) for request in GPU_OR_CPUS] == ["1 CPU, 1 gpu, 1 GiB memory", "32 CPUs, 1 GiB memory"]
+
+
+def test_shape_of_a_held_alternative_has_its_amounts_and_all_alternatives() -> None:
+    held = holding(SHAPE + ",$physics,~655360", 2)
+    assert Request.from_shape(held) == GPU_OR_CPUS[1]
+    assert (number_held(held), number_held(SHAPE)) == (2, 0)
+    assert alternatives_of(held) == check_alternatives(held) == GPU_OR_CPUS
+    assert holding(held, 0) == SHAPE + ",$physics,~655360"
+    assert holding("cpus=1000,slots=1", 2) == "cpus=1000,slots=1"
+
+
+def test_last_attempt_is_alone_with_each_alternative() -> None:
+    last = with_request(SHAPE, Request.of({**dict(GPU_OR_CPUS[0].amounts), "alone": 1}))
+    assert [request.get("alone") for request in alternatives_of(last)] == [1, 1]
+    assert Request.from_shape(holding(filed_shape(last, "tasks.render"), 2)).get("alone") == 1
+
+
+def test_nearer_amounts_go_into_each_alternative() -> None:
+    nearer = alternatives_from({"memory": "2GiB"}, GPU_OR_CPUS, GPU_OR_CPUS[0])
+    assert [request.get("memory") for request in nearer] == [2**31, 2**31]
+    assert alternatives_term(alternatives_from({"requests": [{}, {"cpus": 1}]}, (), Request.of({"cpus": 1000}))) == ""
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "cpus=1000,slots=1,|cpus!1000;slots!1",
+        "cpus=1000,slots=1,|cpus!1000;slots!1|cpus!1000;slots!1",
+        "cpus=1000,slots=1,|slots!1;cpus!1000|cpus!2000;slots!1",
+        "cpus=1000,slots=1,|cpus!1000;slots!1|nothing",
+        "cpus=1000,slots=1,|" + "|".join(f"cpus!{n}000;slots!1" for n in range(1, 6)),
+        "cpus=1000,slots=1,|cpus!1000;slots!1|cpus!1000;queue:mail!1;slots!1",
+    ],
+)
+def test_forged_alternatives_are_refused(shape: str) -> None:
+    with pytest.raises(InvalidRequest):
+        check_alternatives(shape)

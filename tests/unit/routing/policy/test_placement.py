@@ -16,6 +16,7 @@ from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy import placement
+from celery_capacity.routing.policy.feasibility import survey
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import (
     SUBMISSIONS,
@@ -30,7 +31,6 @@ from celery_capacity.routing.policy.placement import (
     found_by,
     order,
     shortages,
-    survey,
 )
 
 RESOURCES = ("cpus", "memory", "licence", "slots")
@@ -437,7 +437,8 @@ def test_the_policy_imports_values_and_the_standard_library_only() -> None:
     )
     ours = {name for name in imported if name and name.split(".")[0] == "celery_capacity"}
     values = [f"model.{name}" for name in ("amounts", "request", "capacity", "expected", "reasons")]
-    assert ours <= {f"celery_capacity.routing.{name}" for name in (*values, "policy.amount_classes", "policy.labels")}
+    policies = [f"policy.{name}" for name in ("amount_classes", "labels")]
+    assert ours <= {f"celery_capacity.routing.{name}" for name in (*values, *policies)}
     assert not imported & {"time", "random", "logging", "datetime", "os", "redis", "sqlalchemy"}
 
 

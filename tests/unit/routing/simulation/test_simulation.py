@@ -13,10 +13,18 @@ from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import Book, Waiting, order
 from celery_capacity.routing.policy.reservation import Rules, earliest_start, large_enough, place_in_line
 from celery_capacity.routing.policy.tenants import Rule, Sharing, tenant_term
-from celery_capacity.routing.simulation.expectations import FEWEST, REMEMBERED, SOURCES, Exact, Learned, Unknown
+from celery_capacity.routing.simulation.expectations import (
+    FEWEST,
+    REMEMBERED,
+    SOURCES,
+    Exact,
+    Expectations,
+    Learned,
+    Unknown,
+)
 from celery_capacity.routing.simulation.jobs import Start, Submission
 from celery_capacity.routing.simulation.shares import Shares
-from celery_capacity.routing.simulation.simulation import Expectations, Simulation, simulate
+from celery_capacity.routing.simulation.simulation import Simulation, simulate
 
 
 class Wrong(Unknown):
