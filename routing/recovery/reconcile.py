@@ -344,6 +344,7 @@ def _bring_forward(connection: Connection, ledger: Ledger, row: Row, card: JobCa
         at_ms=now,
         losses=int(fields.get("losses") or 0),
         outcome=card.outcome or "",
+        shape=card.shape or "",
     )
     return bool(job_transitions.apply(connection, [forward]))
 

@@ -19,9 +19,10 @@ from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database import authority
 from celery_capacity.routing.database.authority import hold_epoch, read_authority
-from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model.request import Request, alternatives_term
 from celery_capacity.routing.recovery import rebuild, revocation
 from celery_capacity.routing.store import claims
 from tests.fixtures.stores.books import job_field
@@ -226,3 +227,27 @@ def test_opener_replaces_books_of_an_older_format_and_applies_their_stream(stage
     assert stage.redis.hget(keys.EPOCH, "format") == str(format_versions.LEDGER).encode()
     assert stage.redis.xlen(keys.STREAM) == 0
     ledger.client.close()
+
+
+def test_new_books_have_the_alternative_that_a_job_holds(stage: Stage) -> None:
+    gpu, wide = Request.of({"cpus": 1000, "gpus": 1}), Request.of({"cpus": 3000})
+    term = alternatives_term([gpu, wide])
+    stage.worker("b", cpus=3000)
+    held, waits = (stage.submit(place=term, cpus=1000, gpus=1) for _ in range(2))
+    stage.start(held)
+    stage.redis.flushdb()
+    opened = rebuild.open_if_cold(stage.engine, stage.ledger)
+    assert opened is not None
+    stage.ledger.epoch = opened.epoch
+    shapes = [job_field(stage.redis, job, "shape") for job in (held, waits)]
+    assert shapes == [f"{wide.shape},task,|2{term[1:]}".encode(), f"{gpu.shape},task{term}".encode()]
+    book = snapshot.read_books(stage.redis, ["b"])["b"]
+    assert {name: amount for name, amount in book.allocated.items() if amount} == dict(wide.amounts)
+    stage.worker("b", cpus=3000)
+    stage.end(held)
+    assert stage.row(held).state == "succeeded"
+    # The room there goes to the job of the lost worker, which comes first.
+    stage.worker("c", cpus=3000)
+    stage.apply()
+    row = stage.row(waits)
+    assert (row.state, row.shape) == ("admitted", f"{wide.shape},|2{term[1:]}")

@@ -13,10 +13,10 @@ from sqlalchemy import Engine, text
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect import verify
-from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.routing.ledger.replies import Adopted, LedgerClosed
-from celery_capacity.routing.model.request import Request, filed_shape
+from celery_capacity.routing.ledger.replies import Adopted, Arrived, LedgerClosed
+from celery_capacity.routing.model.request import Request, alternatives_term, filed_shape
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import order
@@ -28,7 +28,7 @@ from celery_capacity.routing.store import backlog
 from tests.fixtures.jobs.work import Work
 from tests.fixtures.stores import damage
 from tests.fixtures.stores.damage import DAMAGES, Scene
-from tests.fixtures.stores.staged import MESSAGE, Stage
+from tests.fixtures.stores.staged import MESSAGE, MOST_LOSSES, Stage
 
 #: Seconds for which a violation must stay. Nothing else moves when the test looks for it.
 BRIEFLY: Final = 0.2
@@ -165,6 +165,55 @@ def test_a_running_job_of_a_worker_that_left_is_submitted_again(scene: Scene) ->
     stage.apply()
     assert (stage.row(scene.other).state, stage.row(scene.other).worker) == ("waiting", None)
     assert not scene.redis.exists(keys.book("b"))
+
+
+#: A job that runs on a GPU, or on two CPUs.
+ON_GPU: Final = Request.of({"cpus": 1000, "gpus": 1})
+GPU_OR_CPUS: Final = alternatives_term([ON_GPU, Request.of({"cpus": 2000})])
+TWO_CPUS: Final = f"cpus=2000,slots=1,|2{GPU_OR_CPUS[1:]}"
+
+
+def _take_second_alternative(stage: Stage, *, applied: bool = True) -> str:
+    stage.worker("a", cpus=2000)
+    return stage.submit(place=GPU_OR_CPUS, applied=applied, cpus=1000, gpus=1)
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_held_alternative_reaches_the_row_though_its_entry_is_lost(stage: Stage, running: bool) -> None:
+    job = _take_second_alternative(stage, applied=False)
+    if running:
+        arrived = [Arrived(job, Token(stage.ledger.epoch, 1), "nonce")]
+        assert stage.ledger.settle("a", "a-life", arrived=arrived, most_losses=MOST_LOSSES).claimed[0].ok
+    stage.redis.delete(keys.STREAM)
+    reconcile(stage.engine, stage.ledger)
+    row = stage.row(job)
+    assert (row.state, row.shape) == ("running" if running else "admitted", TWO_CPUS)
+    assert row.request == {"cpus": 2, "slots": 1}
+    assert verify.check(stage.engine, stage.redis, patience=BRIEFLY).lines() == []
+    stage.end(job)
+    assert stage.row(job).shape == TWO_CPUS
+
+
+def test_running_job_keeps_its_alternative_when_its_key_was_lost(stage: Stage) -> None:
+    job = _take_second_alternative(stage)
+    stage.start(job)
+    stage.redis.delete(keys.job(job), keys.held("a"), keys.book("a"))
+    assert reconcile(stage.engine, stage.ledger).all_repaired
+    assert snapshot.read_books(stage.redis, ["a"])["a"].allocated["cpus"] == 2000
+    assert verify.check(stage.engine, stage.redis, patience=BRIEFLY).lines() == []
+    stage.worker("a", cpus=2000)
+    stage.end(job)
+    assert stage.row(job).state == "succeeded"
+
+
+def test_admitted_job_waits_for_all_alternatives_when_its_key_was_lost(stage: Stage) -> None:
+    job = _take_second_alternative(stage)
+    stage.redis.delete(keys.job(job))
+    reconcile(stage.engine, stage.ledger)
+    stage.apply()
+    row = stage.row(job)
+    assert (row.attempt, row.shape) == (2, TWO_CPUS)
+    assert verify.check(stage.engine, stage.redis, patience=BRIEFLY).lines() == []
 
 
 def test_a_repair_admits_what_fits_now(scene: Scene) -> None:
