@@ -15,7 +15,7 @@ from celery_capacity.platform.console.wording import details
 from celery_capacity.routing.config.redaction import hidden_text
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE
 from celery_capacity.routing.model.expected import duration_text
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, alternatives_text
 from celery_capacity.routing.model.states import FINAL, State
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def job(console: Console, file: JobFile, why: Explanation | None, call: Mapping[
         ("state", Text(line["state"], STATE_STYLES.get(line["state"], ""))),
         ("args", value(call.get("args"))),
         ("kwargs", value(call.get("kwargs"))),
-        ("request", f"{Request.from_people(line['request'])}{declared}"),
+        ("request", f"{alternatives_text(file.alternatives or (Request.from_people(line['request']),))}{declared}"),
         ("expected", duration_text(line["expected_ms"]) if line["expected_ms"] else ""),
         ("queue", "" if line["queue"] == DEFAULT_QUEUE else line["queue"]),
         ("priority", str(line["priority"])),

@@ -141,7 +141,7 @@ def _backlog(console: Console, backlog: Sequence[BacklogLine]) -> None:
     """Print a line for each request that waits. Jobs that no worker can take come first, with the reason."""
     _unknown_tasks(console, [line.unknown_task for line in backlog if line.unknown_task])
     columns: dict[str, list[str]] = {
-        "request": [str(line.request) for line in backlog],
+        "request": [line.request_text for line in backlog],
         "waiting": [str(line.waiting) for line in backlog],
         "oldest": [age(line.oldest) for line in backlog],
         "queue": [harmless(line.request.queue) for line in backlog],

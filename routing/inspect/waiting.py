@@ -18,7 +18,14 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.admission import shape_held
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request, filed_shape, split_shape, terms_of
+from celery_capacity.routing.model.request import (
+    Request,
+    alternatives_text,
+    alternatives_to_show,
+    filed_shape,
+    split_shape,
+    terms_of,
+)
 from celery_capacity.routing.policy.feasibility import judge, kinds_of, with_named
 from celery_capacity.routing.policy.labels import place_of
 from celery_capacity.routing.policy.placement import SUBMISSIONS, TOP_PRIORITY, Book, Refusal, order
@@ -55,10 +62,21 @@ class BacklogLine:
     #: terms of its shapes that say where it may run
     terms: str = ""
 
+    @property
+    def alternatives(self) -> tuple[Request, ...]:
+        """Return the alternatives of the jobs in order; none where they have one request."""
+        return alternatives_to_show(self.request.shape + self.terms)
+
+    @property
+    def request_text(self) -> str:
+        """Return what each of the jobs needs, in words."""
+        return alternatives_text(self.alternatives or (self.request,))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "queue": self.request.queue,
             "request": self.request.to_people(),
+            "alternatives": [request.to_people() for request in self.alternatives],
             "where": str(place_of(self.terms)) or None,
             "waiting": self.waiting,
             "oldest_seconds": None if self.oldest is None else round(self.oldest, 3),

@@ -277,6 +277,16 @@ def alternatives_term(requests: Sequence[Request]) -> str:
     return "," + "".join(ALTERNATIVE_SIGN + request.shape.translate(_WRITTEN) for request in requests)
 
 
+def alternatives_to_show(shape: str) -> tuple[Request, ...]:
+    """Return the alternatives of a shape under which a job waits; none where it has one request, or holds one."""
+    return alternatives_of(shape) if ",|" in shape and not number_held(shape) else ()
+
+
+def alternatives_text(requests: Sequence[Request]) -> str:
+    """Return alternatives in words: "1 CPU, 1 gpu, or 32 CPUs"."""
+    return ", or ".join(map(str, requests))
+
+
 def number_held(shape: str) -> int:
     """Return the number of the alternative that the job of a shape holds, from 1; 0 where it holds none."""
     match = _ALTERNATIVES.search(shape) if ",|" in shape else None

@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Select, TableClause, Text, cas
 from sqlalchemy.dialects.postgresql import ARRAY, aggregate_order_by
 
 from celery_capacity.routing.database import schema
+from celery_capacity.routing.model.request import Request, alternatives_to_show
 
 _jobs = schema.jobs.c
 #: Columns of a job in a list.
@@ -70,14 +71,22 @@ class JobLine:
 
 @dataclass(frozen=True, slots=True)
 class JobFile:
-    """A job with all its attempts, oldest first. `now`: Postgres's clock when it was read."""
+    """A job with all its attempts, oldest first. `now`: Postgres's clock when it was read.
+
+    `alternatives`: the requests of which it needs one, in order; none where it has one request, or has taken one.
+    """
 
     job: JobLine
     attempts: Sequence[JobLine]
     now: datetime
+    alternatives: Sequence[Request] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.job.to_json(), "attempts": [attempt.to_json() for attempt in self.attempts]}
+        return {
+            **self.job.to_json(),
+            "alternatives": [request.to_people() for request in self.alternatives],
+            "attempts": [attempt.to_json() for attempt in self.attempts],
+        }
 
 
 def plain(value: Any) -> Any:
@@ -105,7 +114,7 @@ def find(connection: Connection, job: str) -> JobFile | None:
     readable = connection.execute(select(func.has_column_privilege("jobs", "message", "SELECT"))).scalar_one()
     live, gone = schema.jobs, schema.jobs_archive
     size = func.length(_jobs.message) if readable else null()
-    query = select(*columns(live), *_links(live), size.label("message_bytes")).where(_jobs.id == job)
+    query = select(*columns(live), *_links(live), size.label("message_bytes"), _jobs.shape).where(_jobs.id == job)
     file = _file(connection, query, schema.attempts, schema.attempts.c.job_id == job)
     if file is not None:
         return file
@@ -162,9 +171,10 @@ def _file(
     if row is None:
         return None
     values = dict(row._mapping)
-    now = values.pop("now")
+    now, shape = values.pop("now"), values.pop("shape", "")
     tries = select(*(attempts.c[name] for name in _TRIES)).where(own).order_by(attempts.c.epoch, attempts.c.attempt)
-    return JobFile(JobLine(values), [_line(row) for row in connection.execute(tries)], now)
+    lines = [_line(row) for row in connection.execute(tries)]
+    return JobFile(JobLine(values), lines, now, alternatives_to_show(shape))
 
 
 def _line(row: Any) -> JobLine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
@@ -85,7 +86,7 @@ def test_the_backlog_is_told_by_queue_and_request() -> None:
     request = Request.of({"cpus": 4000, "memory": 2**31})
     seen = _overview(backlog=(BacklogLine(request, 12, 33.25), BacklogLine(request.within("video"), 1, None)))
     people = {"cpus": 4, "memory": 2147483648, "slots": 1}
-    nothing = {"unknown_task": None, "blocked": None, "where": None}
+    nothing: dict[str, Any] = {"unknown_task": None, "blocked": None, "where": None, "alternatives": []}
     assert seen.to_json()["backlog"] == [
         {"queue": "celery", "request": people, "waiting": 12, "oldest_seconds": 33.25, **nothing},
         {"queue": "video", "request": people, "waiting": 1, "oldest_seconds": None, **nothing},

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from celery_capacity.routing.inspect import waiting
 from celery_capacity.routing.inspect.waiting import BLOCKING, BacklogLine, blocked_first
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, alternatives_term
 from celery_capacity.routing.policy.feasibility import judge
 from celery_capacity.routing.policy.placement import Admission, Book, Refusal
 
@@ -41,3 +41,11 @@ def test_equal_workers_are_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     books = [Book(f"w{n}", {"cpus": 1000 * (1 + n % 2), "slots": 9}, {"cpus": n}) for n in range(100)]
     blocked_first([BacklogLine(Request.of({"cpus": n}), 1, None) for n in range(3)], books)
     assert judged == [2, 2, 2]
+
+
+def test_line_of_jobs_with_alternatives_shows_them_in_order() -> None:
+    gpu, wide = Request.of({"cpus": 1000, "gpus": 1}), Request.of({"cpus": 3000})
+    line = BacklogLine(gpu, 2, None, terms=alternatives_term([gpu, wide]))
+    assert line.request_text == "1 CPU, 1 gpu, or 3 CPUs"
+    assert line.to_json()["alternatives"] == [gpu.to_people(), wide.to_people()]
+    assert BacklogLine(gpu, 2, None).to_json()["alternatives"] == []
