@@ -22,6 +22,7 @@ from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.pauses import Scope
 from celery_capacity.routing.store import controls as stored_controls
 from celery_capacity.workers.client import controls, priorities
+from celery_capacity.workers.client.tenants import set_tenant
 from tests.fixtures.stores.authorities import Authority
 
 # -- who starts
@@ -314,6 +315,22 @@ def test_job_holds_one_alternative_and_waits_for_all_again(authority: Authority)
     assert (row.shape.split(",|")[0], row.request["gpus"]) == ("cpus=1000,gpus=1,slots=1", 1)
     assert authority.end(job, worker="b") == "released"
     assert authority.row(job).state == "succeeded"
+
+
+def test_quota_leaves_the_alternatives_that_it_allows(authority: Authority) -> None:
+    set_tenant(authority.stores, "physics", {"quota": {"gpus": 1}})
+    terms = alternatives_term([Request.of({"cpus": 1000, "gpus": 1}), Request.of({"cpus": 2000})]) + ",$physics"
+    authority.worker("a", cpus=5000, gpus=3)
+    jobs = [authority.submit(cpus=1000, gpus=1, terms=terms) for _ in range(4)]
+    assert authority.starts("a") == jobs[:3]
+    assert authority.allocated("a") == {"cpus": 5000, "gpus": 1, "slots": 3}
+    authority.end(jobs[1])
+    assert authority.starts("a") == [jobs[3]]
+    assert authority.allocated("a") == {"cpus": 5000, "gpus": 1, "slots": 3}
+    authority.end(jobs[0])
+    last = authority.submit(cpus=1000, gpus=1, terms=terms)
+    assert authority.starts("a") == [last]
+    assert authority.allocated("a") == {"cpus": 5000, "gpus": 1, "slots": 3}
 
 
 def test_attempt_that_went_back_cannot_end_the_next_one(authority: Authority) -> None:

@@ -14,6 +14,7 @@ from celery_capacity.routing.inspect.explain import explain
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.reasons import Reason
+from celery_capacity.routing.model.request import Request, alternatives_term
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import Book
@@ -96,6 +97,25 @@ def test_end_starts_job_on_another_worker_that_a_quota_held(stage: Stage, tenant
     stage.apply()
     assert (stage.row(wide).state, stage.row(wide).worker) == ("admitted", "b")
     finish(stage, wide)
+
+
+def test_end_starts_job_elsewhere_by_an_alternative_a_quota_held(stage: Stage) -> None:
+    stage.worker("a", cpus=1000, gpus=1)
+    set_rule(stage, "physics", Rule(quota={"gpus": 1}))
+    first = stage.submit(tenant="physics", cpus=1000, gpus=1)
+    stage.worker("b", cpus=4000, gpus=1)
+    term = alternatives_term([Request.of({"cpus": 9000}), Request.of({"cpus": 2000, "gpus": 1})])
+    second = stage.submit(tenant="physics", place=term, cpus=9000)
+    assert [stage.row(job).state for job in (first, second)] == ["admitted", "waiting"]
+    stage.start(first)
+    row = stage.row(first)
+    ended = Ended(first, Token(row.epoch, row.attempt), Outcome.SUCCEEDED)
+    settled = stage.ledger.settle(row.worker, row.incarnation, ended=[ended], most_losses=MOST_LOSSES)
+    stage.ledger.follow(row.worker, settled)
+    stage.apply()
+    row = stage.row(second)
+    assert (row.state, row.worker, row.request) == ("admitted", "b", {"cpus": 2, "gpus": 1, "slots": 1})
+    finish(stage, second)
 
 
 def test_quota_counts_what_ran_before_tenants_were_in_use(stage: Stage) -> None:
