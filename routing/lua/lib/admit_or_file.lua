@@ -63,7 +63,7 @@ local function admit_or_file(id, job, rerun, facts, now, batch)
   if not batch.full then
     local book = batch.book
     -- Use the worker of the last job as long as it has room for one more.
-    local other = not book or options[2] or options[1].alone or is_spread(job.shape)
+    local other = not book or #options > 1 or options[1].alone or is_spread(job.shape)
     if other or room(book, 'slots') < 1 or not fits(book, batch.amounts) then
       write_batch(batch)
       batch.book, cursor_score, cursor_worker = find_worker(batch, options, job.epoch, now)

@@ -208,6 +208,19 @@ def test_quota_leaves_an_alternative_that_it_allows(ledger: Ledger) -> None:
     assert snapshot.text(ledger.client.hget(keys.KEYS["used"], "physics/cpus")) == "5000"
 
 
+def test_quota_leaves_the_last_of_three_alternatives_to_a_batch(ledger: Ledger) -> None:
+    register(ledger, [])
+    ledger.register("w", "life", "queue.w", Capacity.of({"cpus": 8000, "slots": 4, "gpus": 2}).shape, VIEW)
+    ledger.client.hset(keys.KEYS["tenants"], "physics", "1;;gpus=0")
+    small = Request.of({"cpus": 1000})
+    requests = [GPU, Request.of({"cpus": 2000, "gpus": 2}), small]
+    shape = f"{GPU.shape}{alternatives_term(requests)},$physics"
+    jobs = ["job-1", "job-2", "job-3"]
+    ledger.submit_many([(job, shape, order(0, n), MESSAGE, 0, 0, 0) for n, job in enumerate(jobs)])
+    assert delivered(ledger.client, "queue.w") == jobs
+    assert {held_shape(ledger, job).split(",|")[0] for job in jobs} == {small.shape}
+
+
 def test_row_has_the_held_alternative_and_waits_for_all_again(engine: Engine) -> None:
     waiting = Waiting("job", GPU, order(0, 1), terms=TERM)
     _insert(engine, [waiting])
