@@ -6,14 +6,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
+from unittest.mock import patch
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, text
 
+from celery_capacity.routing.database import tenants
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.model.amounts import labels
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.request import Request, alternatives_term
 from celery_capacity.routing.model.states import Outcome
@@ -29,10 +32,14 @@ from celery_capacity.routing.policy.placement import (
     Waiting,
     order,
 )
+from celery_capacity.routing.policy.tenants import Sharing
 from celery_capacity.routing.recovery.workers_with_room import fill_all
 from celery_capacity.routing.store import claims
-from tests.contract.routing.ledger.test_admission import WRITTEN, delivered
+from tests.contract.routing.ledger.test_admission import WRITTEN, delivered, vectors
 from tests.contract.routing.policy.test_labels import ON_A_SERVER, _insert, register
+from tests.contract.routing.policy.test_tenants import BACKLOG as TENANTS_BACKLOG
+from tests.contract.routing.policy.test_tenants import SERVED, SHARINGS
+from tests.fixtures.property_tests import examples
 from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, VIEW
 
 GIB: Final = 2**30
@@ -93,7 +100,7 @@ def held_shape(ledger: Ledger, job: str) -> str:
 
 
 @WRITTEN
-@settings(ON_A_SERVER, max_examples=600)
+@settings(ON_A_SERVER, max_examples=examples(900))
 @given(BOOKS, PACKED)
 def test_submits_take_the_alternative_that_the_policy_says(
     ledger: Ledger, books: list[Book], jobs: list[Waiting]
@@ -113,7 +120,7 @@ def test_submits_take_the_alternative_that_the_policy_says(
 
 
 @WRITTEN
-@settings(ON_A_SERVER, max_examples=300)
+@settings(ON_A_SERVER, max_examples=examples(600))
 @given(BOOKS, PACKED)
 def test_many_submits_take_the_alternatives_that_the_policy_says(
     ledger: Ledger, books: list[Book], jobs: list[Waiting]
@@ -129,7 +136,7 @@ def test_many_submits_take_the_alternatives_that_the_policy_says(
     assert {worker: delivered(ledger.client, f"queue.{worker}") for worker in expected} == expected
 
 
-@settings(ON_A_SERVER, max_examples=600)
+@settings(ON_A_SERVER, max_examples=examples(900))
 @given(BACKLOG, CAPACITIES)
 def test_release_takes_the_alternatives_of_the_policys_pass(
     ledger: Ledger, backlog: list[Waiting], capacity: dict[str, int]
@@ -150,7 +157,7 @@ def test_release_takes_the_alternatives_of_the_policys_pass(
     assert (snapshot.text(kept) if kept else "") == filling.kept
 
 
-@settings(ON_A_SERVER, max_examples=300)
+@settings(ON_A_SERVER, max_examples=examples(600))
 @given(PACKED, CAPACITIES)
 def test_pull_takes_the_alternatives_of_the_policys_pass(
     engine: Engine, backlog: list[Waiting], capacity: dict[str, int]
@@ -163,6 +170,21 @@ def test_pull_takes_the_alternatives_of_the_policys_pass(
     with engine.connect() as connection:
         chosen = claims.look(connection, book, MOST_LOSSES)
     admitted = fill_or_keep(book, backlog, MAX_ADMITTED).admitted
+    assert [(row.job, row.held or row.shape) for row in chosen] == [(job.job, job.held_shape) for job in admitted]
+
+
+@settings(ON_A_SERVER, max_examples=examples(600))
+@given(TENANTS_BACKLOG, vectors(st.integers(1, 9)), SHARINGS)
+def test_pull_takes_the_alternatives_of_the_policys_pass_among_tenants(
+    engine: Engine, backlog: list[Waiting], capacity: dict[str, int], sharing: Sharing
+) -> None:
+    if not backlog:
+        return
+    _insert(engine, backlog)
+    book = Book("w1", {**capacity, **labels(SERVED)}, {})
+    with engine.connect() as connection, patch.object(tenants, "sharing_in_use", lambda _: sharing):
+        chosen = claims.look(connection, book, MOST_LOSSES)
+    admitted = fill_or_keep(book, backlog, MAX_ADMITTED, sharing=sharing).admitted
     assert [(row.job, row.held or row.shape) for row in chosen] == [(job.job, job.held_shape) for job in admitted]
 
 

@@ -28,7 +28,7 @@ from celery_capacity.routing.policy.placement import (
     fits,
     order,
 )
-from celery_capacity.routing.policy.reservation import Reservation, after_start, passes
+from celery_capacity.routing.policy.reservation import Reservation, after_start, first_fitting, passes
 from celery_capacity.routing.policy.tenants import Sharing, tenant_term
 from tests.contract.routing.ledger.test_admission import (
     BOOKS,
@@ -40,7 +40,7 @@ from tests.contract.routing.ledger.test_admission import (
     vectors,
     write,
 )
-from tests.contract.routing.policy.test_tenants import SHARINGS, TENANTS, write_sharing
+from tests.contract.routing.policy.test_tenants import OTHERS, SHARINGS, TENANTS, alternatives, write_sharing
 from tests.fixtures.property_tests import examples
 from tests.fixtures.stores.books import MESSAGE, job_field, write_book
 from tests.fixtures.stores.cluster import ONE, Cluster
@@ -193,7 +193,7 @@ def test_new_job_goes_where_the_policy_says_beside_a_reservation(
 @settings(ON_A_SERVER, max_examples=examples(400))
 @given(
     BACKLOG,
-    st.lists(st.sampled_from(TENANTS), min_size=20, max_size=20),
+    st.lists(st.tuples(st.sampled_from(TENANTS), OTHERS), min_size=20, max_size=20),
     SHARINGS,
     capacities(st.integers(1, 6)),
     vectors(st.integers(0, 3)),
@@ -204,7 +204,7 @@ def test_new_job_goes_where_the_policy_says_beside_a_reservation(
 def test_pass_over_a_reserved_worker_keeps_the_turns_of_tenants(
     ledger: Ledger,
     backlog: list[Waiting],
-    tenants: list[str],
+    shared: list[tuple[str, list[dict[str, int]]]],
     sharing: Sharing,
     capacity: dict[str, int],
     allocated: dict[str, int],
@@ -213,15 +213,15 @@ def test_pass_over_a_reserved_worker_keeps_the_turns_of_tenants(
     data: st.DataObject,
 ) -> None:
     write(ledger, [])
-    shared = zip(backlog, tenants, strict=False)
-    backlog = [replace(job, terms=tenant_term(tenant)) for job, tenant in shared if not job.request.get(ALONE)]
+    backlog = [
+        replace(job, terms=alternatives(job.request, others) + tenant_term(tenant))
+        for job, (tenant, others) in zip(backlog, shared, strict=False)
+        if not job.request.get(ALONE)
+    ]
     file(ledger, backlog)
     book = Book("w", capacity, allocated)
-    able = [
-        head
-        for head in first_of_shapes(backlog)
-        if fits(head.request, replace(book, allocated={})) is None and sharing.may_start(head)
-    ]
+    empty = replace(book, allocated={})
+    able = [head for head in first_of_shapes(backlog) if first_fitting(head, empty, sharing=sharing) is not None]
     if able:
         write_sharing(ledger, sharing)
         head, now = data.draw(st.sampled_from(able)), ledger.now_ms()

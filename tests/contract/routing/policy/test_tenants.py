@@ -13,21 +13,23 @@ from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.amounts import labels
 from celery_capacity.routing.model.capacity import Capacity
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, alternatives_term
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import MAX_ADMITTED, Book, Waiting, order
 from celery_capacity.routing.policy.tenants import Rule, Sharing, tenant_term
-from tests.contract.routing.ledger.test_admission import ON_A_SERVER, REQUESTS, delivered, vectors, write
+from tests.contract.routing.ledger.test_admission import ON_A_SERVER, REQUESTS, VECTORS, delivered, vectors, write
 from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, VIEW
 
 SERVED: Final = ("celery", "mail", "Vidéo/hd")
 TENANTS: Final = ("default", "physics", "bio.2", "art-3")
-BACKLOG: Final = st.lists(st.tuples(REQUESTS, st.integers(0, 2), st.sampled_from(TENANTS)), max_size=24).map(
+#: Requests of a job beside its first one.
+OTHERS: Final = st.lists(VECTORS, max_size=2)
+BACKLOG: Final = st.lists(st.tuples(REQUESTS, st.integers(0, 2), st.sampled_from(TENANTS), OTHERS), max_size=24).map(
     lambda jobs: [
-        Waiting(f"job-{seq:02}", request, order(rank, seq), terms=tenant_term(tenant))
-        for seq, (request, rank, tenant) in enumerate(jobs)
+        Waiting(f"job-{seq:02}", request, order(rank, seq), terms=alternatives(request, others) + tenant_term(tenant))
+        for seq, (request, rank, tenant, others) in enumerate(jobs)
     ]
 )
 #: Few amounts, so that tenants tie, and that quotas and nominal shares are met exactly.
@@ -41,11 +43,17 @@ TOTAL: Final = st.sampled_from([{"cpus": 8000, "memory": 12, "slots": 16, "licen
 SHARINGS: Final = st.builds(Sharing, RULES, USED, PAST, TOTAL)
 
 
+def alternatives(request: Request, others: Sequence[Mapping[str, int]]) -> str:
+    """Return the term of a job whose first alternative this is, with others in its queue; "" without others."""
+    return alternatives_term([*dict.fromkeys([request, *(Request.of(it).within(request.queue) for it in others)])])
+
+
 def passes(book: Book, backlog: Sequence[Waiting], sharing: Sharing) -> tuple[list[str], Sharing]:
     """Return the jobs that the policy admits, pass after pass, and the shares after them."""
     admitted: list[Waiting] = []
     while True:
-        remaining = [job for job in backlog if job not in admitted]
+        started = {waiting.job for waiting in admitted}
+        remaining = [job for job in backlog if job.job not in started]
         more = fill_or_keep(book, remaining, MAX_ADMITTED, sharing=sharing).admitted
         for waiting in more:
             book, sharing = book.holding(waiting.request), sharing.holding(waiting.shape, waiting.request)
