@@ -14,7 +14,7 @@ from sqlalchemy import Connection, text
 
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model import amounts
-from celery_capacity.routing.model.request import Request, terms_of
+from celery_capacity.routing.model.request import Request, holding, terms_of
 from celery_capacity.routing.simulation.jobs import Submission
 
 #: Jobs of a history: some minutes of a simulation, and 100 MB of memory.
@@ -64,6 +64,7 @@ def _submission(number: int, row: Any, first: int) -> Submission:
     if row.shape is None:
         request, terms = Request.of(amounts.from_people(row.request)).within(row.queue), ""
     else:
-        request, terms = Request.from_shape(row.shape), terms_of(row.shape)
+        asked = holding(row.shape, 0)
+        request, terms = Request.from_shape(asked), terms_of(asked)
     run, expected = max(1, row.run), row.expected_ms or 0
     return Submission(str(number), row.came - first, run, request, row.name, row.priority, terms, expected)

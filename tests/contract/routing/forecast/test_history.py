@@ -7,6 +7,7 @@ import pytest
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.forecast.history import read_history
 from celery_capacity.routing.model.expected import RunTime
+from celery_capacity.routing.model.request import Request, alternatives_term
 from celery_capacity.routing.store.archive import archive_finished
 from tests.fixtures.stores.staged import Stage
 
@@ -29,6 +30,18 @@ def test_history_has_ended_jobs_with_their_tenants_and_requests(stage: Stage) ->
     assert ([job.request.get("cpus") for job in newest.jobs], newest.cut) == ([3000], True)
     stage.start(waiting)
     stage.end(waiting)
+
+
+def test_history_has_all_alternatives_of_a_job(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    term = alternatives_term([Request.of({"cpus": 1000, "gpus": 1}), Request.of({"cpus": 4000})])
+    job = stage.submit(cpus=1000, gpus=1, place=term)
+    stage.start(job)
+    stage.end(job)
+    stage.apply()
+    with stage.engine.connect() as connection:
+        (entry,) = read_history(connection, 3600.0).jobs
+    assert (dict(entry.request.amounts), entry.terms) == ({"cpus": 1000, "gpus": 1, "slots": 1}, term)
 
 
 def test_archived_job_is_in_the_history_without_its_tenant(stage: Stage) -> None:
