@@ -10,7 +10,7 @@ from celery_capacity.platform.console.fitting import fit, shorten_end
 from celery_capacity.platform.console.render import age, table_with_bars
 from celery_capacity.platform.console.terminal import NOTHING, harmless
 from celery_capacity.routing.model.amounts import DEFAULT_QUEUE
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, alternatives_text
 from celery_capacity.routing.policy.tenants import DEFAULT_TENANT
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def backlog(console: Console, groups: Sequence[Mapping[str, Any]], waiting: int)
     columns = {
         "waiting": [str(group["waiting"]) for group in groups],
         "task": [harmless(group["task"]) for group in groups],
-        "request": [str(Request.from_people(group["request"])) for group in groups],
+        "request": [_request(group) for group in groups],
         "queue": [harmless(group["queue"]) for group in groups],
         "tenant": [harmless(group["tenant"]) for group in groups],
         "priority": [str(group["priority"]) for group in groups],
@@ -52,6 +52,10 @@ def backlog(console: Console, groups: Sequence[Mapping[str, Any]], waiting: int)
     meters = {0: [(group["waiting"], sum(other["waiting"] for other in groups)) for group in groups]}
     right = [number for number, name in enumerate(columns) if name in ("waiting", "priority", "oldest")]
     table_with_bars(console, list(columns), list(zip(*columns.values(), strict=True)), meters, right)
+
+
+def _request(group: Mapping[str, Any]) -> str:
+    return alternatives_text([Request.from_people(it) for it in group["alternatives"] or [group["request"]]])
 
 
 def _clock(start: str | None) -> str:

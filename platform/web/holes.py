@@ -16,7 +16,7 @@ from sqlalchemy import Connection, text
 from celery_capacity.platform.web import runs
 from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request, terms_of
+from celery_capacity.routing.model.request import Request, alternatives_of, terms_of
 from celery_capacity.routing.policy.feasibility import is_large_enough
 from celery_capacity.routing.policy.placement import Book, shortages
 
@@ -83,8 +83,9 @@ def _free(book: Book) -> dict[str, int | float]:
 
 
 def _group(row: Any, book: Book, lived: bool) -> dict[str, Any]:
-    request = Request.from_shape(row.shape)
-    reason = Reason.NO_WORKER if not lived else _reason(request, terms_of(row.shape), book)
+    requests, terms = alternatives_of(row.shape), terms_of(row.shape)
+    request = next((it for it in requests if lived and _reason(it, terms, book) is None), requests[0])
+    reason = Reason.NO_WORKER if not lived else _reason(request, terms, book)
     judged = book if reason is Reason.NO_ROOM else replace(book, allocated={})
     short = {line.resource: line.asked - max(0, line.free) for line in shortages(request, judged)} if lived else {}
     people = amounts.to_people(tuple(short.items()))

@@ -14,7 +14,7 @@ from celery_capacity.routing.forecast import starts
 from celery_capacity.routing.inspect import explain
 from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.inspect.waiting import BLOCKING
-from celery_capacity.routing.model.request import Request, terms_of
+from celery_capacity.routing.model.request import Request, alternatives_to_show, terms_of
 from celery_capacity.routing.policy.labels import place_of
 from celery_capacity.routing.policy.tenants import tenant_of
 
@@ -68,6 +68,7 @@ def _group(row: Any, why: Explanation | None) -> dict[str, Any]:
         "priority": row.priority,
         "tenant": tenant_of(row.shape),
         "request": Request.from_shape(row.shape).to_people(),
+        "alternatives": [request.to_people() for request in alternatives_to_show(row.shape)],
         "where": str(place_of(terms_of(row.shape))) or None,
         "waiting": row.waiting,
         "oldest_seconds": round(max(0.0, row.oldest), 3),

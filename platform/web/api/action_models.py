@@ -92,6 +92,7 @@ class Submit(Closed):
     memory: int | str | None = None
     gpus: int | None = None
     resources: dict[str, int] | None = None
+    requests: list[dict[str, Any]] | None = Field(default=None, description="alternatives in order")
     expected: int | float | str | None = None
     where: dict[str, str] | None = None
     worker: Name | None = None

@@ -83,6 +83,7 @@ class BacklogLine(Closed):
 
     queue: str
     request: dict[str, Amount]
+    alternatives: list[dict[str, Amount]]
     where: str | None
     waiting: int
     oldest_seconds: float | None
@@ -126,6 +127,7 @@ class Group(Closed):
     priority: int
     tenant: str
     request: dict[str, Amount]
+    alternatives: list[dict[str, Amount]] = Field(description="requests of which they need one; empty for one request")
     where: str | None
     waiting: int
     oldest_seconds: float
@@ -195,6 +197,7 @@ class JobDetail(Job):
 
     epoch: int
     declared: bool
+    alternatives: list[dict[str, Amount]] = Field(description="requests of which it needs one; empty once it has one")
     retries: int
     losses: int
     root_id: str | None

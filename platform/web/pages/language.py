@@ -79,6 +79,7 @@ CHINESE: Final = {
     "Waits for room": "等待资源",
     "Task": "任务",
     "Request": "请求",
+    "or": "或",
     "Queue": "队列",
     "Priority": "优先级",
     "Tenant": "租户",

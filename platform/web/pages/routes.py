@@ -164,6 +164,7 @@ class Pages:
             request,
             "job",
             job=file.job,
+            alternatives=[request.to_people() for request in file.alternatives],
             attempts=file.attempts,
             lines=timeline.lines(file),
             call={name: _value(text) for name, text in document.call.items()},

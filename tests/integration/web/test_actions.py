@@ -196,6 +196,7 @@ def test_cookie_of_an_operator_reads_and_does_not_act(client: httpx.Client) -> N
         ("workers/a/drain", {"deadline_seconds": -1}, 400),
         ("jobs", {"task": ""}, 400),
         ("jobs", {"task": ADD, "id": "a b\0"}, 400),
+        ("jobs", {"task": ADD, "requests": []}, 400),
         ("jobs", {"task": ADD, "args": ["x" * 2_000_000]}, 413),
         ("jobs/bulk", {"jobs": []}, 400),
         ("quarantine/drop", {"ids": [-1]}, 400),

@@ -15,6 +15,7 @@ from celery_capacity.platform.web.api import models
 from celery_capacity.platform.web.application import Application
 from celery_capacity.platform.web.http.security import Rates
 from celery_capacity.platform.web.sources import Sources
+from celery_capacity.routing.model.request import Request, alternatives_term
 from celery_capacity.workers.process.stores import Stores
 from tests.fixtures.servers.web import serving
 from tests.fixtures.stores.staged import Stage
@@ -70,6 +71,22 @@ def test_backlog_tells_reason_and_what_never_runs_first(stage: Stage, client: ht
         stage.submit(cpus=cpus)
     groups = client.get("/api/v1/backlog").json()["groups"]
     assert [(group["why"], group["blocked"]) for group in groups] == [("too-large", True), ("no-room", False)]
+
+
+def test_waiting_job_shows_its_alternatives(stage: Stage, client: httpx.Client) -> None:
+    stage.worker("a", cpus=1000, gpus=1)
+    first, wide = Request.of({"cpus": 1000, "gpus": 1}), Request.of({"cpus": 9000})
+    term = alternatives_term([first, wide])
+    running, waiting = (stage.submit(cpus=1000, gpus=1, place=term) for _ in range(2))
+    shown = [first.to_people(), wide.to_people()]
+    answers = [client.get(f"/api/v1/jobs/{job}").json() for job in (running, waiting)]
+    assert [models.JobDetail.model_validate(answer).alternatives for answer in answers] == [[], shown]
+    backlog = models.Backlog.model_validate(client.get("/api/v1/backlog").json())
+    assert [group.alternatives for group in backlog.groups] == [shown]
+    assert [line.alternatives for line in backlog.backlog] == [shown]
+    for page in (f"/jobs/{waiting}", "/waiting"):
+        assert "<dd>1 CPU, 1 gpu or 9 CPUs" in client.get(page).text
+    assert "<dd>1 CPU, 1 gpu</dd>" in client.get(f"/jobs/{running}").text
 
 
 def test_jobs_come_in_pages_without_gap_or_double(stage: Stage, client: httpx.Client) -> None:

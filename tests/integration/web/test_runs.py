@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from celery_capacity.platform.web import holes, runs
+from celery_capacity.routing.model.request import Request, alternatives_term
 from tests.fixtures.stores.staged import Stage
 from tests.integration.web.test_api import client
 
@@ -72,8 +73,8 @@ class History:
             outcome=outcome,
         )
 
-    def waits(self, submitted: float, cpus: int) -> str:
-        job = self.stage.insert({"cpus": 1000 * cpus})
+    def waits(self, submitted: float, cpus: int, alternatives: str = "") -> str:
+        job = self.stage.insert({"cpus": 1000 * cpus}, place=alternatives)
         self.stage.sql("UPDATE jobs SET submitted_at = :at WHERE id = :job", job=job, at=self.moment(submitted))
         return job
 
@@ -137,10 +138,11 @@ def test_hole_tells_what_waited_and_what_was_missing(history: History, client: h
     history.waits(240, cpus=9)
     history.ran("b", 230, 50, None, cpus=1)
     history.waits(10, cpus=1)
+    history.waits(220, cpus=2, alternatives=alternatives_term([Request.of({"cpus": 1000 * n}) for n in (2, 1)]))
     hole = asked(client, "runs/hole", worker="a", at=history.moment(200))
     assert hole["free"]["cpus"] == 1
     waited = [(group["request"]["cpus"], group["why"], group["short"]) for group in hole["waited"]]
-    assert waited == [(2, "no-room", {"cpus": 1}), (9, "too-large", {"cpus": 5}), (1, None, {})]
+    assert waited == [(2, "no-room", {"cpus": 1}), (9, "too-large", {"cpus": 5}), (1, None, {}), (1, None, {})]
     assert (hole["waited"][0]["first"], hole["waited"][0]["waited_seconds"]) == (wide, 50)
 
 
