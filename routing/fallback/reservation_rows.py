@@ -129,8 +129,15 @@ def can_hold(book: Book, head: Waiting) -> bool:
     return book.takes(head) and any(fits(entry.request, empty) is None for entry in head.choices)
 
 
-def refuse(connection: Connection, row: Row) -> None:
-    """Note that the worker of a row can never hold its job, so that the runner looks for another one."""
+def refuse(connection: Connection, row: Row, book: Book) -> None:
+    """Note that the worker of a row, with this book, cannot hold its job, so that the runner looks for another one.
+
+    A worker whose remaining life alone is too short for the job takes the row away. The runner judges it anew: another
+    job of the same task may have a shorter limit.
+    """
+    if row.head is not None and can_hold(replace(book, left=None), row.head):
+        remove(connection, [row])
+        return
     connection.execute(
         text("UPDATE reservations SET refused = true WHERE worker = :worker AND made_at = :made_at"),
         {"worker": row.worker, "made_at": row.made_at},

@@ -133,7 +133,7 @@ class Puller(OnDemandLookingService):
                 self.on_cordon()
                 return None
             if held.row is not None and held.row.head is not None and not can_hold(book, held.row.head):
-                reservation_rows.refuse(connection, held.row)
+                reservation_rows.refuse(connection, held.row, book)
                 held = held._replace(row=None)
             chosen = claims.look(connection, book, most_losses, passed, held.reservation, held.now)
             if not chosen:

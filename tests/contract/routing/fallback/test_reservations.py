@@ -250,12 +250,34 @@ def test_worker_that_refused_the_task_is_reserved_no_more(stage: Stage) -> None:
         row = reservation_rows.holding_back(connection, "a", EPOCH, MOST_LOSSES).row
         assert row is not None
         assert row.head is not None
-        assert not reservation_rows.can_hold(Book("a", {"cpus": 4000, "slots": 4}, {}, tasks={"other"}), row.head)
-        reservation_rows.refuse(connection, row)
+        book = Book("a", {"cpus": 4000, "slots": 4}, {}, tasks={"other"})
+        assert not reservation_rows.can_hold(book, row.head)
+        reservation_rows.refuse(connection, row, book)
         assert reservation_rows.holding_back(connection, "a", EPOCH, MOST_LOSSES).reservation is None
     for _ in range(2):
         look(stage, TIMED, memory)
         assert reserved(stage) == {"b": wide}
+
+
+def test_worker_too_short_lived_for_a_job_is_reserved_for_a_shorter_one(stage: Stage) -> None:
+    stage.worker("a", cpus=4000, left_ms=LONGER.bound + 2 * LONG.expected)
+    run(stage, "a", {"cpus": 1000}, LONG)
+    long = stage.insert({"cpus": 4000}, run_time=LONGER)
+    memory = Memory(EPOCH)
+    look(stage, TIMED, memory)
+    assert reserved(stage) == {"a": long}
+    with stage.engine.connect() as connection:
+        row = reservation_rows.holding_back(connection, "a", EPOCH, MOST_LOSSES).row
+        assert row is not None
+        # The worker has less time left by its clock than by Postgres's, or the job before overran.
+        left = LONGER.bound - 1
+        reservation_rows.refuse(connection, row, Book("a", {"cpus": 4000, "slots": 4}, {}, left=left))
+    stage.worker("a", cpus=4000, left_ms=left)
+    assert look(stage, TIMED, memory) == {"reserved": 0, "overruns": 0, "kept": 0}
+    assert reserved(stage) == {}
+    short = stage.insert({"cpus": 4000}, run_time=LONG)
+    look(stage, TIMED, memory)
+    assert reserved(stage) == {"a": short}
 
 
 def test_reserved_time_that_passed_is_counted_as_an_overrun(stage: Stage) -> None:
