@@ -52,7 +52,7 @@ UPDATE jobs SET
   {_if_replaced("expected_ms", ":expected_ms")},
   {_if_replaced("retries", ":retries")},
   {_if_replaced("nesting", ":nesting")},
-  {_if_replaced("priority", "CASE WHEN reprioritized THEN priority ELSE :priority END")},
+  {_if_replaced("priority", "CASE WHEN reprioritized AND NOT :priority_given THEN priority ELSE :priority END")},
   {_if_replaced("key_limits", "CAST(:key_limits AS jsonb)")},
   {_if_replaced("due_at", "CASE WHEN CAST(:key_limits AS jsonb) IS NULL THEN CAST(:starts_at AS timestamptz) END")},
   {_if_replaced("not_before", "CAST(:starts_at AS timestamptz)")},
@@ -70,6 +70,7 @@ UPDATE jobs SET
   {_unless_replaced("successor_key_limits", "CAST(:key_limits AS jsonb)")},
   {_unless_replaced("successor_due_at", "CAST(:starts_at AS timestamptz)")},
   {_unless_replaced("successor_expires_at", "CAST(:expires_at AS timestamptz)")},
+  reprioritized = reprioritized AND NOT :priority_given,
   state = CASE WHEN state <> '{State.REPLACED.value}' THEN state
                WHEN CAST(:starts_at AS timestamptz) IS NULL AND CAST(:key_limits AS jsonb) IS NULL
                THEN '{State.ACCEPTED.value}'
@@ -97,10 +98,9 @@ def put_successor(connection: Connection, job: NewJob) -> str | None:
     refused.
     """
     row = columns.row(job)
-    state = connection.execute(
-        _SUCCESSOR,
-        {**{name: row[name] for name in _COLUMNS}, "starts_at": job.due_at, "publisher": job.publisher},
-    ).scalar_one_or_none()
+    publish = {"starts_at": job.due_at, "publisher": job.publisher, "priority_given": job.priority_given}
+    values = {**{name: row[name] for name in _COLUMNS}, **publish}
+    state = connection.execute(_SUCCESSOR, values).scalar_one_or_none()
     return str(state) if state is not None else None
 
 

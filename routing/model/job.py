@@ -68,6 +68,8 @@ class NewJob:
     expected_ms: int = 0
     #: Limits by key as JSON (`routing.store.key_limits`): {key: {most, per_second, said}}. None: it has none.
     key_limits: str | None = None
+    #: A retry with a priority that its task gave: it has that one, whatever an operator or its age made of the job's.
+    priority_given: bool = False
 
     @property
     def starts(self) -> bool:

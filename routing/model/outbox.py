@@ -83,6 +83,8 @@ def _job_out(job: NewJob) -> dict[str, Any]:
     del values["expected_ms"]
     if job.key_limits is None:
         del values["key_limits"]
+    if not job.priority_given:
+        del values["priority_given"]
     values["message"] = base64.b64encode(job.message).decode("ascii")
     for name in _TIMES:
         values[name] = values[name] and values[name].isoformat()

@@ -47,6 +47,14 @@ def with_others(self: Any, x: int) -> int:
     return x
 
 
+@shared_task(bind=True)
+def with_priority(self: Any, priority: int) -> int:
+    """Retry once with another priority, and return the one that the retry has."""
+    if self.request.retries == 0:
+        raise self.retry(countdown=0, priority=priority)
+    return int(self.request.delivery_info["priority"])
+
+
 @shared_task(bind=True, max_retries=2, default_retry_delay=0)
 def without_reason(self: Any) -> None:
     raise self.retry()

@@ -56,6 +56,8 @@ from celery_capacity.workers.submit.validation import (
 
 #: Header in which Celery carries on the value that a task saw as `self.request.attempt`.
 ATTEMPT_HEADER: Final = "attempt"
+#: Header by which a retry says that its task gave it a priority. No message has it.
+PRIORITY_HEADER: Final = "platform_priority_given"
 #: Characters and levels of arguments that are shown, as Celery has them.
 SHOWN_SIZE: Final = 1024
 SHOWN_LEVELS: Final = 3
@@ -159,6 +161,7 @@ class Encoder:
         priority = check_priority(message.properties.get("priority"))
         # The attempt that publishes a retry or a replacement.
         publisher = wire.pop(ATTEMPT_HEADER, None)
+        priority_given = bool(wire.pop(PRIORITY_HEADER, False))
         return NewJob(
             id=check_job_id(wire.get("id")),
             name=check_name(wire.get("task")),
@@ -187,6 +190,7 @@ class Encoder:
             stamps=stamps_of(wire) if wire.get("stamped_headers") else None,
             expected_ms=run_time.expected,
             key_limits=limited,
+            priority_given=priority_given,
         )
 
     def _request(self, wire: dict[str, Any], queue: str) -> tuple[Request, str]:

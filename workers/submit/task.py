@@ -14,6 +14,7 @@ from kombu.utils.imports import symbol_by_name
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.progress import report_meta
 from celery_capacity.workers.submit.canvas import REPLACES, Chunks, mark
+from celery_capacity.workers.submit.encode import PRIORITY_HEADER
 
 
 class PlatformTask:
@@ -66,6 +67,18 @@ class PlatformTask:
         if task_id is None or task_id == self.request.id:
             report_meta(meta)
         return returned
+
+    def signature_from_request(
+        self, request: Any = None, args: Any = None, kwargs: Any = None, queue: Any = None, **options: Any
+    ) -> Any:
+        """Return the signature of a retry as Celery does. A priority that the task gives it is marked as such.
+
+        Without the mark, a retry keeps the priority that an operator or its age gave the job.
+        """
+        sig = super().signature_from_request(request, args, kwargs, queue, **options)  # type: ignore[misc]
+        if options.get("priority") is not None:
+            sig.options["headers"] = {**(sig.options.get("headers") or {}), PRIORITY_HEADER: True}
+        return sig
 
     def replace(self, sig: Signature) -> Any:
         """Replace as Celery does. Chunks are replaced by their group, which alone can carry an id on."""

@@ -16,7 +16,7 @@ from tests.fixtures.processes.platforms import Platform, Pool
 from tests.fixtures.tasks import add
 from tests.fixtures.waiting import until
 from tests.tasks.canvas import total
-from tests.tasks.retrying import after, by_itself, more_and_more_seldom, with_others, without_reason
+from tests.tasks.retrying import after, by_itself, more_and_more_seldom, with_others, with_priority, without_reason
 
 #: Seconds that are far away for a test.
 LATER = 600
@@ -64,6 +64,16 @@ def test_a_retry_may_have_other_arguments_and_ask_for_more(platform: Platform, s
     result = with_others.apply_async((1,), cpus=0.5)
     assert result.get(timeout=60) == 2
     assert submitter.ended(result.id).request == {"cpus": 2, "memory": 2**20, "slots": 1}
+
+
+def test_retry_of_a_raised_job_has_the_priority_that_its_task_gives(platform: Platform, submitter: Submitter) -> None:
+    result = with_priority.apply_async((2,), countdown=LATER, priority=1)
+    submitter.until(result.id, "scheduled")
+    raised = "UPDATE jobs SET priority = 6, reprioritized = true, due_at = now() WHERE id = %s"
+    with platform.engine.begin() as connection:
+        connection.exec_driver_sql(raised, (result.id,))
+    assert result.get(timeout=60) == 2
+    assert submitter.ended(result.id).priority == 2
 
 
 def test_tasks_that_celery_retries_by_itself(platform: Platform, submitter: Submitter) -> None:

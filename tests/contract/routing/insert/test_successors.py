@@ -60,6 +60,19 @@ def test_a_successor_of_which_the_ledger_was_not_told_starts_at_once(
     assert (row.state, row.attempt, row.retries + row.nesting) == ("admitted", 2, 1)
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_retry_of_a_raised_job_has_the_priority_that_its_task_gives(stage: Stage, given: bool) -> None:
+    job = stage.submit(cpus=1000)
+    stage.start(job)
+    stage.sql("UPDATE jobs SET priority = 6, reprioritized = true WHERE id = :id", id=job)
+    retry = NewJob(job, "task", ONE, MESSAGE, publisher=1, retries=1, priority=2, priority_given=given)
+    with stage.engine.connect() as connection:
+        successors.put_successor(connection, retry)
+    stage.end(job, "retried")
+    row = stage.row(job)
+    assert (row.priority, row.reprioritized) == ((2, False) if given else (6, True))
+
+
 def test_retry_revoked_on_its_way_to_the_ledger_is_not_taken_there(stage: Stage) -> None:
     job = stage.submit(cpus=1000)
     stage.start(job)

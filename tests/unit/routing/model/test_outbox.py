@@ -37,3 +37,8 @@ def test_job_of_an_outbox_keeps_the_class_of_its_run_time() -> None:
     shape = timed("cpus=1000,slots=1", RunTime(600_000, 600_000))
     job = NewJob("a", "task", shape, b"message", expected_ms=600_000)
     assert parse(Outbox([job]).to_text()).publishes == [replace(job, expected_ms=expected_class(600_000))]
+
+
+def test_job_of_an_outbox_keeps_that_its_priority_was_given() -> None:
+    job = NewJob("a", "task", "cpus=1000,slots=1", b"message", priority=2, priority_given=True)
+    assert parse(Outbox([job]).to_text()).publishes == [job]
