@@ -129,6 +129,12 @@ def mark(connection: Connection, seconds: float) -> None:
     connection.execute(_FORGET, values)
 
 
+def forget(connection: Connection) -> None:
+    """Forget how far steps were given, where ageing was in use before. Used anew, it starts the ages anew."""
+    if connection.execute(text("DELETE FROM ageing")).rowcount:
+        connection.execute(text("DELETE FROM ageing_marks"))
+
+
 def begun_steps(connection: Connection) -> list[Step]:
     """Return the steps for which ageing has been in use long enough, the highest first."""
     return [Step(*row) for row in connection.execute(_STEPS)]

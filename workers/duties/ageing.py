@@ -39,6 +39,8 @@ def without_ledger(app: Celery, stores: Stores) -> dict[str, int]:
 def _raise(stores: Stores, in_ledger: bool) -> dict[str, int]:
     seconds = stores.settings.ageing
     if not seconds:
+        with transactions(stores.engine).begin() as connection:
+            ageing.forget(connection)
         return {}
     end, raised = time.monotonic() + SECONDS, 0
     with transactions(stores.engine).begin() as connection:

@@ -204,7 +204,21 @@ def test_other_setting_starts_the_ages_anew(ageing_cluster: Authority) -> None:
     assert (duty(ageing_cluster), priorities(ageing_cluster, job)) == (1, [3])
 
 
-def test_without_the_setting_nothing_is_read_or_raised(authority: Authority) -> None:
+def test_ageing_turned_off_and_on_again_starts_the_ages_anew(ageing_cluster: Authority) -> None:
+    job = ageing_cluster.submit(cpus=1000)
+    note(ageing_cluster)
+    made = ageing_cluster.stores._made
+    for seconds in (0.0, STEP):
+        made["settings"] = replace(ageing_cluster.stores.settings, ageing=seconds)
+        pass_time(ageing_cluster, STEP)
+        run = ageing.run_once if ageing_cluster.name == "ledger" else ageing.without_ledger
+        run(ageing_cluster.app, ageing_cluster.stores)
+    assert priorities(ageing_cluster, job) == [0]
+    pass_time(ageing_cluster, STEP)
+    assert (duty(ageing_cluster), priorities(ageing_cluster, job)) == (1, [1])
+
+
+def test_without_the_setting_nothing_is_noted_or_raised(authority: Authority) -> None:
     run = ageing.run_once if authority.name == "ledger" else ageing.without_ledger
     authority.submit(cpus=1000)
     assert run(authority.app, authority.stores) == {}
