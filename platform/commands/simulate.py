@@ -19,6 +19,7 @@ from celery_capacity.platform.demo.simulated import MS, Case, Simulated, books_o
 from celery_capacity.platform.processes.launch import WorkerSpec, parse_workers
 from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model.amounts import CPUS, DEFAULT_QUEUE, format_cpus
+from celery_capacity.routing.policy.labels import Place, place_of
 from celery_capacity.routing.policy.reservation import RESERVE_AFTER_MS, Rules
 from celery_capacity.routing.policy.tenants import Rule, tenant_of, tenant_term
 from celery_capacity.routing.simulation.expectations import SOURCES
@@ -145,8 +146,12 @@ def _case_of_history(
 
 
 def _anywhere(job: Submission) -> Submission:
-    """Return a job that may run on any worker: without its queue, its labels and the name of its worker."""
-    terms = tenant_term(tenant_of(job.terms))
+    """Return a job that may run on any worker: without its queue, its labels and the name of its worker.
+
+    It still has its worker alone if it asked for that, and still goes where most CPUs are free.
+    """
+    asked_place = place_of(job.terms)
+    terms = Place(exclusive=asked_place.exclusive, spread=asked_place.spread).terms + tenant_term(tenant_of(job.terms))
     return job._replace(request=job.request.within(DEFAULT_QUEUE), terms=terms)
 
 

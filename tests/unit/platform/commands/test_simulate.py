@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from celery_capacity.platform.commands.simulate import command
+from celery_capacity.platform.commands.simulate import _anywhere, command
+from celery_capacity.platform.demo.simulated import books_of
+from celery_capacity.platform.processes.launch import WorkerSpec
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.policy.reservation import Rules
+from celery_capacity.routing.simulation.expectations import Exact
+from celery_capacity.routing.simulation.jobs import Submission
+from celery_capacity.routing.simulation.simulation import simulate
 from celery_capacity.workers.process.exit_codes import Exit
 from tests.fixtures.documents.shapes import assert_shape
 
@@ -56,6 +63,17 @@ def test_log_has_the_starts_of_all_jobs(trace: Path, tmp_path: Path) -> None:
         rows = list(csv.DictReader(lines))
     assert [(row["job"], float(row["start"])) for row in rows] == [("0", 0.0), ("3", 3.0), ("1", 100.0), ("2", 110.0)]
     assert {row["worker"] for row in rows} == {"big"}
+
+
+def test_job_on_other_workers_keeps_its_placement_and_its_tenant() -> None:
+    request = Request.of({"cpus": 1000, "alone": 1}).within("gpu")
+    terms = ",?@node-7/arch:in:arm,+exclusive:spread,$physics"
+    job = _anywhere(Submission("1", 0, 10, request, terms=terms))
+    assert (job.request, job.terms) == (Request.of({"cpus": 1000, "alone": 1}), ",+exclusive:spread,$physics")
+    books = books_of([WorkerSpec.parse(text) for text in ("big=4", "other=4")])
+    simulation = simulate([job._replace(job=str(number)) for number in range(3)], books, Rules(), Exact())
+    assert [start.started for start in simulation.starts] == [0, 0, 10]
+    assert {start.worker for start in simulation.starts[:2]} == {"big", "other"}
 
 
 def test_packaged_trace_waits_less_at_most_with_reservations() -> None:
