@@ -43,8 +43,8 @@ from celery_capacity.routing.policy.feasibility import (
 from celery_capacity.routing.policy.labels import place_of, words_of_labels
 from celery_capacity.routing.policy.missing import missing_on_each, unblocked_by
 from celery_capacity.routing.policy.pauses import Pauses
-from celery_capacity.routing.policy.placement import Admission, Book, Refusal, order
-from celery_capacity.routing.policy.reservation import Rules
+from celery_capacity.routing.policy.placement import Admission, Book, Refusal, Waiting, order
+from celery_capacity.routing.policy.reservation import Reservation, Rules, comes_first
 from celery_capacity.routing.policy.tenants import Sharing, tenant_of
 from celery_capacity.routing.store import backlog, controls, dependencies
 
@@ -125,6 +125,8 @@ def explain(
         first = tenants.tenant_before(connection, sharing, row.shape, row.priority)
         if first is not None:
             explanation = replace(explanation, why=Reason.TENANT_SHARE, tenant=first)
+    if sharing is not None and explanation.why is Reason.RESERVED:
+        explanation = _by_turns(explanation, seen, order(row.priority, row.seq), sharing)
     if rules is None or explanation.why not in ESTIMATED:
         return explanation
     live = [book for book in seen.registered if book.worker in seen.live]
@@ -168,7 +170,8 @@ def _over_quota(job: str, row: Any, request: Request, sharing: Sharing, resource
 class _Ledger:
     """The ledger as one job sees it. `held`: the request that its next attempt holds. `registered`: all workers.
 
-    `before`: the waiting jobs that come before the job, by the shape under which they are filed.
+    `before`: the waiting jobs that come before the job, by the shape under which they are filed. `reservations`: those
+    of the workers, by name.
     """
 
     held: Request
@@ -176,6 +179,7 @@ class _Ledger:
     registered: Sequence[Book]
     live: frozenset[str]
     before: Mapping[str, int]
+    reservations: Mapping[str, Reservation]
 
 
 def _read_ledger(client: redispy.Redis, connection: Connection, job: str, row: Any, most_losses: int) -> _Ledger | None:
@@ -203,6 +207,7 @@ def _read_ledger(client: redispy.Redis, connection: Connection, job: str, row: A
         registered=registered,
         live=frozenset(book.worker for book in books if head.is_live(book)),
         before=before,
+        reservations={book.worker: book.reservation for book in books if book.reservation is not None},
     )
 
 
@@ -254,6 +259,22 @@ def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, 
         exclusive=bool(location.exclusive),
         labels=words_of_labels([book.labels for book in seen.registered], terms) if why is Reason.NO_LABEL else None,
     )
+
+
+def _by_turns(explanation: Explanation, seen: _Ledger, position: int, sharing: Sharing) -> Explanation:
+    """Return the explanation of a job beside a reservation with the turns of tenants.
+
+    A job whose turn is first passes the reservation, as soon as the jobs of its shape before it have started.
+    """
+    reservation = seen.reservations.get(explanation.worker or "")
+    if reservation is None:
+        return explanation
+    waiting = Waiting(explanation.job, seen.held, position, terms=terms_of(seen.filed))
+    if comes_first(waiting, reservation, sharing):
+        why = Reason.BEHIND_SHAPE if (explanation.place or 1) > 1 else Reason.ABOUT_TO_START
+        return replace(explanation, why=Reason.ON_ITS_WAY if explanation.state is State.ACCEPTED else why)
+    tenant = tenant_of(reservation.shape)
+    return explanation if tenant == tenant_of(seen.filed) else replace(explanation, tenant=tenant)
 
 
 def _like(filed: str, before: Mapping[str, int]) -> int:

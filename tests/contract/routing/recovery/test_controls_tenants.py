@@ -13,16 +13,19 @@ from celery_capacity.routing.inspect.backlog_limit import COUNT_FOR, TRUST, Tena
 from celery_capacity.routing.inspect.explain import explain
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.model.expected import RunTime, expected_class
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request, alternatives_term
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.placement import Book
+from celery_capacity.routing.policy.reservation import Rules
 from celery_capacity.routing.policy.tenants import Rule
 from celery_capacity.routing.recovery import controls as copies
 from celery_capacity.routing.recovery.drift import Reconciled
 from celery_capacity.routing.recovery.reconcile import reconcile
 from celery_capacity.routing.recovery.reconcile_indexes import check_use
+from celery_capacity.routing.recovery.reservations import Memory, renew_reservations
 from celery_capacity.routing.store import claims, controls
 from celery_capacity.workers.client.tenants import check_rule
 from celery_capacity.workers.process.stores import transactions
@@ -307,6 +310,28 @@ def test_waiting_job_says_that_a_quota_or_a_share_holds_it_back(stage: Stage) ->
         stage.start(job)
         stage.end(job)
         waiting.remove(job)
+    finish(stage)
+
+
+def test_job_beside_a_reservation_says_whose_turn_comes_first(stage: Stage) -> None:
+    stage.worker("a", cpus=4000)
+    time = expected_class(2**20)
+    jobs = [stage.submit(tenant=name, cpus=1000, run_time=RunTime(time, time)) for name in ("art", "physics")]
+    jobs.append(stage.submit(tenant="physics", cpus=4000))
+    renew_reservations(stage.ledger, Rules(), Memory())
+    behind = stage.submit(tenant="art", cpus=1000)
+    # No script has looked at this job yet. Its tenant has the first turn, so that it passes the reservation.
+    passing = stage.insert({"cpus": 1000}, tenant="bio")
+    with stage.engine.connect() as connection:
+        whys = [explain(stage.redis, connection, job) for job in (behind, passing)]
+    assert [(why.why, why.worker, why.tenant) for why in whys if why] == [
+        (Reason.RESERVED, "a", "physics"),
+        (Reason.ON_ITS_WAY, "a", None),
+    ]
+    stage.sql("UPDATE jobs SET revoked_at = now() WHERE id = :id", id=passing)
+    for job in (*jobs, behind):
+        stage.start(job)
+        stage.end(job)
     finish(stage)
 
 
