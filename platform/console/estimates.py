@@ -28,6 +28,8 @@ def start_sentence(estimate: EstimatedStart) -> str:
     words = f"It starts about {_clock(estimate.at, estimate.seconds)} (in {span(estimate.seconds)})"
     if estimate.extrapolated:
         words += f", at the pace of the first {estimate.simulated:,} jobs before it"
+    if estimate.without_reservations:
+        words += ", estimated without reservations, since the cluster is large"
     return f"{words}; {errors_phrase(estimate.errors)}." if estimate.errors else f"{words}."
 
 

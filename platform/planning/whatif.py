@@ -130,6 +130,7 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
     return {
         "workers": outcome.workers,
         "depth": outcome.rules.depth,
+        "without_reservations": outcome.without_reservations,
         "empty_seconds": None if empty is None else empty / MS,
         **_waits_json(outcome.waits),
         "kinds": kinds,
@@ -164,6 +165,8 @@ def _show(today: Today, as_is: Outcome, after: Outcome | None) -> None:
         console.print(f"          {cluster.guessed:,} run times are unknown, and taken to be {span(today.guess / MS)}.")
     elif cluster.guessed:
         console.print("          No run time is known: give jobs `expected`, or set PLATFORM_LEARN_RUN_TIMES.")
+    if as_is.without_reservations or (after is not None and after.without_reservations):
+        console.print("          Estimated without reservations, since the cluster is large.")
     if not cluster.waiting:
         console.print("No job waits.")
         return

@@ -32,6 +32,7 @@ class EstimatedStart:
 
     `extrapolated`: too many jobs are before it, and the time follows from the pace of the first `simulated` ones.
     `errors`: those of estimates so far, None where no estimate has been compared.
+    `without_reservations`: the cluster is too large to simulate them.
     """
 
     at: datetime | None
@@ -40,6 +41,7 @@ class EstimatedStart:
     simulated: int
     extrapolated: bool
     errors: Errors | None
+    without_reservations: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -49,6 +51,7 @@ class EstimatedStart:
             "simulated": self.simulated,
             "extrapolated": self.extrapolated,
             "errors": None if self.errors is None else self.errors.to_json(),
+            "without_reservations": self.without_reservations,
         }
 
 
@@ -81,7 +84,15 @@ def estimated_start(
     estimated = estimate(cluster, rules, job)
     at = None if estimated.at is None else datetime.fromtimestamp(estimated.at / 1000, UTC)
     seconds = None if estimated.at is None else (estimated.at - cluster.now) / 1000
-    return EstimatedStart(at, seconds, estimated.why_not, estimated.simulated, estimated.extrapolated, errors)
+    return EstimatedStart(
+        at,
+        seconds,
+        estimated.why_not,
+        estimated.simulated,
+        estimated.extrapolated,
+        errors,
+        estimated.without_reservations,
+    )
 
 
 def sample(

@@ -65,13 +65,14 @@ class Estimate:
     """Estimated start of a job (ms), None where none is known, with the reason.
 
     `simulated`: the waiting jobs whose starts were simulated. `extrapolated`: the job is behind them, and the time
-    follows from their pace.
+    follows from their pace. `without_reservations`: the cluster is too large to simulate them.
     """
 
     at: int | None
     why_not: NoEstimate | None = None
     simulated: int = 0
     extrapolated: bool = False
+    without_reservations: bool = False
 
 
 def running_until(job: str, worker: str, held: Held, run: int, now: int, terms: str = "") -> Running:
@@ -85,9 +86,14 @@ def running_until(job: str, worker: str, held: Held, run: int, now: int, terms: 
     return Running(job, worker, held, expected_end(held._replace(expected=likely), now), terms)
 
 
+def leaves_out_reservations(cluster: Cluster, rules: Rules) -> bool:
+    """Return True if a forecast by these rules leaves the reservations out, since the cluster is too large."""
+    return rules.depth > 0 and len(cluster.books) * (len(cluster.running) + len(cluster.waiting)) > MAX_WORK
+
+
 def forecast(cluster: Cluster, rules: Rules, until: str = "") -> Simulation:
     """Return the simulation of a cluster: until a job has started, or until all that can start have ended."""
-    if len(cluster.books) * (len(cluster.running) + len(cluster.waiting)) > MAX_WORK:
+    if leaves_out_reservations(cluster, rules):
         rules = Rules(depth=0)
     shares = None if cluster.shares is None else replace(cluster.shares, now=cluster.now)
     simulation = Simulation(dict(cluster.books), rules, Unknown(), now=cluster.now, shares=shares)
@@ -101,6 +107,11 @@ def estimate(cluster: Cluster, rules: Rules, job: str) -> Estimate:
 
     A job that is not among `cluster.waiting` is the last one of those beyond them.
     """
+    estimated = _estimate(cluster, rules, job)
+    return replace(estimated, without_reservations=leaves_out_reservations(cluster, rules))
+
+
+def _estimate(cluster: Cluster, rules: Rules, job: str) -> Estimate:
     beyond = not any(queued.waiting.job == job for queued in cluster.waiting)
     simulation = forecast(cluster, rules, "" if beyond else job)
     number = len(cluster.waiting)
@@ -153,7 +164,7 @@ class Waits(NamedTuple):
 class Outcome:
     """Outcome of a forecast for the waiting jobs. `by_kind`: by task and shape of the request.
 
-    `by_tenant`: empty where tenants are not in use.
+    `by_tenant`: empty where tenants are not in use. `without_reservations`: the cluster is too large to simulate them.
     """
 
     workers: int
@@ -161,6 +172,7 @@ class Outcome:
     waits: Waits
     by_kind: Mapping[tuple[str, str], Waits]
     by_tenant: Mapping[str, Waits] = field(default_factory=dict)
+    without_reservations: bool = False
 
     @property
     def empty_after(self) -> int | None:
@@ -217,6 +229,7 @@ def outcome(cluster: Cluster, rules: Rules) -> Outcome:
         _waits(jobs, started),
         {kind: _waits(some, started) for kind, some in kinds.items()},
         {tenant: _waits(some, started) for tenant, some in tenants.items()},
+        leaves_out_reservations(cluster, rules),
     )
 
 

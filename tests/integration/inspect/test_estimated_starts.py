@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 from sqlalchemy import text
 
+from celery_capacity.platform.console.estimates import start_sentence
 from celery_capacity.platform.console.wording import details
 from celery_capacity.routing.forecast import starts
 from celery_capacity.routing.forecast.cluster import likely_run, live_books, read_cluster
@@ -18,6 +19,7 @@ from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model.expected import CLASSES, RunTime
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.policy.reservation import Rules
+from celery_capacity.routing.simulation import forecast
 from celery_capacity.routing.simulation.forecast import NoEstimate
 from tests.fixtures.stores.staged import Stage
 
@@ -44,6 +46,16 @@ def test_start_is_estimated_by_the_ends_of_the_jobs_before(stage: Stage) -> None
     assert third is not None and third.seconds is not None
     assert 100 < third.seconds <= 2 * MINUTE.expected / 1000
     assert (third.simulated, third.extrapolated, third.errors) == (2, False, None)
+    assert not third.without_reservations
+
+
+def test_estimate_without_reservations_says_so(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.worker("a", cpus=4000)
+    stage.submit(cpus=4000, run_time=MINUTE)
+    monkeypatch.setattr(forecast, "MAX_WORK", 0)
+    estimated = estimate(stage, stage.submit(cpus=4000, run_time=MINUTE))
+    assert estimated is not None and estimated.to_json()["without_reservations"]
+    assert "estimated without reservations" in start_sentence(estimated)
 
 
 def test_start_is_not_estimated_where_a_run_time_is_unknown(stage: Stage) -> None:

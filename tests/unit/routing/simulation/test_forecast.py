@@ -213,9 +213,13 @@ def test_overrun_job_is_expected_to_go_on_for_a_while() -> None:
 
 def test_large_cluster_is_forecast_without_reservations(monkeypatch: pytest.MonkeyPatch) -> None:
     copy = cluster({"w": 4}, [Job(2, 10, "w"), Job(4, 5), Job(2, 50)])
-    assert estimate(copy, EASY, "job-2").at == NOW + 15
+    whole = estimate(copy, EASY, "job-2")
+    assert (whole.at, whole.without_reservations) == (NOW + 15, False)
     monkeypatch.setattr(module, "MAX_WORK", 2)
-    assert estimate(copy, EASY, "job-2").at == NOW
+    partial = estimate(copy, EASY, "job-2")
+    assert (partial.at, partial.without_reservations) == (NOW, True)
+    assert module.outcome(copy, EASY).without_reservations
+    assert not module.outcome(copy, Rules(depth=0)).without_reservations
 
 
 @given(drawn=clusters(), depth=st.integers(1, 3), patience=st.sampled_from([0, 500_000, 10**12]))
