@@ -14,19 +14,13 @@ from celery_capacity.platform.console.command import Command, WrongUsage, json_o
 from celery_capacity.platform.console.names import complete_task, complete_worker
 from celery_capacity.platform.console.terminal import facts, print_json, talk
 from celery_capacity.platform.console.text_type import Text
-from celery_capacity.routing.config.task_rules import RERUN
 from celery_capacity.routing.errors import InvalidRequest, show
 from celery_capacity.routing.model.amounts import (
-    CPUS,
-    GPUS,
-    MEMORY,
     cpus_number,
-    is_named,
     parse_count_text,
     parse_cpus_text,
 )
 from celery_capacity.routing.model.expected import parse_duration
-from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.labels import PLACEMENTS, parse_where, split_condition
 from celery_capacity.workers.process.exit_codes import Exit
 
@@ -207,35 +201,16 @@ def _of_key(option: str, value: str) -> tuple[str, str]:
 
 
 def _declared(app: Celery, stores: Stores, task: str) -> dict[str, Any]:
-    """Return the request that Postgres has for a task, as options, where nobody else can tell it.
-
-    The app knows its own tasks, and asks the ledger for others. A task that nobody declared gives a warning.
-    """
+    """Return the declared request of a task as options. A task that nobody declared gives a warning."""
     from celery_capacity.platform.console.render import WITH_ITS_CODE
-    from celery_capacity.routing.store import queries
-    from celery_capacity.routing.store.worker_rows import declarations
+    from celery_capacity.platform.operations.declared import read_declared
 
-    if task in app.tasks:
-        return {}
-    with stores.engine.connect() as connection:
-        if not queries.may_read(connection, "declarations"):
-            return {}
-        declared = declarations(connection)
-    if task not in declared:
-        near = get_close_matches(task, declared, n=1)
+    declared = read_declared(app, stores, [task])
+    if declared.unknown:
+        near = get_close_matches(task, declared.names, n=1)
         advice = f"Did you mean {near[0]}?" if near else WITH_ITS_CODE
         talk().print(f"Warning: no worker has declared the task {task}; it waits for one that does. {advice}")
-        return {}
-    if stores.sending.ask(lambda ledger: ledger.client.ping()):
-        return {}
-    request = Request.from_people({name: value for name, value in declared[task].items() if name != RERUN})
-    options: dict[str, Any] = {}
-    for name, value in request.to_people().items():
-        if name in (CPUS, MEMORY, GPUS):
-            options[name] = value
-        elif is_named(name):
-            options.setdefault("resources", {})[name] = value
-    return options
+    return declared.of(task)
 
 
 def _check_readable(stores: Stores, job: str) -> None:

@@ -10,6 +10,7 @@ from kombu.utils.uuid import uuid
 from sqlalchemy import text
 
 from celery_capacity.platform.operations.auditing import audited
+from celery_capacity.platform.operations.declared import read_declared
 from celery_capacity.routing.database.audit import Actor
 from celery_capacity.routing.database.postgres_errors import translated
 from celery_capacity.routing.errors import InvalidRequest, PlatformError
@@ -56,11 +57,12 @@ def submit_all(app: Celery, stores: Stores, actor: Actor, submissions: Sequence[
     with audited(stores, actor, "submit", ids, {"task": submissions[0].task}) as note:
         with translated("no job was submitted: "), stores.engine.connect() as connection:
             valid = [job for job in ids if _is_valid(job)]
+            declared = read_declared(app, stores, {submission.task for submission in submissions})
             tasks: dict[str, str] = {row.id: row.name for row in connection.execute(_EXISTING, {"ids": valid})}
         results: list[Submitted] = []
         try:
             for job, submission in zip(ids, submissions, strict=True):
-                result = _submit(app, job, submission, tasks.get(job))
+                result = _submit(app, job, submission, tasks.get(job), declared.of(submission.task))
                 if result.refused is None and result.id == job:
                     tasks.setdefault(job, submission.task)
                 results.append(result)
@@ -78,8 +80,8 @@ def _is_valid(job: str) -> bool:
         return False
 
 
-def _submit(app: Celery, job: str, submission: Submission, existing: str | None) -> Submitted:
-    """Submit one job. `existing`: the task of the job that has its id already."""
+def _submit(app: Celery, job: str, submission: Submission, existing: str | None, declared: dict[str, Any]) -> Submitted:
+    """Submit one job. `existing`: the task of the job that has its id already. `declared`: options of the task."""
     if existing is not None:
         if existing == submission.task:
             return Submitted(job)
@@ -88,7 +90,8 @@ def _submit(app: Celery, job: str, submission: Submission, existing: str | None)
             job, refused=InvalidRequest(f"job {job} exists, and its task is {existing}", value=job, advice=advice)
         )
     try:
-        sent = app.send_task(submission.task, submission.args, submission.kwargs, task_id=job, **submission.options)
+        options = {**declared, **submission.options}
+        sent = app.send_task(submission.task, submission.args, submission.kwargs, task_id=job, **options)
     except PlatformError as error:
         return Submitted(job, refused=error)
     return Submitted(str(sent.id), new=str(sent.id) == job)

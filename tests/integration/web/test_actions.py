@@ -66,6 +66,24 @@ def test_job_is_submitted_once_by_its_id(client: httpx.Client, submitter: Submit
     assert (entry.action, entry.targets, entry.outcome, entry.via) == ("submit", ["by-http"], "refused", "api")
 
 
+def test_declared_request_holds_where_the_ledger_tells_none(
+    client: httpx.Client, platform: Platform, submitter: Submitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, job = "tests.nowhere.declared", "declared-by-http"
+    with platform.engine.begin() as connection:
+        declared = """{"cpus": 0.5, "memory": 1048576, "slots": 1, "licence": 2}"""
+        connection.exec_driver_sql("INSERT INTO declarations (name, request) VALUES (%s, %s)", (task, declared))
+    monkeypatch.setattr(submitter.app.platform.sending, "ask", lambda _: None)
+    answer = client.post("/api/v1/jobs", json={"task": task, "id": job, "memory": "2MiB"})
+    assert answer.status_code == 200, answer.text
+    expected = {"cpus": 0.5, "memory": 2 * 1024**2, "slots": 1, "licence": 2}
+    assert submitter.row(job).request == expected
+    submitter.result(job).revoke()
+    submitter.ended(job)
+    with platform.engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM declarations WHERE name = %s", (task,))
+
+
 def test_bulk_accepts_and_refuses_each_job_by_itself(client: httpx.Client, submitter: Submitter) -> None:
     jobs: list[dict[str, Any]] = [{"task": ADD, "args": [n, 1]} for n in range(3)]
     jobs[1]["cpus"] = "many"
