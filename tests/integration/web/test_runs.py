@@ -131,6 +131,22 @@ def test_runs_say_that_some_are_left_out(history: History, client: httpx.Client)
 @pytest.mark.leaves(
     "I1", "I2", "I4", "I6", because="rows are written that no worker and no ledger knows", sometimes=True
 )
+def test_runs_look_past_a_bounded_number_of_jobs_that_never_ran(
+    history: History, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = history.ran("a", 60, 50, 40)
+    for _ in range(3):
+        job = history.waits(30, cpus=4)
+        history.stage.sql("UPDATE jobs SET state = 'cancelled', finished_at = now() WHERE id = :job", job=job)
+    for examined, jobs, whole in ((5, [ran], True), (4, [ran], False), (3, [], False)):
+        monkeypatch.setattr(runs, "EXAMINED", examined)
+        document = asked(client, "runs", limit=2)
+        assert ([run["job"] for run in document["runs"]], document["whole"]) == (jobs, whole)
+
+
+@pytest.mark.leaves(
+    "I1", "I2", "I4", "I6", because="rows are written that no worker and no ledger knows", sometimes=True
+)
 def test_hole_tells_what_waited_and_what_was_missing(history: History, client: httpx.Client) -> None:
     history.worker("a", cpus=4)
     history.ran("a", 300, 290, 100, cpus=3)
@@ -172,7 +188,7 @@ def test_wrong_stretch_is_refused_with_advice(path: str, client: httpx.Client) -
 def test_runs_and_holes_are_read_by_indexes(stage: Stage) -> None:
     now = datetime.now(UTC)
     values: dict[str, Any] = {"most": 10, "states": ["running"], "since": now, "until": now, "at": now, "groups": 5}
-    values["attempts"] = 5
+    values["attempts"], values["examined"] = 5, 20
     ways = ("enable_seqscan", "enable_bitmapscan", "enable_sort")
     with stage.engine.connect() as connection:
         # The tables are small here, so that Postgres would read them whole.
