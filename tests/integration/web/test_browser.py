@@ -281,3 +281,20 @@ def test_chart_follows_and_reads_what_lies_before(history: History, visitor: Vis
     page.get_by_label("Stretch").select_option("3600")
     page.get_by_role("textbox", name="Worker").fill("")
     expect(page.locator("#chart")).to_have_attribute("data-runs", "3")
+
+
+@WRITTEN
+def test_bar_ends_though_its_end_is_written_late(history: History, visitor: Visitor) -> None:
+    history.worker("a", cpus=4)
+    job = history.ran("a", 600, 590, None)
+    page = visitor.visit("/runs")
+    expect(page.locator("#chart")).to_have_attribute("data-open", "1")
+    ended = history.moment(300)
+    history.stage.sql(
+        "UPDATE attempts SET ended_at = :at, outcome = 'succeeded' WHERE job_id = :job", at=ended, job=job
+    )
+    history.stage.sql("UPDATE jobs SET state = 'succeeded', finished_at = :at WHERE id = :job", at=ended, job=job)
+    # Any later change has the page read again.
+    history.stage.submit(cpus=4000)
+    expect(page.locator("#chart")).to_have_attribute("data-runs", "2")
+    expect(page.locator("#chart")).to_have_attribute("data-open", "1")

@@ -62,6 +62,7 @@ const timeAt = (x) => view.begin + ((x - size.gutter) * (view.end - view.begin))
 function layout() {
   rows = rowsOf([...runs.values()], [...workers.values()], wanted.value);
   canvas.dataset.runs = rows.reduce((sum, row) => sum + row.bars.length, 0);
+  canvas.dataset.open = [...runs.values()].filter((run) => run.end === Infinity).length;
   view.whole = stack(rows, size.height - AXIS, GAP);
   measure();
   legend();
@@ -96,11 +97,14 @@ async function answerOf(path) {
 async function load(since, until) {
   const query = new URLSearchParams({ limit: MAX_RUNS, ...(since ? { since: iso(since) } : {}), ...(until ? { until: iso(until) } : {}) });
   const page = await (await answerOf(`/api/v1/runs?${query}`)).json();
+  const keys = new Set();
   for (const run of page.runs) {
+    const key = `${run.job} ${run.epoch} ${run.attempt}`;
     const start = Date.parse(run.admitted_at);
     const end = run.ended_at ? Date.parse(run.ended_at) : Infinity;
     const ready = run.started_at ? Date.parse(run.started_at) : end;
-    runs.set(`${run.job} ${run.epoch} ${run.attempt}`, { ...run, start, end, ready });
+    runs.set(key, { ...run, start, end, ready });
+    keys.add(key);
   }
   if (runs.size > KEPT) {
     const oldest = [...runs].sort((a, b) => a[1].start - b[1].start).slice(0, runs.size - KEPT);
@@ -108,7 +112,16 @@ async function load(since, until) {
   }
   document.getElementById("cut").hidden &&= page.whole;
   for (const worker of page.workers) workers.set(worker.name, worker);
-  return { since: Date.parse(page.since), until: Date.parse(page.until), workers: page.workers };
+  return { since: Date.parse(page.since), until: Date.parse(page.until), workers: page.workers, whole: page.whole, keys };
+}
+
+// Read the ends of open runs that a whole answer lacks. Postgres learned of such an end later than OVERLAP.
+async function loadLateEnds(keys) {
+  const lost = [...runs].filter(([key, run]) => run.end === Infinity && !keys.has(key));
+  if (!lost.length) return;
+  const page = await load(Math.min(...lost.map(([, run]) => run.start)), null);
+  // A run that is in no answer any more has gone with its job.
+  for (const [key] of lost) if (page.whole && !page.keys.has(key)) runs.delete(key);
 }
 
 // Read what happened since the last read.
@@ -121,6 +134,7 @@ async function follow() {
   again = false;
   try {
     const page = await load(loaded.until - OVERLAP, null);
+    if (page.whole) await loadLateEnds(page.keys);
     loaded.until = page.until;
     skew = page.until - Date.now();
     layout();
