@@ -15,6 +15,7 @@ from celery_capacity.routing.ledger.replies import LedgerClosed
 from tests.faults.breaking.faults import World
 from tests.faults.breaking.servers import Servers
 from tests.faults.judging.watching import Oracle
+from tests.fixtures import tasks
 from tests.fixtures.jobs.submitting import Submitter
 from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.stores.books import open_ledger
@@ -23,8 +24,7 @@ from tests.fixtures.waiting import until
 
 ADD = "tests.fixtures.tasks.add"
 HOLD_PIPE = "tests.fixtures.tasks.hold_pipe"
-#: A body that sleeps, then writes its number into a list of Redis.
-SLEEP, LOG = "demo.sleep", "log"
+HOLD = "tests.fixtures.tasks.hold"
 
 #: Durations in seconds, a tenth of those in the table of faults. A fault of 0 seconds is over at once.
 REDIS = {
@@ -53,13 +53,18 @@ def test_body_runs_once_though_the_keys_of_its_job_are_deleted(
     platform: Platform, submitter: Submitter, others: tuple[Any, ...]
 ) -> None:
     platform.worker("a", cpus=4, PLATFORM_RECONCILE_INTERVAL="300")
-    jobs = [submitter.send(SLEEP, 0.7, number, LOG) for number in range(4)]
+    jobs = [submitter.send(HOLD, "gate") for _ in range(4)]
+    for _ in jobs:
+        tasks.started(platform.redis, "gate")
     for job in jobs:
         submitter.until(job, "running")
     platform.redis.delete(*map(keys.job, jobs), *others)
+    until(lambda: platform.redis.exists(keys.book("a")), "the worker has a book again")
+    tasks.let_go(platform.redis, "gate", 4)
     assert [submitter.ended(job).state for job in jobs] == ["succeeded"] * 4
     assert [submitter.row(job).attempt for job in jobs] == [1] * 4
-    assert sorted(json.loads(line)["job"] for line in platform.redis.lrange(LOG, 0, -1)) == [0, 1, 2, 3]
+    # Nobody else came to the gate.
+    assert platform.redis.llen("gate:started") == 0
     until(lambda: submitter.allocated_cpus() == "0", "all is given back")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
@@ -24,6 +23,7 @@ from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.connection import connect
 from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.dispatch import call_budget
+from celery_capacity.workers.dispatch.circuit import Circuit
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit import constraints
 from tests.fixtures import tasks
@@ -35,10 +35,8 @@ from tests.fixtures.waiting import PATIENCE, until
 ADD = "tests.fixtures.tasks.add"
 HOLD = "tests.fixtures.tasks.hold"
 
-#: Seconds of the longest wait that is promised, and the seconds that a busy machine may add to it. Thirty calls take
-#: more than their sum if each of them asks a silent ledger.
+#: Seconds of the longest wait that is promised.
 PROMISED = 3.0
-SLACK = 17.0
 
 Disturb = Callable[[Proxy], None]
 
@@ -72,24 +70,40 @@ def app(platform: Platform, ledger_path: Proxy, monkeypatch: pytest.MonkeyPatch)
     app.platform.engine.dispose()
 
 
+@pytest.fixture
+def questions(app: Celery, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list to which each question of the submitter to its ledger adds the name of its thread."""
+    asked: list[str] = []
+    call = Circuit.call
+
+    def noted(circuit: Circuit) -> Any:
+        asked.append(threading.current_thread().name)
+        return call(circuit)
+
+    monkeypatch.setattr(Circuit, "call", noted)
+    return asked
+
+
 @DISTURBED
 @pytest.mark.parametrize("connected", [True, False], ids=["connected before", "first connection"])
 def test_a_ledger_that_does_not_answer_costs_a_submitter_a_moment_once(
-    platform: Platform, submitter: Submitter, app: Celery, ledger_path: Proxy, disturb: Disturb, connected: bool
+    platform: Platform,
+    submitter: Submitter,
+    app: Celery,
+    ledger_path: Proxy,
+    questions: list[str],
+    disturb: Disturb,
+    connected: bool,
 ) -> None:
     platform.worker("a", 4, "threads")
     jobs = [app.send_task(ADD, [0, 0]).id] if connected else []
     disturb(ledger_path)
-    began = time.monotonic()
     jobs.append(app.send_task(ADD, [1, 1]).id)
-    assert time.monotonic() - began < PROMISED + SLACK
     # A thread tells the ledger about the second job in a row.
     until(lambda: not app.platform.breaker.closed, "the ledger is left alone")
-    began = time.monotonic()
-    # If each of these calls asked the ledger, they would take half a minute. With a Redis that refuses at once, they
-    # would not.
+    questions.clear()
     jobs += [app.send_task(ADD, [1, 1]).id for _ in range(30)]
-    assert time.monotonic() - began < PROMISED + SLACK
+    assert questions == []
     assert not app.platform.breaker.closed
     # The sweep brings the jobs to the ledger, by the worker's own connection.
     assert {submitter.ended(job).state for job in jobs} == {"succeeded"}
@@ -118,13 +132,13 @@ def test_jobs_that_the_ledger_missed_reach_it_without_a_sweep(
 
 
 def test_task_known_to_workers_alone_is_sent_while_the_ledger_is_silent(
-    platform: Platform, submitter: Submitter, app: Celery, ledger_path: Proxy
+    platform: Platform, submitter: Submitter, app: Celery, ledger_path: Proxy, questions: list[str]
 ) -> None:
     platform.worker("a", 4, "threads")
     ledger_path.swallow()
-    began = time.monotonic()
     jobs = [app.send_task("tests.nowhere.unknown", [number]).id for number in range(10)]
-    assert time.monotonic() - began < PROMISED + SLACK
+    # The first question opens the breaker, for the thread of the submissions too.
+    assert 1 <= len(questions) <= 2
     assert not submitter.row(jobs[0]).declared
 
 
@@ -137,7 +151,7 @@ def test_a_healthy_ledger_costs_no_thread(platform: Platform, submitter: Submitt
 
 
 def test_the_same_publish_again_obeys_the_breaker(
-    platform: Platform, submitter: Submitter, app: Celery, ledger_path: Proxy
+    platform: Platform, submitter: Submitter, app: Celery, ledger_path: Proxy, questions: list[str]
 ) -> None:
     platform.worker("a", 4, "threads")
     held = [submitter.send(HOLD, "gate") for _ in range(4)]
@@ -147,10 +161,10 @@ def test_the_same_publish_again_obeys_the_breaker(
     ledger_path.restore()
     until(lambda: app.platform.breaker.closed, "the ledger is asked again")
     ledger_path.swallow()
-    began = time.monotonic()
+    questions.clear()
     for job in jobs:
         app.send_task(ADD, [1, 1], task_id=job)
-    assert time.monotonic() - began < PROMISED + SLACK
+    assert 1 <= len(questions) <= 2
     tasks.let_go(platform.redis, "gate", len(held))
     assert {submitter.ended(job).state for job in (*held, *jobs)} == {"succeeded"}
 
@@ -202,10 +216,8 @@ def test_a_locked_table_is_an_error_in_three_seconds(platform: Platform, submitt
     assert submitter.value(submitter.send(ADD, 1, 1)) == 2
     with platform.engine.begin() as connection:
         connection.execute(text("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE"))
-        began = time.monotonic()
         with pytest.raises(NotAccepted, match="lock timeout"):
             submitter.send(ADD, 1, 2)
-        assert time.monotonic() - began < PROMISED + SLACK
         # The worker's main loop is free: it answers remote control.
         assert submitter.app.control.ping(timeout=PATIENCE, limit=1)
         assert worker.alive
@@ -225,10 +237,8 @@ def test_a_server_that_lets_nobody_in_is_an_error_in_three_seconds(
     app.platform.engine.dispose()
     app.platform.inserter.close()
     postgres_path.swallow()
-    began = time.monotonic()
     with pytest.raises(NotAccepted, match="timeout expired"):
         app.send_task(ADD, [1, 1])
-    assert time.monotonic() - began < PROMISED + SLACK
     postgres_path.restore()
     assert submitter.value(app.send_task(ADD, [1, 2]).id) == 3
     app.platform.sending.close()
@@ -245,11 +255,9 @@ def test_an_exhausted_pool_is_an_error_in_three_seconds(platform: Platform, subm
     pool: Any = stores.engine.pool
     while len(taken) < pool.size() + pool._max_overflow:
         taken.append(stores.engine.connect())
-    began = time.monotonic()
     # Another thread sends a job by the connection that is kept for that.
     with stores.inserter._free, pytest.raises(NotAccepted, match="no connection to Postgres was free"):
         submitter.send(ADD, 1, 2)
-    assert time.monotonic() - began < PROMISED + SLACK
     for connection in taken:
         connection.close()
     submitter.send(ADD, 1, 3)
@@ -272,4 +280,5 @@ def _close_behind_their_backs(stores: Stores) -> None:
 
 
 def test_the_bound_of_an_attempt_is_the_promised_one() -> None:
-    assert timeouts.QUICK_ATTEMPT * timeouts.STORE_TIMEOUT <= PROMISED
+    for part in (timeouts.QUICK_ATTEMPT, timeouts.LOCK, timeouts.CONNECT):
+        assert part * timeouts.STORE_TIMEOUT <= PROMISED
