@@ -19,7 +19,7 @@ from celery_capacity.routing.model.amounts import CPUS
 from celery_capacity.routing.model.expected import UNKNOWN, RunTime, expected_class
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome
-from celery_capacity.routing.policy.placement import Book, Waiting, fits, order
+from celery_capacity.routing.policy.placement import SHAPES, Book, Waiting, fits, order
 from celery_capacity.routing.policy.reservation import Held, Patience, Reservation, Rules, large_enough, renew
 from celery_capacity.routing.policy.tenants import Rule
 from celery_capacity.routing.store import claims, controls
@@ -207,6 +207,16 @@ def test_job_that_a_quota_holds_back_is_no_head(stage: Stage) -> None:
     with stage.engine.connect() as connection:
         controls.remove_tenant(connection, "physics", "ann@desk")
     assert look(stage)["reserved"] == 1
+
+
+def test_head_behind_many_shapes_is_reserved_once_it_is_among_the_first(stage: Stage) -> None:
+    run(stage, "a", {"cpus": 1000}, LONG)
+    huge = [stage.insert({"cpus": 5000 + number}) for number in range(SHAPES)]
+    wide = stage.insert({"cpus": 4000})
+    assert look(stage) == {"reserved": 0, "overruns": 0, "kept": 0}
+    stage.sql("UPDATE jobs SET revoked_at = now() WHERE id = :id", id=huge[7])
+    assert look(stage)["reserved"] == 1
+    assert reserved(stage) == {"a": wide}
 
 
 def test_exclusive_job_is_no_head(stage: Stage) -> None:

@@ -9,9 +9,10 @@ import pytest
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import State
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.feasibility import survey
-from celery_capacity.routing.policy.placement import Refusal, Waiting
+from celery_capacity.routing.policy.placement import SHAPES, Refusal, Waiting
 from celery_capacity.routing.policy.reservation import Patience, Reservation, Rules
 from celery_capacity.routing.policy.tenants import Rule
 from celery_capacity.routing.recovery import reservations
@@ -137,6 +138,30 @@ def test_head_is_the_job_of_the_tenant_whose_turn_is_next(cluster: Cluster) -> N
     cluster.submit("next", expecting(ONE, 512_000))
     assert (cluster.state("mine"), cluster.state("next")) == ("waiting", "admitted")
     cluster.submit("other", f"{WIDE},$physics")
+    assert look(cluster, TIMED)["reserved"] == 1
+    made = reservation(cluster)
+    assert made is not None and made.shape == f"{WIDE},$physics"
+
+
+def test_head_behind_many_shapes_is_reserved_once_it_is_among_the_first(cluster: Cluster) -> None:
+    """A pass looks at so many shapes, whichever of them may ever start."""
+    cluster.run("one", expecting(ONE, 512_000))
+    for number in range(SHAPES):
+        cluster.submit(f"huge-{number}", f"cpus={5000 + number},slots=1")
+    cluster.submit("wide", WIDE)
+    assert look(cluster, TIMED).get("reserved", 0) == 0
+    cluster.ledger.cancel("huge-7", State.CANCELLED)
+    assert look(cluster, TIMED)["reserved"] == 1
+    made = reservation(cluster)
+    assert made is not None and made.shape == WIDE
+
+
+def test_head_of_a_tenant_behind_many_shapes_gets_its_turn(cluster: Cluster) -> None:
+    cluster.run("one", expecting(f"{ONE},$art", 512_000))
+    cluster.client.hset(keys.TOTALS, "cpus", 4000)
+    for number in range(SHAPES):
+        cluster.submit(f"art-{number}", f"cpus=4000,memory={1 + number},slots=1,$art")
+    cluster.submit("wide", f"{WIDE},$physics")
     assert look(cluster, TIMED)["reserved"] == 1
     made = reservation(cluster)
     assert made is not None and made.shape == f"{WIDE},$physics"
