@@ -8,8 +8,8 @@
 `create_app` makes a Celery app whose tasks are placed by capacity, `install` does it to an app that exists,
 `Request` is what a job asks for, `fenced` commits a task's rows together with the end of its job, and `progress` says
 how far a task has come. `job` is a handle of a job: a `Job`, whose `aio` is an `AsyncJob` for asyncio programs. Its
-state is a `JobEvent`, all that is known of it a `JobInfo`, and the result of its cancel a `Cancellation`. The rest are
-the errors, all derived from `PlatformError`:
+state is a `JobEvent`, all that is known of it a `JobInfo`, and the result of its cancel a `Cancellation`.
+`cluster` is a handle of the cluster, a `Cluster`. The rest are the errors, all derived from `PlatformError`:
 
     PlatformError
     ├── Infeasible       the job failed, because no registered worker could hold it
@@ -64,14 +64,17 @@ if TYPE_CHECKING:
     from celery_capacity.routing.model.request import Request
     from celery_capacity.workers.app.install import create_app, install
     from celery_capacity.workers.client.cancel import Cancellation
+    from celery_capacity.workers.client.cluster import Cluster, cluster
     from celery_capacity.workers.client.fenced import fenced
-    from celery_capacity.workers.client.job import AsyncJob, Job, JobInfo, job
+    from celery_capacity.workers.client.job import AsyncJob, Job, job
+    from celery_capacity.workers.client.job_info import JobInfo
     from celery_capacity.workers.process.progress import progress
 
 __all__ = [
     "AsyncJob",
     "BacklogFull",
     "Cancellation",
+    "Cluster",
     "Explanation",
     "Infeasible",
     "InvalidRequest",
@@ -93,6 +96,7 @@ __all__ = [
     "SettingsError",
     "StoreUnavailable",
     "Unsupported",
+    "cluster",
     "create_app",
     "fenced",
     "install",
@@ -105,11 +109,13 @@ __all__ = [
 _SOURCES = {
     "AsyncJob": "celery_capacity.workers.client.job",
     "Cancellation": "celery_capacity.workers.client.cancel",
+    "Cluster": "celery_capacity.workers.client.cluster",
     "Explanation": "celery_capacity.routing.inspect.explanation",
     "Job": "celery_capacity.workers.client.job",
     "JobEvent": "celery_capacity.routing.inspect.job_events",
-    "JobInfo": "celery_capacity.workers.client.job",
+    "JobInfo": "celery_capacity.workers.client.job_info",
     "Request": "celery_capacity.routing.model.request",
+    "cluster": "celery_capacity.workers.client.cluster",
     "create_app": "celery_capacity.workers.app.install",
     "fenced": "celery_capacity.workers.client.fenced",
     "install": "celery_capacity.workers.app.install",

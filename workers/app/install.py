@@ -16,6 +16,7 @@ from celery_capacity.workers.app.control import control_class
 from celery_capacity.workers.app.defaults import Defaults, NoBackend
 from celery_capacity.workers.app.existing_parts import cover_tasks, make_anew, unproxied
 from celery_capacity.workers.broker import beat_messages
+from celery_capacity.workers.client.group_result import PlatformGroupResult
 from celery_capacity.workers.membership.preflight import check_imports
 from celery_capacity.workers.process.stores import Resolve, Stores, platform_of, resolve_running, stores_of
 from celery_capacity.workers.results.backends import BACKENDS, backend_class
@@ -66,6 +67,7 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
     _check_imports(app, stores)
     app.send_task = checking(app)
     app.platform_templates = MessageCache(app, stores)
+    app.GroupResult = app.subclass_with_self(PlatformGroupResult, name="GroupResult", reverse="GroupResult")
     app.submit_many = partial(submit_many.submit_many, app)
     groups.connect()
     teach_states()

@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
-from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Final
 
 from celery import Celery, current_app
@@ -30,56 +28,13 @@ from celery_capacity.routing.policy.reservation import Rules
 from celery_capacity.routing.store import queries
 from celery_capacity.workers.client import following
 from celery_capacity.workers.client.cancel import Cancellation, cancel
+from celery_capacity.workers.client.job_info import JobInfo, reported
 from celery_capacity.workers.client.retry import retry
+from celery_capacity.workers.display import tables
 from celery_capacity.workers.process.stores import Stores, platform_of
 
 #: Seconds after the end of a job within which its result is there, if one is kept.
 KEPT_WITHIN: Final = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Progress of a job's body: `current` of `total`, as its task reported at `at`."""
-
-    current: float
-    total: float | None
-    message: str | None
-    at: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class JobInfo:
-    """A job as both stores have it now.
-
-    `reason`: why it waits, as a word of the reference ("no-room"). `place`: its place, from 1, among the waiting jobs
-    with an equal request. `before`: all waiting jobs that come before it. These are None for a job that does not wait.
-    `retry_of`, `retried_as`: the job that it repeats, and the jobs that repeat it.
-    """
-
-    id: str
-    task: str
-    state: State
-    attempt: int
-    worker: str | None
-    queue: str
-    priority: int
-    request: dict[str, Any]
-    submitted_at: datetime
-    admitted_at: datetime | None
-    started_at: datetime | None
-    finished_at: datetime | None
-    error: str | None
-    reason: str | None
-    place: int | None
-    before: int | None
-    progress: Progress | None
-    retry_of: str | None
-    retried_as: Sequence[str]
-
-    @property
-    def final(self) -> bool:
-        """Return whether the job has ended."""
-        return self.state in FINAL
 
 
 class Job:
@@ -92,6 +47,13 @@ class Job:
 
     def __repr__(self) -> str:
         return f"<Job {self.id}>"
+
+    def _repr_html_(self) -> str:
+        """Return the job as a table, for a notebook; an error of a store as a sentence."""
+        try:
+            return self.info()._repr_html_()
+        except PlatformError as error:
+            return tables.sentence(self.id, str(error))
 
     @property
     def aio(self) -> AsyncJob:
@@ -124,7 +86,7 @@ class Job:
             reason=why.why.value if why is not None and waits else None,
             place=why.place if why is not None and waits else None,
             before=why.before if why is not None and waits else None,
-            progress=_progress(row["progress"]),
+            progress=reported(row["progress"]),
             retried_as=tuple(row["retried_as"]),
         )
 
@@ -270,13 +232,6 @@ def _state(value: Any) -> State:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
-
-
-def _progress(kept: dict[str, Any] | None) -> Progress | None:
-    if kept is None:
-        return None
-    at = kept.get("at")
-    return Progress(kept["current"], kept.get("total"), kept.get("message"), at and datetime.fromisoformat(at))
 
 
 def job(id: str | AsyncResult[Any], app: Celery | None = None) -> Job:  # noqa: A002

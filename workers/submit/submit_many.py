@@ -14,7 +14,7 @@ their rows and keys stand beside each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Final, overload
 
@@ -27,6 +27,7 @@ from celery_capacity.routing.errors import InvalidRequest, show
 from celery_capacity.routing.insert.bulk import CHUNK
 from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.request import CALL_OPTIONS
+from celery_capacity.workers.display.progress_bar import ProgressBar
 from celery_capacity.workers.process import attempts
 from celery_capacity.workers.submit import task as platform_task
 from celery_capacity.workers.submit.chunk_writer import ChunkWriter
@@ -112,20 +113,25 @@ def submit_many(
     *,
     kwargs: Mapping[str, Any] | None = None,
     chunk: int = CHUNK,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] | bool | None = None,
     session: Any = None,
     **options: Any,
 ) -> JobRange:
     """Submit a job of a task for each item of `arguments`, the positional arguments of one job.
 
     All jobs are durable when this returns. Those of a chunk are durable when `progress` is called, in this thread, with
-    the number so far.
+    the number so far. `progress=True` draws a bar instead, in a terminal or a notebook.
 
     `kwargs` and `options` are the same for all jobs. The options are those of `apply_async`: cpus=, priority=,
     countdown=, ... Where nothing was written, an error is raised as `delay()` raises it. A later error is raised as
     `PartlyAccepted`, with that error as its cause. With a `session` all jobs are part of its transaction, and errors
     are raised as they are.
     """
+    if progress is True:
+        with ProgressBar("submitted", len(arguments) if isinstance(arguments, Sized) else None) as bar:
+            return submit_many(
+                app, task, arguments, kwargs=kwargs, chunk=chunk, progress=bar.show, session=session, **options
+            )
     for option in _OPTIONS_OF_ONE & options.keys():
         raise InvalidRequest(f"submit_many({option}=...) is not an option", value=option, advice="Leave it out.")
     check_chunk(chunk)
@@ -143,7 +149,7 @@ def submit_many(
         from celery_capacity.workers.submit.session_jobs import SessionJobs
 
         within = SessionJobs(sender, app.platform, session).add
-    jobs = ChunkWriter(sender, app.platform, attempts.current(), chunk, progress, within)
+    jobs = ChunkWriter(sender, app.platform, attempts.current(), chunk, progress or None, within)
     with stored_together(app, jobs) as gathering:
         call = _Call(app, gathering, resolved, dict(kwargs or {}), options)
         for number, item in enumerate(arguments, 1):

@@ -113,6 +113,26 @@ def test_what_is_the_same_for_all_is_made_once(app: Any, submitter: Submitter, m
     assert [result.get(timeout=60) for result in handle] == [2 * n for n in range(25)]
 
 
+def test_progress_draws_bars_of_submissions_and_of_results(
+    app: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # Rich takes the captured output for a terminal
+    jobs = app.submit_many(double, [(n,) for n in range(3)], progress=True)
+    assert "3/3" in capsys.readouterr().err
+    parts = group(double.s(n) for n in range(4)).apply_async()
+    assert parts.get(timeout=60, progress=True) == [0, 2, 4, 6]
+    assert "4/4" in capsys.readouterr().err
+    heard: dict[str, int] = {}
+    assert not parts.get(timeout=60, progress=True, callback=heard.__setitem__)
+    assert sorted(heard.values()) == [0, 2, 4, 6]
+    monkeypatch.delenv("FORCE_COLOR")
+    capsys.readouterr()
+    assert parts.get(timeout=60, progress=True) == [result.get(timeout=60) for result in parts.results]
+    app.submit_many(double, [(1,)], progress=True)[0].get(timeout=60)
+    assert capsys.readouterr().err == ""
+    assert [result.get(timeout=60) for result in jobs] == [0, 2, 4]
+
+
 def test_submit_many_stores_all_where_the_interpreter_starts_no_thread(
     app: Any, submitter: Submitter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

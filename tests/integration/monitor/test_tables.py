@@ -14,7 +14,9 @@ from rich.console import Console
 
 from celery_capacity.platform.monitor import stats, tables, workers
 from celery_capacity.routing.config.settings import Settings
+from celery_capacity.workers.client.cluster import Cluster
 from celery_capacity.workers.process.exit_codes import Exit
+from celery_capacity.workers.process.stores import Stores
 from tests.fixtures.documents.shapes import assert_shape
 from tests.fixtures.processes.commanding import Run, in_process
 from tests.fixtures.stores.books import FOR_EVER
@@ -140,3 +142,24 @@ def test_names_of_tasks_and_workers_are_completed(
     assert completed(stats.command, "task", "t") == ["task"]
     monkeypatch.setenv("DATABASE_URL", NO_POSTGRES)
     assert completed(stats.command, "task", "t") == []
+
+
+def test_cluster_in_a_notebook_is_tables_without_markup(
+    stage: Stage, platform_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.sql("UPDATE workers SET name = '<b>gone' WHERE name = 'render-b'")
+    for name, value in platform_environment.items():
+        monkeypatch.setenv(name, value)
+    stores = Stores()
+    shown = Cluster(stores)
+    html = shown._repr_html_()
+    for text in ("render-a", "4 of 6", "4 of 4", "9 CPUs"):
+        assert text in html, html
+    assert shown.info()["resources"]["waiting_jobs"] == 2
+    monkeypatch.setenv("REDIS_URL", NO_REDIS)
+    from_postgres = Cluster(Stores())._repr_html_()
+    assert "&lt;b&gt;gone" in from_postgres
+    assert "<b>" not in from_postgres
+    monkeypatch.setenv("DATABASE_URL", NO_POSTGRES)
+    assert Cluster(Stores())._repr_html_().startswith("<p><code>cluster</code>: ")
+    stores.engine.dispose()
