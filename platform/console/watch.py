@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
+from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -38,6 +41,31 @@ watch_option: Final = click.option(
 Draw = Callable[["Console"], None]
 
 
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextmanager
+def giving_back() -> Iterator[None]:
+    """Let SIGTERM end the process only when the block has given the terminal back: its echo and its first screen."""
+
+    def unwind(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated
+
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield  # ignored, or a handler of somebody else
+        return
+    signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    except _Terminated:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def show(draw: Draw, every: float | None, title: str, in_place: bool = True) -> None:
     """Call `draw` once, or every so many seconds until Ctrl-C, which raises KeyboardInterrupt.
 
@@ -51,7 +79,8 @@ def show(draw: Draw, every: float | None, title: str, in_place: bool = True) -> 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     console = facts()
     if console.is_terminal and in_place:
-        _in_place(console, every, draw, title)
+        with giving_back():
+            _in_place(console, every, draw, title)
         return
     while True:
         draw(console)

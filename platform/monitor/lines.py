@@ -76,13 +76,19 @@ class _Tasks:
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
         self._names: OrderedDict[str, str] = OrderedDict()
+        #: True if the last look found Postgres away.
+        self.away = False
 
     def of(self, jobs: Sequence[str]) -> dict[str, str]:
         """Return the task of each of these jobs; a job whose row cannot be read is left out."""
         missing = [job for job in dict.fromkeys(jobs) if job not in self._names]
         if missing:
-            with suppress(DBAPIError, PoolTimeout), self._stores.engine.connect() as connection:
-                self._names.update({row.id: row.name for row in connection.execute(_TASKS, {"ids": missing})})
+            try:
+                with self._stores.engine.connect() as connection:
+                    self._names.update({row.id: row.name for row in connection.execute(_TASKS, {"ids": missing})})
+                self.away = False
+            except (DBAPIError, PoolTimeout):
+                self.away = True
         names = {job: self._names[job] for job in jobs if job in self._names}
         while len(self._names) > REMEMBERED:
             self._names.popitem(last=False)
@@ -95,6 +101,7 @@ class Heard:
     def __init__(self) -> None:
         self._changes: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue(MAX_PENDING)
         self._dropped = 0
+        self._error: Exception | None = None
 
     def put(self, kind: str, data: dict[str, Any]) -> None:
         try:
@@ -109,6 +116,16 @@ class Heard:
             while len(batch) < BATCH:
                 batch.append(self._changes.get_nowait())
         return batch
+
+    def fail(self, error: Exception) -> None:
+        """End the changes: nothing is heard any more, for this error."""
+        self._error = error
+        self.put("failure", {})
+
+    def check(self) -> None:
+        """Raise the error that ended the changes, once all changes before it were taken."""
+        if self._error is not None and self._changes.empty():
+            raise self._error
 
     def dropped(self) -> int:
         """Return how many changes were left out since the last call."""
@@ -130,18 +147,24 @@ def follow_all(stores: Stores, task: str | None, write: Write) -> None:
     )
 
     def listen() -> None:
-        while not ended.is_set():
-            transitions.hear()
-            if transitions.source is None:
-                heard.put("silence", {})
+        try:
+            while not ended.is_set():
+                transitions.hear()
+                if transitions.source is None:
+                    heard.put("silence", {})
+        except Exception as error:
+            heard.fail(error)
 
     thread = threading.Thread(target=listen, name="events", daemon=True)
     thread.start()
-    answered = False
+    answered = away = False
     try:
         while True:
             batch = heard.take()
             names = tasks.of([data["job"] for kind, data in batch if kind == "job"])
+            if tasks.away != away:
+                away = tasks.away
+                _say_away(away, task)
             for kind, data in batch:
                 if kind == "source":
                     _say_source(data["source"], answered)
@@ -154,11 +177,24 @@ def follow_all(stores: Stores, task: str | None, write: Write) -> None:
                         write(Line(task=name, **data))
             if left_out := heard.dropped():
                 talk().print(f"Warning: {left_out:,} changes are left out: the output is slower than they come.")
+            heard.check()
     except KeyboardInterrupt:
         pass
     finally:
         ended.set()
         thread.join(2 * PATIENCE)
+
+
+def _say_away(away: bool, task: str | None) -> None:
+    """Say that Postgres, which has the tasks of the jobs, went away or is back."""
+    if not away:
+        talk().print("Postgres answers again.")
+    elif task is None:
+        talk().print("Warning: Postgres does not answer; the tasks of new jobs are unknown until it does.")
+    else:
+        talk().print(
+            f"Warning: Postgres does not answer; changes of new jobs are left out until it says which are of {task}."
+        )
 
 
 def _say_source(source: str | None, answered: bool) -> None:

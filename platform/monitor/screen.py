@@ -17,7 +17,7 @@ from celery_capacity.platform.console import held_back, render
 from celery_capacity.platform.console.command import problem_of_store
 from celery_capacity.platform.console.heartbeats import silent_after
 from celery_capacity.platform.console.terminal import facts
-from celery_capacity.platform.console.watch import picture
+from celery_capacity.platform.console.watch import giving_back, picture
 from celery_capacity.platform.monitor import tables
 from celery_capacity.platform.monitor.sorting import ORDERS, ordered
 from celery_capacity.platform.monitor.typed import Keys
@@ -118,7 +118,7 @@ def run(cluster: Cluster, order: str, every: float) -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         # The command's own handler ends the process at once, which would leave the terminal in its second screen.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    with suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt), giving_back():
         _run(cluster, order, every)
 
 

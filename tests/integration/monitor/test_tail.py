@@ -138,6 +138,36 @@ def test_tail_without_any_store_is_an_error(variables: pytest.MonkeyPatch) -> No
         first_lines(Stores(), None, 1)
 
 
+def test_tail_of_a_task_says_that_postgres_is_away(
+    stage: Stage, variables: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def submit() -> None:
+        until(lambda: stage.redis.pubsub_numpat() > 0, "somebody listens")
+        stage.submit(cpus=2000)
+
+    def say(away: bool, task: str | None) -> None:
+        say_away(away, task)
+        raise KeyboardInterrupt
+
+    say_away = lines._say_away
+    variables.setattr(lines, "_say_away", say)
+    variables.setenv("DATABASE_URL", NO_POSTGRES)
+    submitting = threading.Thread(target=submit)
+    submitting.start()
+    assert first_lines(Stores(), "t*k", 1) == []
+    submitting.join()
+    assert "Postgres does not answer; changes of new jobs are left out" in capsys.readouterr().err
+
+
+def test_error_of_the_listener_ends_tail(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hear(_: transitions.Transitions) -> None:
+        raise ZeroDivisionError("a mistake in the listener")
+
+    monkeypatch.setattr(transitions.Transitions, "hear", hear)
+    with pytest.raises(ZeroDivisionError, match="a mistake in the listener"):
+        lines.follow_all(stores, None, lambda _: None)
+
+
 def test_slow_output_leaves_changes_out_and_counts_them() -> None:
     heard = lines.Heard()
     for number in range(lines.MAX_PENDING + 3):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import termios
+
+import pytest
 
 from celery_capacity.platform.monitor import screen
 from celery_capacity.workers.process.exit_codes import Exit
@@ -58,3 +62,17 @@ def test_ctrl_c_ends_top_and_gives_the_screen_back(stage: Stage, open_terminal: 
     terminal.press_ctrl_c()
     assert terminal.wait() == Exit.OK
     assert "\x1b[?1049l" in terminal.screen
+
+
+@pytest.mark.parametrize(("words", "text"), [(["top"], "by name"), (["cluster", "--watch"], "every 2 s")])
+def test_sigterm_ends_a_screen_and_gives_the_terminal_back(
+    stage: Stage, open_terminal: OpenTerminal, words: list[str], text: str
+) -> None:
+    terminal = open_terminal(sys.executable, "-m", "celery", "-A", "platform", *words)
+    before = terminal.modes()[3] | termios.ICANON | termios.ECHO
+    terminal.wait_for(text)
+    terminal.process.terminate()
+    assert terminal.wait() == -signal.SIGTERM
+    assert "\x1b[?1049l" in terminal.screen
+    assert "\x1b[?25h" in terminal.screen
+    assert terminal.modes()[3] == before
