@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from celery_capacity.platform.console.command import Command, json_option, stores_of
+from celery_capacity.platform.console.names import check_task, complete_task
 from celery_capacity.platform.console.terminal import print_json
+from celery_capacity.platform.console.text_type import Text
 from celery_capacity.platform.console.watch import show, watch_option
+from celery_capacity.routing.model.reasons import EXPLAINED, Reason
+from celery_capacity.workers.process.exit_codes import Exit
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+#: Words of the reasons to wait.
+REASONS: Final = [reason.value for reason in EXPLAINED if reason not in (Reason.RUNS, Reason.ENDED)]
 
 
 @click.command(
@@ -20,17 +27,35 @@ if TYPE_CHECKING:
     examples=(
         ("What waits, in groups, each with its reason", "celery -A platform backlog"),
         ("The same again every 5 s", "celery -A platform backlog --watch 5"),
+        ("What waits for room, of a module's tasks", "celery -A platform backlog --task 'video.*' --reason no-room"),
         ("The same for a program", "celery -A platform backlog --json"),
     ),
+    codes={Exit.FAILED: "there is no such task; the nearest are named"},
 )
+@click.option(
+    "--task", metavar="NAME", type=Text(), shell_complete=complete_task, help="Only jobs of this task; * is any text."
+)
+@click.option("--queue", metavar="NAME", type=Text(), help="Only jobs of this queue; * is any text.")
+@click.option("--tenant", metavar="NAME", type=Text(), help="Only jobs of this tenant.")
+@click.option("--reason", metavar="WHY", type=click.Choice(REASONS), help="Only groups that wait for this reason.")
 @watch_option
 @json_option
 @click.pass_context
-def command(context: click.Context, watch: float | None, as_json: bool) -> None:
+def command(
+    context: click.Context,
+    task: str | None,
+    queue: str | None,
+    tenant: str | None,
+    reason: str | None,
+    watch: float | None,
+    as_json: bool,
+) -> None:
     """List what waits, in groups of jobs alike in task, request, queue, priority and tenant.
 
     Groups that no worker can ever take stand first. The reason and the estimated start are those of the first job of a
     group. `job ID` says more about one job.
+
+    WHY is the word of a reason in the JSON, such as no-room or no-worker-knows-task. A group must meet all conditions.
     """
     from celery_capacity.platform.console import held_back
     from celery_capacity.platform.monitor import tables
@@ -40,15 +65,21 @@ def command(context: click.Context, watch: float | None, as_json: bool) -> None:
 
     stores = stores_of(context)
     settings, client = stores.settings, quick_client(stores.redis)
+    chosen = waiting_groups.GroupFilter(task, queue, tenant, reason)
 
     def draw(console: Console) -> None:
         seen = overview.read(client, stores.engine, settings.worker_ttl)
         with stores.engine.connect() as connection:
-            groups = waiting_groups.read(connection, client, settings)
+            groups = waiting_groups.read(connection, client, settings, chosen)
+            if task is not None and not groups:
+                check_task(connection, task)
         if as_json:
             print_json(waiting_groups.document(seen.to_json(), groups))
             return
-        tables.backlog(console, groups, seen.waiting)
+        if not groups and chosen != waiting_groups.ALL:
+            console.print("no such job waits")
+        else:
+            tables.backlog(console, groups, seen.waiting)
         held_back.show(console, seen)
 
     show(draw, watch, "backlog", in_place=not as_json)

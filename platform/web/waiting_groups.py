@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import redis
 from sqlalchemy import Connection, text
 
 from celery_capacity.platform.console import render, wording
+from celery_capacity.routing.database.job_conditions import like_pattern
 from celery_capacity.routing.forecast import starts
 from celery_capacity.routing.inspect import explain
 from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.inspect.waiting import BLOCKING
 from celery_capacity.routing.model.request import Request, alternatives_to_show, terms_of
 from celery_capacity.routing.policy.labels import place_of
-from celery_capacity.routing.policy.tenants import tenant_of
+from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, tenant_of
 
 #: Groups that are listed: those whose first jobs come first.
 MAX_GROUPS: Final = 100
@@ -26,11 +28,15 @@ PATIENCE: Final = 1.0
 #: Waiting jobs up to which starts are estimated here. Beyond, the page of a job estimates its own.
 ESTIMATED: Final = 2000
 
-_GROUPS: Final = text("""
+_GROUPS: Final = text(r"""
 SELECT alike.*, jobs.id AS first FROM (
   SELECT shape, name, queue, priority, count(*) AS waiting, min(seq) AS seq,
     extract(epoch FROM clock_timestamp() - min(submitted_at))::float AS oldest
   FROM jobs WHERE state IN ('accepted', 'waiting')
+    AND (CAST(:task AS text) IS NULL OR name LIKE :task ESCAPE '\')
+    AND (CAST(:queue AS text) IS NULL OR queue LIKE :queue ESCAPE '\')
+    AND (CAST(:tenant AS text) IS NULL OR CASE WHEN :tenant = :default THEN shape NOT LIKE '%,$%'
+      ELSE strpos(shape || ',', ',$' || :tenant || ',') > 0 END)
   GROUP BY shape, name, queue, priority ORDER BY priority DESC, min(seq) LIMIT :most
 ) AS alike
 JOIN jobs ON jobs.state IN ('accepted', 'waiting') AND (- jobs.priority) = - alike.priority AND jobs.seq = alike.seq
@@ -38,18 +44,42 @@ ORDER BY alike.priority DESC, alike.seq
 """)
 
 
-def read(connection: Connection, client: redis.Redis, settings: Any) -> list[dict[str, Any]]:
-    """Return the groups, those first that no worker can ever take."""
-    rows = connection.execute(_GROUPS, {"most": MAX_GROUPS}).all()
+@dataclass(frozen=True, slots=True)
+class GroupFilter:
+    """Conditions that all groups must meet. In `task` and `queue` a `*` is any text; `reason` is a reason's word."""
+
+    task: str | None = None
+    queue: str | None = None
+    tenant: str | None = None
+    reason: str | None = None
+
+    def values(self) -> dict[str, str | None]:
+        """Return the values for the query. The reason is no column: it is looked up."""
+        task, queue = (None if name is None else like_pattern(name) for name in (self.task, self.queue))
+        return {"task": task, "queue": queue, "tenant": self.tenant, "default": DEFAULT_TENANT}
+
+
+ALL: Final = GroupFilter()
+
+
+def read(connection: Connection, client: redis.Redis, settings: Any, chosen: GroupFilter = ALL) -> list[dict[str, Any]]:
+    """Return the groups, those first that no worker can ever take.
+
+    With a reason in the filter, more reasons are looked up, in the same time.
+    """
+    rows = connection.execute(_GROUPS, {"most": MAX_GROUPS, **chosen.values()}).all()
+    explained = EXPLAINED if chosen.reason is None else MAX_GROUPS
     rules = starts.rules_of(settings) if sum(row.waiting for row in rows) <= ESTIMATED else None
     until = time.monotonic() + PATIENCE
     groups = []
     for number, row in enumerate(rows):
         why = None
-        if number < EXPLAINED and time.monotonic() < until:
+        if number < explained and time.monotonic() < until:
             losses, ttl = settings.most_losses, settings.worker_ttl
             why = explain.explain(client, connection, row.first, losses, rules, ttl, settings.share_halves_in)
         groups.append(_group(row, why))
+    if chosen.reason is not None:
+        groups = [group for group in groups if group["why"] == chosen.reason]
     return sorted(groups, key=lambda group: not group["blocked"])
 
 

@@ -144,6 +144,26 @@ def test_names_of_tasks_and_workers_are_completed(
     assert completed(stats.command, "task", "t") == []
 
 
+def test_backlog_is_chosen_by_task_queue_tenant_and_reason(stage: Stage, run: Run) -> None:
+    stage.submit(cpus=3000, tenant="video")
+    for words, requests in {
+        ("--task", "t*k"): [3, 3, 9],
+        ("--queue", "celery", "--reason", "no-room"): [3],
+        ("--reason", "tenant-share"): [3],
+        ("--queue", "c_lery"): [],
+        ("--tenant", "video"): [3],
+        ("--tenant", "default"): [3, 9],
+        ("--reason", "too-large"): [9],
+    }.items():
+        groups = answer(run, "backlog", *words)["groups"]
+        assert sorted(group["request"]["cpus"] for group in groups) == requests, words
+    assert run("backlog", "--tenant", "vide").stdout == "no such job waits\n"
+    refused = run("backlog", "--task", "tusk")
+    assert refused.exit_code == Exit.FAILED
+    assert "The nearest: task." in refused.stderr
+    assert run("backlog", "--reason", "no-rum").exit_code == Exit.USAGE
+
+
 def test_cluster_in_a_notebook_is_tables_without_markup(
     stage: Stage, platform_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
