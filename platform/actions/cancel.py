@@ -81,7 +81,7 @@ def command(
     chosen = {"task": task, "group": group, "state": state}
     app = context.obj.app
     cancellations = cancel(app, stores, commanding(), ids, terminate=terminate, chosen=chosen) if ids else ()
-    results = report(cancellations, lambda cancellation: _sentence(cancellation, terminate), as_json)
+    results = report(cancellations, lambda cancellation: _sentence(cancellation, terminate), as_json, len(ids))
     if not as_json and any(cancellation.became is Became.CANNOT_TERMINATE for cancellation in results):
         talk().print("Only a pool of processes (--pool prefork) can end a running job.")
     done = all(cancellation.done for cancellation in results) and not is_empty(results, task, group)

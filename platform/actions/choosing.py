@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
@@ -11,6 +12,7 @@ from celery_capacity.platform.console.asking import confirm
 from celery_capacity.platform.console.command import WrongUsage
 from celery_capacity.platform.console.job_ids import whole_ids
 from celery_capacity.platform.console.terminal import facts, print_json
+from celery_capacity.workers.display.progress_bar import command_bar
 
 if TYPE_CHECKING:
     from celery_capacity.workers.process.stores import Stores
@@ -54,13 +56,20 @@ def choose(
     return ids
 
 
-def report(results: Iterable[R], line_of: Callable[[R], str], as_json: bool) -> list[R]:
-    """Print a line for each result as soon as it is there, or as JSON all results at the end; return them."""
+def report(results: Iterable[R], line_of: Callable[[R], str], as_json: bool, total: int) -> list[R]:
+    """Print a line for each result as soon as it is there, or as JSON all results at the end; return them.
+
+    `total`: number of results. A bar counts them where their lines do not come on a terminal.
+    """
     shown = []
-    for result in results:
-        shown.append(result)
-        if not as_json:
-            facts().print(f"{result.job}  {line_of(result)}")
+    lines_are_seen = not as_json and facts().is_terminal
+    with nullcontext() if lines_are_seen else command_bar("jobs", total) as bar:
+        for result in results:
+            shown.append(result)
+            if not as_json:
+                facts().print(f"{result.job}  {line_of(result)}")
+            if bar is not None:
+                bar.advance()
     if as_json:
         print_json([result.to_json() for result in shown])
     elif not shown:

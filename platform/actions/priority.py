@@ -49,7 +49,7 @@ def command(
 
     stores = stores_of(context)
     ids = whole_ids(stores.engine, jobs)
-    results = report(set_priority(stores, commanding(by), ids, priority, reason=reason), _sentence, as_json)
+    results = report(set_priority(stores, commanding(by), ids, priority, reason=reason), _sentence, as_json, len(ids))
     ended = any(result.became is Became.ENDED_BEFORE for result in results)
     raise SystemExit(Exit.FAILED if ended else Exit.OK)
 

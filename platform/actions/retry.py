@@ -70,7 +70,7 @@ def command(
     ids = choose(stores, jobs, lambda: failed_jobs(stores, task, since, again), "Retry", yes)
     chosen = {"task": task, "since_seconds": since} if failed else {}
     retries = retry_all(context.obj.app, stores, commanding(), ids, again=again, chosen=chosen) if ids else ()
-    results = report(retries, _sentence, as_json)
+    results = report(retries, _sentence, as_json, len(ids))
     refusals = [result.refused for result in results if result.refused is not None]
     if is_empty(results, task):
         raise SystemExit(Exit.FAILED)

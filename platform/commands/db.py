@@ -10,6 +10,7 @@ from celery_capacity import migrations
 from celery_capacity.platform.console.asking import confirm
 from celery_capacity.platform.console.command import Command, Group, json_option, stores_of
 from celery_capacity.platform.console.terminal import facts, print_json, talk
+from celery_capacity.workers.display.progress_bar import command_bar
 from celery_capacity.workers.process.exit_codes import Exit
 
 UNKNOWN_REVISION: Final = {Exit.FAILED: "there is no such revision"}
@@ -46,7 +47,8 @@ def upgrade(context: click.Context, revision: str, as_json: bool) -> None:
     """
     url = _url(context)
     before = migrations.current(url)
-    migrations.upgrade(url, revision)
+    with command_bar("upgrading the tables"):
+        migrations.upgrade(url, revision)
     _tell(before, migrations.current(url), as_json)
 
 
@@ -76,7 +78,8 @@ def downgrade(context: click.Context, revision: str, force: bool, as_json: bool)
     if not force:
         loss = f"{_jobs_in(url)} in the tables, and what a later revision made is dropped."
         confirm(f"{loss} Take the tables back from {before} to {revision}?", "--force")
-    migrations.downgrade(url, revision)
+    with command_bar("taking the tables back"):
+        migrations.downgrade(url, revision)
     _tell(before, migrations.current(url), as_json)
 
 

@@ -6,6 +6,7 @@ import click
 
 from celery_capacity.platform.console.command import Command, json_option, stores_of
 from celery_capacity.platform.console.terminal import facts, print_json
+from celery_capacity.workers.display.progress_bar import command_bar
 from celery_capacity.workers.process.exit_codes import Exit
 
 
@@ -32,7 +33,9 @@ def command(context: click.Context, as_json: bool) -> None:
     from celery_capacity.platform.operations.auditing import commanding
     from celery_capacity.platform.operations.controls import reconcile_stores
 
-    done, rebuilt = reconcile_stores(stores_of(context), commanding())
+    stores = stores_of(context)
+    with command_bar("comparing both stores"):
+        done, rebuilt = reconcile_stores(stores, commanding())
     if as_json:
         opened = None
         if rebuilt is not None:

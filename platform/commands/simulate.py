@@ -24,6 +24,7 @@ from celery_capacity.routing.policy.reservation import RESERVE_AFTER_MS, Rules
 from celery_capacity.routing.policy.tenants import Rule, tenant_of, tenant_term
 from celery_capacity.routing.simulation.expectations import SOURCES
 from celery_capacity.routing.simulation.jobs import Submission
+from celery_capacity.workers.display.progress_bar import command_bar
 from celery_capacity.workers.process.exit_codes import Exit
 
 
@@ -109,7 +110,8 @@ def command(
         raise click.UsageError("--from-history takes neither --trace nor --scale: it is a trace at its own speed.")
     else:
         case = _case_of_history(context, history, workers, weights)
-    report = run(case, Rules(depth, round(reserve_after * MS)), expected)
+    with command_bar("simulated jobs", len(case.jobs)) as bar:
+        report = run(case, Rules(depth, round(reserve_after * MS)), expected, bar.advance)
     if log is not None:
         write_log(log, trace.log_rows(report.records, 0.0))
     if as_json:

@@ -11,6 +11,7 @@ from celery_capacity.platform.console.command import Command, json_option, store
 from celery_capacity.platform.console.names import complete_worker
 from celery_capacity.platform.console.terminal import facts, harmless, print_json
 from celery_capacity.routing.errors import StoreUnavailable
+from celery_capacity.workers.display.progress_bar import command_bar
 from celery_capacity.workers.process.exit_codes import Exit
 
 if TYPE_CHECKING:
@@ -58,14 +59,16 @@ def command(context: click.Context, worker: str | None, as_json: bool) -> None:
     report: Report | None = None
     quarantined: Quarantined | None = None
     why_not: str | None = f"only {worker} was asked about"
-    if worker is not None:
-        results = health_checks.run_for(client, stores.settings, worker)
-    else:
-        results = health_checks.run(client, stores.engine, stores.settings)
+    with command_bar("checking"):
+        if worker is not None:
+            results = health_checks.run_for(client, stores.settings, worker)
+        else:
+            results = health_checks.run(client, stores.engine, stores.settings)
     if not as_json:
         _show(results)
     if worker is None:
-        report, why_not = _judge(stores)
+        with command_bar("judging the invariants"):
+            report, why_not = _judge(stores)
         quarantined = overview.quarantined(stores.engine)
     passed = sum(result.passed for result in results)
     good = passed == len(results) and (worker is not None or (report is not None and report.holds))

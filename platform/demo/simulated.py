@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +19,7 @@ from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, Rule, Sharing
 from celery_capacity.routing.simulation.expectations import SOURCES
 from celery_capacity.routing.simulation.jobs import Submission
 from celery_capacity.routing.simulation.shares import Shares
-from celery_capacity.routing.simulation.simulation import simulate
+from celery_capacity.routing.simulation.simulation import Expectations, simulate
 
 if TYPE_CHECKING:
     from celery_capacity.platform.demo.replay import Replayed
@@ -185,12 +185,29 @@ def _capacity(spec: WorkerSpec) -> Mapping[str, int]:
     return {name: amount for name, amount in amounts.items() if amount}
 
 
-def run(case: Case, rules: Rules, expected: str) -> Simulated:
+@dataclass(frozen=True)
+class _Counted:
+    """Source of expected run times that says when a job has ended."""
+
+    source: Expectations
+    ended: Callable[[], object]
+
+    def expected(self, submission: Submission) -> int:
+        return self.source.expected(submission)
+
+    def learn(self, submission: Submission) -> None:
+        self.source.learn(submission)
+        self.ended()
+
+
+def run(case: Case, rules: Rules, expected: str, ended: Callable[[], object] | None = None) -> Simulated:
     """Simulate a trace. `expected`: the source of expected run times, one of `SOURCES`. Raise InvalidRequest.
 
-    At least one job must find a worker that is large enough.
+    At least one job must find a worker that is large enough. `ended` is called when a job has ended.
     """
-    simulation = simulate(case.jobs, case.books, rules, SOURCES[expected](), case.shares)
+    source: Expectations = SOURCES[expected]()
+    counted = source if ended is None else _Counted(source, ended)
+    simulation = simulate(case.jobs, case.books, rules, counted, case.shares)
     starts = simulation.starts
     if not starts:
         raise InvalidRequest(

@@ -14,6 +14,7 @@ from celery_capacity.platform.console.command import Command, json_option, store
 from celery_capacity.platform.console.terminal import facts, print_json, table
 from celery_capacity.platform.processes.launch import WorkerSpec, parse_workers
 from celery_capacity.routing.errors import InvalidRequest, show
+from celery_capacity.workers.display.progress_bar import command_bar
 from celery_capacity.workers.process.exit_codes import Exit
 
 if TYPE_CHECKING:
@@ -78,11 +79,12 @@ def command(
     with stores.engine.execution_options(isolation_level="REPEATABLE READ").connect() as connection:
         today = read_today(quick_client(stores.redis), connection, stores.settings)
     _check_names(today, add, remove)
-    as_is = forecast.outcome(today.cluster, today.rules)
     after = None
-    if add or remove or depth is not None:
-        rules = today.rules if depth is None else replace(today.rules, depth=depth)
-        after = forecast.outcome(forecast.changed(today.cluster, list(books_of(add).values()), remove), rules)
+    with command_bar("simulating"):
+        as_is = forecast.outcome(today.cluster, today.rules)
+        if add or remove or depth is not None:
+            rules = today.rules if depth is None else replace(today.rules, depth=depth)
+            after = forecast.outcome(forecast.changed(today.cluster, list(books_of(add).values()), remove), rules)
     if as_json:
         change = {"add": [spec.name for spec in add], "remove": list(remove), "depth": depth}
         print_json(_json(today, change, as_is, after))

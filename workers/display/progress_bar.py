@@ -103,6 +103,11 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
             self._drawn = True
 
 
+def command_bar(what: str, total: float | None = None) -> ProgressBar:
+    """Return the bar of a command: it appears where the work takes longer than `AFTER`, and disappears at its end."""
+    return ProgressBar(what, total, after=AFTER, transient=True)
+
+
 class _Notebook:
     """Bar of HTML below a cell of a notebook, updated in place."""
 

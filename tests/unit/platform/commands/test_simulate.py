@@ -17,6 +17,7 @@ from celery_capacity.routing.policy.reservation import Rules
 from celery_capacity.routing.simulation.expectations import Exact
 from celery_capacity.routing.simulation.jobs import Submission
 from celery_capacity.routing.simulation.simulation import simulate
+from celery_capacity.workers.display import progress_bar
 from celery_capacity.workers.process.exit_codes import Exit
 from tests.fixtures.documents.shapes import assert_shape
 
@@ -119,3 +120,12 @@ def test_wrong_tenants_are_refused(tmp_path: Path) -> None:
 def test_history_and_trace_exclude_each_other(trace: Path) -> None:
     refused = run("--trace", str(trace), "--from-history", "7d")
     assert (refused.exit_code, "neither --trace nor --scale" in refused.output) == (2, True)
+
+
+def test_simulation_counts_its_jobs_in_a_bar(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_bar, "AFTER", 0.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    result = run("--trace", str(trace), "--worker", "big=8", "--json")
+    assert json.loads(result.stdout)["jobs"] == 4
+    assert "4/4" in result.stderr
