@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from celery_capacity.platform.console.command import Command, stores_of
+from celery_capacity.platform.console.command import Command, log_format_option, stores_of
 from celery_capacity.platform.console.terminal import talk
 from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.workers.logs import json_lines, log_format
 from celery_capacity.workers.process.exit_codes import Exit
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 )
 @click.option("--host", metavar="HOST", help="Address to listen on, instead of PLATFORM_DASHBOARD's.")
 @click.option("--port", metavar="PORT", type=click.IntRange(0, 65535), help="Port; 0 takes a free one.")
+@log_format_option
 @click.pass_context
 def command(context: click.Context, host: str | None, port: int | None) -> None:
     """Serve the page of the cluster, and its API below /api/v1, until Ctrl-C.
@@ -48,6 +50,7 @@ def command(context: click.Context, host: str | None, port: int | None) -> None:
     from celery_capacity.platform.web.http.login import Access
     from celery_capacity.platform.web.sources import Sources
 
+    json_lines.set_up()
     stores = stores_of(context)
     settings = stores.settings
     own_host, own_port = settings.dashboard
@@ -77,14 +80,24 @@ def command(context: click.Context, host: str | None, port: int | None) -> None:
 def _announce_token(made: tuple[str, Path, bool] | None, home: Path) -> None:
     """Say where the token for actions is, and at the first start the token itself."""
     if made is None:
-        talk().print(f"No actions: {home} takes no token. Set PLATFORM_TOKEN to act by the API.", soft_wrap=True)
+        _say(f"No actions: {home} takes no token. Set PLATFORM_TOKEN to act by the API.")
         return
     token, path, is_new = made
-    talk().print(f"Token for actions: {f'{token}, kept ' if is_new else ''}in {path}", soft_wrap=True)
+    # Logs are collected, and read by many.
+    is_shown = is_new and not log_format.is_asked_for()
+    _say(f"Token for actions: {f'{token}, kept ' if is_shown else ''}in {path}")
 
 
 def _announce(sockets: list[socket.socket]) -> None:
     host, port = sockets[0].getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     # A single write, so that a reader who has the first line has the second one too.
-    talk().print(f"Dashboard: http://{shown}:{port}/api/v1/dashboard\nPage: http://{shown}:{port}/")
+    api, page = f"Dashboard: http://{shown}:{port}/api/v1/dashboard", f"Page: http://{shown}:{port}/"
+    _say(f"{api}\n{page}", api, page)
+
+
+def _say(text: str, *lines: str) -> None:
+    """Print a text. Where lines in JSON are asked for, these are `lines`, by default the text as one."""
+    if log_format.is_asked_for():
+        text = "\n".join(json_lines.line_of("INFO", __name__, line) for line in lines or (text,))
+    talk().print(text, soft_wrap=True, markup=False, highlight=False)

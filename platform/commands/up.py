@@ -11,12 +11,13 @@ from pathlib import Path
 
 import click
 
-from celery_capacity.platform.console.command import Command, WrongUsage, settings_of_environment
+from celery_capacity.platform.console.command import Command, WrongUsage, log_format_option, settings_of_environment
 from celery_capacity.platform.console.terminal import OutputLost, facts, forsake, print_json, table
 from celery_capacity.platform.processes.launch import Interrupted, WorkerSpec, workers_option
 from celery_capacity.platform.processes.local_cluster import LocalCluster
 from celery_capacity.platform.processes.speaker import Speaker
 from celery_capacity.platform.processes.supervisor import Supervisor
+from celery_capacity.workers.logs import log_format
 from celery_capacity.workers.membership.preflight import check_imports, missing_modules
 from celery_capacity.workers.process.exit_codes import Exit
 
@@ -79,6 +80,7 @@ def _check_modules(names: Sequence[str]) -> None:
 @click.option(
     "-P", "--pool", metavar="POOL", type=click.Choice(["prefork", "threads", "solo"]), help="Pool of the workers."
 )
+@log_format_option
 @click.option("--json", "as_json", is_flag=True, help="Print what runs as JSON once it is ready.")
 @click.pass_context
 def command(
@@ -103,7 +105,7 @@ def command(
     """
     _check_app(context)
     _check_modules((*modules, *include))
-    speaker = Speaker(sys.stderr)
+    speaker = Speaker(sys.stderr, as_json=log_format.is_asked_for())
     with closing(speaker):
         context.exit(_run(speaker, workers, pool, as_json, _environ(os.environ, (*modules, *include))))
 

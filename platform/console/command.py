@@ -19,6 +19,7 @@ import click
 
 from celery_capacity.platform.console.terminal import OutputLost, fail, forsake, print_json, talk
 from celery_capacity.routing.errors import PlatformError, StoreUnavailable
+from celery_capacity.workers.logs import log_format
 from celery_capacity.workers.plugin import SCRIPT
 from celery_capacity.workers.process.exit_codes import Exit, code_of
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 #: Option of every command that prints facts.
 json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+
+#: Option of every command that runs until it is ended.
+log_format_option: Final = click.option("--log-format", **log_format.OPTION)
 
 #: Lines of help: the purpose of an example, and its command.
 Examples = Sequence[tuple[str, str]]

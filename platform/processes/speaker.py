@@ -16,6 +16,7 @@ from typing import TextIO
 
 from celery_capacity.platform.console.terminal import forsake, harmless
 from celery_capacity.platform.processes.supervisor import Child
+from celery_capacity.workers.logs import json_lines
 
 #: Errors of a write whose reader is gone, and the signal that other programs would get.
 LOST = {errno.EPIPE: signal.SIGPIPE, errno.EIO: signal.SIGHUP}
@@ -33,9 +34,14 @@ ERASE, COLOUR, END = "\r\x1b[2K", "\x1b[36m", "\x1b[0m"
 
 
 class Speaker:
-    """Writer of whole lines, from any thread, with a status line below them on a terminal."""
+    """Writer of whole lines, from any thread, with a status line below them on a terminal.
 
-    def __init__(self, stream: TextIO | None, clock: Callable[[], float] = time.monotonic) -> None:
+    `as_json`: each line is a JSON object, also the lines of children that are none.
+    """
+
+    def __init__(
+        self, stream: TextIO | None, clock: Callable[[], float] = time.monotonic, *, as_json: bool = False
+    ) -> None:
         self._stream = stream
         self._clock = clock
         self._lock = threading.RLock()
@@ -43,15 +49,20 @@ class Speaker:
         self._last_plain = ("", 0.0)
         #: Called with a signal's number when the reader is gone, in the thread that noticed it.
         self.on_lost: Callable[[int], None] | None = None
-        self.terminal = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.as_json = as_json
+        self.terminal = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb" and not as_json
 
     def say(self, line: str) -> None:
         """Write a line of this command."""
-        self._write(harmless(line))
+        self._write(json_lines.line_of("INFO", __name__, line) if self.as_json else harmless(line))
 
     def say_of(self, child: Child, line: str) -> None:
-        """Write a line of a child, with its name in front."""
-        self._write(f"[{child.name}] {harmless(line)}")
+        """Write a line of a child, with its name in front. A line in JSON tells by itself where it is from."""
+        if not self.as_json:
+            self._write(f"[{child.name}] {harmless(line)}")
+        elif line.strip():
+            is_object = json_lines.message_of(line) is not None
+            self._write(line if is_object else json_lines.line_of("INFO", __name__, line, process=child.name))
 
     def status(self, kind: str, detail: str = "") -> None:
         """Show the present step, in place on a terminal: `kind`, then `detail`, which may change every second.
@@ -64,7 +75,7 @@ class Speaker:
             last_kind, last_time = self._last_plain
             if kind != last_kind or now - last_time >= PLAIN_INTERVAL:
                 self._last_plain = (kind, now)
-                self._write(text)
+                self.say(text)
             return
         with self._lock:
             self._status = self._spinning(text, now)

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TypeVar
 
+from celery_capacity.workers.logs import json_lines
+
 T = TypeVar("T")
 
 #: End of the line that Celery's worker logs, at INFO, when it can be admitted to.
@@ -161,8 +163,9 @@ class Supervisor:
         ready: str = READY,
         keep_open: Sequence[int] = (),
     ) -> Child:
-        """Start a child. It is ready when one of its lines ends with `ready`; with "" it is ready at once.
+        """Start a child. It is ready when one of its lines, or of their messages in JSON, ends with `ready`.
 
+        With "" it is ready at once.
         `keep_open` are file descriptors that it inherits. Raises OSError if it cannot be started.
         """
         process = subprocess.Popen(
@@ -217,8 +220,9 @@ class Supervisor:
                 child.last_lines.append(line)
                 if self._on_line is not None:
                     self._on_line(child, line)
-                if not child.ready and line.endswith(ready):
-                    child.ready_line = line
+                message = line if child.ready else json_lines.message_of(line) or line
+                if not child.ready and message.endswith(ready):
+                    child.ready_line = message
                     child.ready = True
                     self._events.put(ProcessEvent("ready", child))
 

@@ -1,4 +1,4 @@
-"""The settings of the dashboard, and of what it and the commands note about operators."""
+"""The settings of what people look at: the dashboard, the audit of operators, and the logs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from celery_capacity.routing.config.meaning import setting as _setting
 
 @dataclass(frozen=True, repr=False)
 class DashboardSettings:
-    """Where the dashboard listens, who may read there, and who may act."""
+    """Where the dashboard listens, who may read there and who may act, and what is logged and kept."""
 
     dashboard: tuple[str, int] = _setting(
         "PLATFORM_DASHBOARD",
@@ -43,4 +43,11 @@ class DashboardSettings:
     )
     keep_audit: float = _duration(
         "PLATFORM_KEEP_AUDIT", 7_776_000.0, "How long the audit keeps the action of an operator; 0: for ever."
+    )
+    log_format: str = _setting(
+        "PLATFORM_LOG_FORMAT",
+        "Lines of the logs of workers, beat, the dashboard and `up`: text, or a JSON object each.",
+        setting_values.log_format,
+        default="text",
+        unit="text or json",
     )

@@ -71,6 +71,13 @@ def hidden_text(text: str) -> str:
     return HIDDEN if _NAMED_VALUE.search(text) else mask_url(text)
 
 
+def hidden_lines(text: str) -> str:
+    """Return a text of many lines, such as a message of a log or a traceback: each line as `hidden_text` shows it."""
+    if "\n" not in text:
+        return hidden_text(text)
+    return "\n".join(map(hidden_text, text.split("\n")))
+
+
 #: Headers in which a producer writes the arguments for people.
 SHOWN_HEADERS: Final = ("argsrepr", "kwargsrepr")
 

@@ -32,6 +32,9 @@ ZERO = {
 SHORTEST_TOKEN = 16
 LONGEST_TOKEN = 500
 
+#: How the lines of a log are written.
+LOG_FORMATS = ("text", "json")
+
 _MODULE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 
 
@@ -42,6 +45,13 @@ def plain_text(value: str, env: str) -> str:
 
 def _wrong(env: str, value: str, right: str) -> InvalidRequest:
     return InvalidRequest(f"{env}={show(value)} is not valid", value=value, advice=right)
+
+
+def log_format(value: str, env: str) -> str:
+    """Return how the lines of a log are written."""
+    if value.lower() not in LOG_FORMATS:
+        raise _wrong(env, value, f"{env} must be one of: {', '.join(LOG_FORMATS)}.")
+    return value.lower()
 
 
 def token(value: str, env: str) -> str:

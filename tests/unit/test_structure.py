@@ -30,7 +30,7 @@ FOLDERS = {
         "forecast", "inspect",
     ),
     "workers": (
-        "display", "dispatch", "process", "supervision", "broker", "submit", "results", "client", "membership",
+        "display", "dispatch", "process", "supervision", "broker", "submit", "results", "logs", "client", "membership",
         "retention", "duties", "learning", "runner", "settle", "execute", "app",
     ),
 }  # fmt: skip

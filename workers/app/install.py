@@ -17,6 +17,7 @@ from celery_capacity.workers.app.defaults import Defaults, NoBackend
 from celery_capacity.workers.app.existing_parts import cover_tasks, make_anew, unproxied
 from celery_capacity.workers.broker import beat_messages
 from celery_capacity.workers.client.group_result import PlatformGroupResult
+from celery_capacity.workers.logs import log_format
 from celery_capacity.workers.membership.preflight import check_imports
 from celery_capacity.workers.process.stores import Resolve, Stores, platform_of, resolve_running, stores_of
 from celery_capacity.workers.results.backends import BACKENDS, backend_class
@@ -72,6 +73,7 @@ def install(app: Celery, *, resolve: Resolve = resolve_running) -> Celery:
     groups.connect()
     teach_states()
     flower.prepare(stores)
+    log_format.add_options(app)
     # Called each time that a configuration is read: `config_from_object` after a first use reads it anew.
     app.add_defaults(partial(_configured, app))
     app.on_after_configure.connect(_configured, weak=False)

@@ -29,6 +29,7 @@ from celery_capacity.workers.execute.gevent_pool import check_pool, prepare
 from celery_capacity.workers.execute.pool import abandoned, end_process
 from celery_capacity.workers.execute.readiness import refusing
 from celery_capacity.workers.execute.runtime import Runtime, runtime_of
+from celery_capacity.workers.logs import json_lines
 from celery_capacity.workers.membership import orphans
 from celery_capacity.workers.membership.preflight import check_broker, check_imports, check_results
 from celery_capacity.workers.process.fork_safety import guard_children
@@ -62,6 +63,8 @@ def connect() -> None:
         (signals.worker_shutting_down, on_worker_shutting_down),
         (signals.worker_shutdown, on_worker_shutdown),
         (signals.beat_init, on_beat_init),
+        (signals.after_setup_logger, json_lines.on_after_setup_logger),
+        (signals.after_setup_task_logger, json_lines.on_after_setup_logger),
     ):
         event.connect(handler, weak=False, dispatch_uid=f"celery-capacity.{handler.__name__}")
     logging.getLogger("celery.pool").addFilter(_without_arguments)
@@ -88,6 +91,7 @@ def on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None,
             logger.warning(warning)
         check_reserved(settings, Machine().read())
         instance.hostname = nodename_of(settings, instance.hostname)
+        json_lines.JsonFormatter.worker = name_of(settings, instance.hostname)
         trace.setup_worker_optimizations(instance.app, instance.hostname)
         if not (options or {}).get("concurrency") and not conf.worker_concurrency:
             conf.worker_concurrency = default_concurrency(detect(settings).capacity.get("cpus"))
