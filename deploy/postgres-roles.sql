@@ -65,6 +65,7 @@ ALTER TABLE pauses OWNER TO platform_owner;
 ALTER TABLE tenants OWNER TO platform_owner;
 ALTER TABLE operator_actions OWNER TO platform_owner;
 ALTER TABLE audit OWNER TO platform_owner;
+ALTER TABLE job_lines OWNER TO platform_owner;
 ALTER TABLE authority OWNER TO platform_owner;
 ALTER TABLE runner OWNER TO platform_owner;
 ALTER TABLE declarations OWNER TO platform_owner;
@@ -101,7 +102,7 @@ GRANT SELECT, UPDATE ON authority TO platform_worker;
 GRANT SELECT, INSERT, UPDATE, DELETE ON cordons, pauses, tenants TO platform_worker;
 -- So does a dashboard in which people act. Rows of the audit end after `PLATFORM_KEEP_AUDIT`, by a duty of workers.
 GRANT SELECT, INSERT ON operator_actions TO platform_worker;
-GRANT SELECT, INSERT, DELETE ON audit TO platform_worker;
+GRANT SELECT, INSERT, DELETE ON audit, job_lines TO platform_worker;
 GRANT UPDATE (outcome, details, ended_at) ON audit TO platform_worker;
 GRANT SELECT, INSERT, UPDATE ON runner, run_times_read TO platform_worker;
 GRANT SELECT, INSERT, UPDATE, DELETE ON run_times, estimates, reservations TO platform_worker;
@@ -138,7 +139,7 @@ GRANT SELECT (id, seq, name, state, epoch, attempt, step, losses, worker, incarn
   finished_at, revoked_at, error, needs, rated, not_before, progress, behind, reprioritized,
   expected_ms, key_limits) ON jobs TO platform_dashboard;
 GRANT SELECT ON attempts, workers, cordons, pauses, tenants, operator_actions, audit, authority, runner, declarations,
-  dependencies, rates, retries, infeasible, run_times, run_times_read, estimates, reservations, job_keys, key_rates,
+  dependencies, rates, retries, job_lines, infeasible, run_times, run_times_read, estimates, reservations, job_keys, key_rates,
   alembic_version TO platform_dashboard;
 GRANT SELECT ON jobs_archive, attempts_archive TO platform_dashboard;
 GRANT SELECT (id, queue, reason, worker, seen_at) ON quarantine TO platform_dashboard;

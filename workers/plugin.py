@@ -105,6 +105,7 @@ COMMANDS: Final = (
     Lazy("stats", "monitor.stats", "Look", "Figures of each task: failures, waits and run times."),
     Lazy("jobs", "commands.jobs", "Look", "List jobs by state, task, worker, queue or age."),
     Lazy("job", "commands.job", "Look", "One job: times, worker, attempts, and why it waits."),
+    Lazy("logs", "monitor.logs", "Look", "What a job has logged and printed."),
     Lazy("simulate", "commands.simulate", "Look", "When the jobs of a trace would start, in virtual time."),
     Lazy("whatif", "planning.whatif", "Look", "How the backlog would empty with other workers."),
     Lazy("submit", "actions.submit", "Act", "Submit a job by the name of its task."),

@@ -12,11 +12,13 @@ import redis
 
 from celery_capacity.platform.console import job_document
 from celery_capacity.platform.console.job_document import JobDocument
+from celery_capacity.platform.console.job_ids import whole_ids
 from celery_capacity.platform.web import held_jobs, holes, runs, task_statistics, waiting_groups
 from celery_capacity.platform.web.metrics import reading
 from celery_capacity.platform.web.metrics.ended_jobs import EndedJobs
 from celery_capacity.platform.web.metrics.exposition import Reads, families
-from celery_capacity.routing.database import audit
+from celery_capacity.routing.database import audit, job_lines
+from celery_capacity.routing.database.job_lines import Position
 from celery_capacity.routing.inspect import job_list, overview
 from celery_capacity.routing.inspect.job_list import JobFilter
 from celery_capacity.routing.inspect.overview import Overview
@@ -29,6 +31,8 @@ from celery_capacity.workers.supervision.exposition import exposition
 #: Jobs on a page of a list, where a request does not say, and at most.
 PAGE: Final = 50
 MAX_PAGE: Final = 500
+#: Most lines of a job's log in one answer.
+MAX_LINES: Final = 1000
 
 
 class Sources:
@@ -110,3 +114,11 @@ class Sources:
     def job(self, job_id: str) -> JobDocument:
         """Return one job, with why it waits. Raises `UnknownJob`."""
         return job_document.read(self.stores, self._app, job_id)
+
+    def logs(self, job_id: str, most: int, attempt: int | None = None, after: Position | None = None) -> dict[str, Any]:
+        """Return lines of a job's own log: the newest, or those that follow `after`. Raises `UnknownJob`."""
+        (job,) = whole_ids(self.stores.engine, [job_id])
+        with self.stores.engine.connect() as connection:
+            lines = job_lines.read(connection, job, most, attempt, after)
+        cursor = ".".join(map(str, lines[-1].position)) if lines else None
+        return {"lines": [line.to_json() for line in lines], "cursor": cursor}

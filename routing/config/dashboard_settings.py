@@ -51,3 +51,10 @@ class DashboardSettings:
         default="text",
         unit="text or json",
     )
+    keep_logs: int = _setting(
+        "PLATFORM_KEEP_LOGS",
+        "Newest lines of each job's own log that Postgres keeps, 10000 at the most; 0: none.",
+        setting_values.kept_lines,
+        default=0,
+        unit="lines",
+    )

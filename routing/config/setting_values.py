@@ -32,6 +32,9 @@ ZERO = {
 SHORTEST_TOKEN = 16
 LONGEST_TOKEN = 500
 
+#: Most lines of a job's log that are kept.
+MAX_KEPT_LINES = 10_000
+
 #: How the lines of a log are written.
 LOG_FORMATS = ("text", "json")
 
@@ -52,6 +55,14 @@ def log_format(value: str, env: str) -> str:
     if value.lower() not in LOG_FORMATS:
         raise _wrong(env, value, f"{env} must be one of: {', '.join(LOG_FORMATS)}.")
     return value.lower()
+
+
+def kept_lines(value: str, env: str) -> int:
+    """Return how many lines of each job are kept."""
+    lines = amounts.parse_count_text(value, env)
+    if lines > MAX_KEPT_LINES:
+        raise _wrong(env, value, f"{env} must be from 0 to {MAX_KEPT_LINES}.")
+    return lines
 
 
 def token(value: str, env: str) -> str:

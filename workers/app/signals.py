@@ -29,7 +29,7 @@ from celery_capacity.workers.execute.gevent_pool import check_pool, prepare
 from celery_capacity.workers.execute.pool import abandoned, end_process
 from celery_capacity.workers.execute.readiness import refusing
 from celery_capacity.workers.execute.runtime import Runtime, runtime_of
-from celery_capacity.workers.logs import json_lines
+from celery_capacity.workers.logs import json_lines, kept_lines
 from celery_capacity.workers.membership import orphans
 from celery_capacity.workers.membership.preflight import check_broker, check_imports, check_results
 from celery_capacity.workers.process.fork_safety import guard_children
@@ -63,6 +63,7 @@ def connect() -> None:
         (signals.worker_shutting_down, on_worker_shutting_down),
         (signals.worker_shutdown, on_worker_shutdown),
         (signals.beat_init, on_beat_init),
+        (signals.worker_process_shutdown, kept_lines.on_worker_process_shutdown),
         (signals.after_setup_logger, json_lines.on_after_setup_logger),
         (signals.after_setup_task_logger, json_lines.on_after_setup_logger),
     ):
@@ -82,6 +83,7 @@ def on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None,
     stores = stores_of(instance.app)
     if stores is None:
         return
+    json_lines.set_up_early()
     if os.geteuid() == 0:
         _warn_of_root()
     with refusing():
@@ -138,6 +140,7 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
         if unnamed:
             _unnamed.setdefault(sender.hostname, runtime)
         sender.platform_runtime = runtime
+        kept_lines.begin(stores, identity.incarnation)
         sender.start = partial(_run, sender, runtime, sender.start)
         _workers.add(sender)
 
@@ -146,6 +149,7 @@ def _run(worker: Any, runtime: Runtime, start: Any) -> None:
     try:
         runtime.run(start)
     finally:
+        kept_lines.end(runtime.identity.incarnation)
         # A worker in a thread of a test process ends without its process.
         if abandoned(worker.pool) and threading.current_thread() is threading.main_thread():
             end_process(worker, EX_OK)

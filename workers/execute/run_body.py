@@ -14,6 +14,7 @@ from typing import Any
 from celery_capacity.routing.model.message import parse_tag
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.workers.execute.gevent_pool import Killed, was_killed
+from celery_capacity.workers.logs import kept_lines
 from celery_capacity.workers.process.attempts import Attempt, held
 from celery_capacity.workers.process.progress import write_last
 
@@ -49,7 +50,7 @@ def traced(tag: str, incarnation: str, trace: Callable[..., Any], *args: Any) ->
     parsed = parse_tag(tag)
     assert parsed is not None, "only claimed messages become requests"
     try:
-        with held(Attempt(parsed, incarnation)) as attempt:
+        with held(Attempt(parsed, incarnation)) as attempt, kept_lines.keeping(attempt):
             failed, value, runtime = trace(*args)
             write_last(attempt)
     except BaseException as error:

@@ -91,6 +91,12 @@ def on_after_setup_logger(logger: Any = None, **_: Any) -> None:
             handler.setFormatter(JsonFormatter())
 
 
+def set_up_early() -> None:
+    """Have the lines from before a log is set up in JSON too, where the environment asks so."""
+    if is_asked_for() and logging.lastResort is not None:
+        logging.lastResort.setFormatter(JsonFormatter())
+
+
 def set_up() -> None:
     """Set up the log of a process without Celery: lines in JSON on standard error, where the environment asks so."""
     root = logging.getLogger()

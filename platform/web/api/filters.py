@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Final
@@ -12,6 +13,7 @@ from fastapi import Query
 from celery_capacity.platform.console.durations import Since
 from celery_capacity.platform.web.http.problems import wrong_parameter
 from celery_capacity.platform.web.sources import MAX_PAGE
+from celery_capacity.routing.database.job_lines import Position
 from celery_capacity.routing.inspect.job_list import JobFilter
 from celery_capacity.routing.model.states import State
 
@@ -66,6 +68,15 @@ def stretch_of(since: str | None, until: str | None) -> tuple[datetime, datetime
     if begin > end:
         raise wrong_parameter("since", since, "Write a time before that of until.")
     return begin, end
+
+
+def position_of(after: str | None) -> Position | None:
+    """Return the position of a line in a job's log, as a cursor says it. Raises `InvalidRequest`."""
+    if not after:
+        return None
+    if not re.fullmatch(r"[0-9]{1,18}\.[0-9]{1,9}\.[0-9]{1,18}", after, re.ASCII):
+        raise wrong_parameter("after", after, "Write the cursor of an earlier answer.")
+    return Position(*map(int, after.split(".")))
 
 
 def moment_of(name: str, time: str) -> datetime:

@@ -214,6 +214,26 @@ class JobDetail(Job):
     why: dict[str, Any] | None = Field(description="why it is where it is")
 
 
+class LogLine(Closed):
+    """Line that the body of a job logged or printed: the object of `logs --json`."""
+
+    job: str
+    epoch: int
+    attempt: int
+    number: int = Field(description="from 1 on in the attempt; a gap is a line that is lost, or not kept any more")
+    time: str
+    level: str
+    logger: str
+    message: str
+
+
+class LogLines(Closed):
+    """Lines of a job in their order."""
+
+    lines: list[LogLine]
+    cursor: str | None = Field(description="position of the last line, for `after`; null without a line")
+
+
 class TaskFigures(Closed):
     """A task's newest jobs in figures."""
 

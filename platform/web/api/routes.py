@@ -18,6 +18,7 @@ from celery_capacity.platform.web.api.filters import (
     Text,
     filter_of,
     moment_of,
+    position_of,
     stretch_of,
     text_of,
 )
@@ -25,7 +26,7 @@ from celery_capacity.platform.web.api.stream import EventStream
 from celery_capacity.platform.web.http.problems import MEDIA_TYPE, wrong_parameter
 from celery_capacity.platform.web.prepared import Prepared, to_json
 from celery_capacity.platform.web.runs import MAX_RUNS, RUNS
-from celery_capacity.platform.web.sources import MAX_PAGE, PAGE, Sources
+from celery_capacity.platform.web.sources import MAX_LINES, MAX_PAGE, PAGE, Sources
 from celery_capacity.routing.model.states import State
 from celery_capacity.workers.supervision import exposition
 
@@ -116,6 +117,16 @@ def _add_jobs(router: APIRouter, values: Values) -> None:
         """Return one job with its attempts, and why it waits."""
         document = await run_in_threadpool(values.sources.job, job_id)
         return json_answer(document.to_json())
+
+    @router.get("/jobs/{job_id}/logs", **answers(models.LogLines))
+    async def logs(
+        job_id: Annotated[str, Path(max_length=300, description="an id, or its beginning")],
+        attempt: Annotated[int | None, Query(ge=0, lt=2**31, description="only lines of this attempt")] = None,
+        after: Annotated[str | None, Query(max_length=64, description="the `cursor` of an earlier answer")] = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_LINES)] = MAX_LINES,
+    ) -> Response:
+        """Return what a job has logged and printed: the newest lines that are kept, or those that follow `after`."""
+        return json_answer(await run_in_threadpool(values.sources.logs, job_id, limit, attempt, position_of(after)))
 
 
 def _add_runs(router: APIRouter, sources: Sources) -> None:

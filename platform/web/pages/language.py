@@ -113,6 +113,7 @@ CHINESE: Final = {
     "Arguments": "参数",
     "Keyword arguments": "关键字参数",
     "Result": "结果",
+    "Log": "日志",
     "Sender": "发送者",
     "Progress": "进度",
     "Root": "根作业",

@@ -75,6 +75,10 @@ def _value(text: str | None) -> str:
     return shown if len(shown) <= SHOWN_VALUE else f"{shown[:SHOWN_VALUE]}…"
 
 
+#: Newest lines of a job's log on its page.
+LOGGED: Final = 200
+
+
 class Pages:
     """The pages, on values that all requests share."""
 
@@ -159,6 +163,7 @@ class Pages:
     async def job(self, request: Request) -> Response:
         document = await run_in_threadpool(self._values.sources.job, request.path_params["job_id"])
         file, why = document.file, document.why
+        logged = await run_in_threadpool(self._values.sources.logs, file.job["id"], LOGGED)
         waits = why is not None and why.waits
         return self.page(
             request,
@@ -167,6 +172,7 @@ class Pages:
             alternatives=[request.to_people() for request in file.alternatives],
             attempts=file.attempts,
             lines=timeline.lines(file),
+            logged=logged["lines"],
             call={name: _value(text) for name, text in document.call.items()},
             readable=file.job["message_bytes"] is not None,
             why=why.why.value if why is not None and waits else None,

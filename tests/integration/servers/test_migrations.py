@@ -24,6 +24,7 @@ TABLES = {
     "attempts_archive",
     "workers",
     "audit",
+    "job_lines",
     "authority",
     "cordons",
     "declarations",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -15,6 +16,8 @@ from celery_capacity.platform.web.api import models
 from celery_capacity.platform.web.application import Application
 from celery_capacity.platform.web.http.security import Rates
 from celery_capacity.platform.web.sources import Sources
+from celery_capacity.routing.database import job_lines
+from celery_capacity.routing.database.job_lines import JobLine
 from celery_capacity.routing.model.request import Request, alternatives_term
 from celery_capacity.workers.process.stores import Stores
 from tests.fixtures.servers.web import serving
@@ -45,6 +48,7 @@ PATHS: dict[str, type[models.Closed]] = {
     "/api/v1/backlog": models.Backlog,
     "/api/v1/jobs": models.Jobs,
     "/api/v1/jobs/job-1": models.JobDetail,
+    "/api/v1/jobs/job-1/logs": models.LogLines,
     "/api/v1/tasks": models.Tasks,
     "/api/v1/runs": models.Runs,
     "/api/v1/runs/hole?worker=a&at=1min": models.Hole,
@@ -148,8 +152,9 @@ def test_openapi_has_every_path(client: httpx.Client) -> None:
     assert set(document["paths"]) == {
         f"/api/v1/{path}"
         for path in (
-            "dashboard", "workers", "backlog", "tasks", "jobs", "jobs/{job_id}", "runs", "runs/hole", "events",
-            "audit", "quarantine", "quarantine/drop", "cancel", "retry", "pause", "resume", "reconcile", "jobs/bulk",
+            "dashboard", "workers", "backlog", "tasks", "jobs", "jobs/{job_id}", "jobs/{job_id}/logs", "runs",
+            "runs/hole", "events", "audit", "quarantine", "quarantine/drop", "cancel", "retry", "pause", "resume",
+            "reconcile", "jobs/bulk",
             *(f"jobs/{{job_id}}/{action}" for action in ("cancel", "retry", "priority")),
             *(f"workers/{{name}}/{action}" for action in ("cordon", "uncordon", "drain", "shutdown")),
         )
@@ -173,3 +178,20 @@ def test_figures_of_tasks_read_the_newest_jobs_by_an_index(stage: Stage) -> None
         plan = "\n".join(connection.execute(text(f"EXPLAIN {task_statistics._FIGURES}"), values).scalars())
     assert "using jobs_state_seq on jobs" in plan, plan
     assert "Seq Scan on jobs" not in plan
+
+
+def test_logs_of_a_job_come_from_a_cursor_on(stage: Stage, client: httpx.Client) -> None:
+    stage.worker("a", cpus=4000)
+    job, at = stage.submit(cpus=1000), datetime.now(UTC)
+    lines = [JobLine(job, 1, 1, number, at, "INFO", "tasks", f"<b>line {number}") for number in (1, 2, 3)]
+    with stage.engine.connect() as connection:
+        job_lines.write(connection, lines, 100)
+    path = f"/api/v1/jobs/{job}/logs"
+    newest = client.get(path, params={"limit": 1}).json()
+    assert [line["number"] for line in newest["lines"]] == [3]
+    assert client.get(path, params={"after": newest["cursor"]}).json() == {"lines": [], "cursor": None}
+    rest = client.get(path, params={"after": "1.1.1", "attempt": 1}).json()
+    assert [line["message"] for line in rest["lines"]] == ["<b>line 2", "<b>line 3"]
+    assert client.get(path, params={"after": "1.1"}).status_code == 400
+    assert client.get("/api/v1/jobs/no-such-job/logs").status_code == 404
+    assert "INFO &lt;b&gt;line 3" in client.get(f"/jobs/{job}").text
