@@ -109,6 +109,6 @@ def read(
     if after is None:
         rows = connection.execute(_NEWEST, values).all()[::-1]
     else:
-        bounds = {f"after_{name}": value for name, value in after._asdict().items()}
+        bounds = {"after_epoch": after.epoch, "after_attempt": after.attempt, "after_number": after.number}
         rows = list(connection.execute(_AFTER, {**values, **bounds}))
     return [JobLine(*row) for row in rows]
