@@ -111,6 +111,8 @@ GRANT SELECT, UPDATE (phase) ON job_keys TO platform_worker;
 GRANT SELECT, UPDATE, DELETE ON key_notes TO platform_worker;
 GRANT SELECT, DELETE ON key_rates TO platform_worker;
 GRANT SELECT, INSERT, DELETE ON quarantine TO platform_worker;
+-- Its numbers count all messages that were set aside, also those that were dropped.
+GRANT SELECT ON SEQUENCE quarantine_id_seq TO platform_worker, platform_dashboard;
 GRANT SELECT ON alembic_version TO platform_worker;
 
 -- Submitters. Of a row they see what tells whether a publish is the same again, and nothing that it carries.

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, delete, func, insert, select, text
+from sqlalchemy import Connection, delete, insert, text
 
 from celery_capacity.routing.database.schema import quarantine
 from celery_capacity.routing.errors import storable
@@ -107,11 +107,19 @@ FROM quarantine GROUP BY word, queue ORDER BY max(seen_at) DESC, max(id) DESC LI
 """)
 
 
+#: The newest id is the number of messages, since ids are assigned in order, one for each. Once its row is dropped, only
+#: the sequence knows it. A role that lacks the right to read the sequence has the largest id that is kept.
+_NUMBER: Final = text("""
+SELECT greatest(
+  coalesce((SELECT max(id) FROM quarantine), 0),
+  CASE WHEN has_sequence_privilege(name, 'SELECT') THEN pg_sequence_last_value(name::regclass) END
+) FROM pg_get_serial_sequence('quarantine', 'id') AS name
+""")
+
+
 def read(connection: Connection, shown: int = SHOWN) -> Quarantined:
     """Return the number of all messages that were ever set aside, and the newest `shown` reasons of those kept."""
-    columns = quarantine.c
-    # Ids are assigned in order, one for each message, so the largest id is the number of messages.
-    last = connection.execute(select(func.coalesce(func.max(columns.id), 0))).scalar_one()
+    last = connection.execute(_NUMBER).scalar_one()
     counts = connection.execute(_COUNTS, {"shown": shown})
     return Quarantined(int(last), tuple(ReasonCount(*row) for row in counts))
 
