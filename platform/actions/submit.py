@@ -82,6 +82,8 @@ def command(context: click.Context, /, **options: Any) -> None:
     from kombu.utils.uuid import uuid
 
     from celery_capacity.platform.actions.waiting import wait_for
+    from celery_capacity.platform.operations.auditing import commanding
+    from celery_capacity.platform.operations.submitting import sent_by
 
     task, as_json = options.pop("task"), options.pop("as_json")
     wait, timeout = options.pop("wait"), options.pop("timeout")
@@ -94,7 +96,8 @@ def command(context: click.Context, /, **options: Any) -> None:
     proposed = uuid()
     if as_json:
         _check_readable(stores, proposed)
-    job = str(app.send_task(task, args, kwargs, task_id=proposed, **{**_declared(app, stores, task), **call}).id)
+    call = {**_declared(app, stores, task), **call, "headers": sent_by(commanding())}
+    job = str(app.send_task(task, args, kwargs, task_id=proposed, **call).id)
     # The process ends soon, and the ledger is to know the job before.
     stores.sending.flush()
     if not as_json:

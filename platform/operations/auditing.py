@@ -59,6 +59,7 @@ def audited(
     """
     with translated(f"nothing was done ({action}): "), stores.engine.connect() as connection:
         note = Note(audit.begin(connection, actor, action, targets, details or {}), len(targets))
+    actor.noted(note.seq)
     try:
         yield note
     except Exception as error:

@@ -1,4 +1,8 @@
-"""Submissions by the name of a task, for programs that do not import it."""
+"""Submissions by the name of a task, for programs that do not import it.
+
+A submission has no row in the audit: its job is a durable row already, and the sender in its message says who. A row of
+the audit for each would double what a busy client writes, and drive the actions on workers and jobs out of sight.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 from kombu.utils.uuid import uuid
 from sqlalchemy import text
 
-from celery_capacity.platform.operations.auditing import audited
 from celery_capacity.platform.operations.declared import read_declared
 from celery_capacity.routing.database.audit import Actor
 from celery_capacity.routing.database.postgres_errors import translated
 from celery_capacity.routing.errors import InvalidRequest, PlatformError
 from celery_capacity.routing.model.identifiers import check_job_id
+from celery_capacity.routing.model.message import SENDER
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -45,6 +49,11 @@ class Submitted:
         return {"id": self.id, "new": self.new, "refused": self.refused and self.refused.to_problem()}
 
 
+def sent_by(actor: Actor) -> dict[str, str]:
+    """Return the header of a message that names the operator as its sender."""
+    return {SENDER: actor.name}
+
+
 _EXISTING: Final = text("""
 SELECT id, name FROM jobs WHERE id = ANY(CAST(:ids AS text[]))
 UNION ALL SELECT id, name FROM jobs_archive WHERE id = ANY(CAST(:ids AS text[]))
@@ -52,24 +61,22 @@ UNION ALL SELECT id, name FROM jobs_archive WHERE id = ANY(CAST(:ids AS text[]))
 
 
 def submit_all(app: Celery, stores: Stores, actor: Actor, submissions: Sequence[Submission]) -> list[Submitted]:
-    """Submit jobs one by one, and return what became of each. A refusal of one does not keep the others from it."""
+    """Submit jobs one by one, and return what became of each. A refusal of one does not keep the others from it.
+
+    The actor is the sender of each job.
+    """
     ids = [submission.id or uuid() for submission in submissions]
-    with audited(stores, actor, "submit", ids, {"task": submissions[0].task}) as note:
-        with translated("no job was submitted: "), stores.engine.connect() as connection:
-            valid = [job for job in ids if _is_valid(job)]
-            declared = read_declared(app, stores, {submission.task for submission in submissions})
-            tasks: dict[str, str] = {row.id: row.name for row in connection.execute(_EXISTING, {"ids": valid})}
-        results: list[Submitted] = []
-        try:
-            for job, submission in zip(ids, submissions, strict=True):
-                result = _submit(app, job, submission, tasks.get(job), declared.of(submission.task))
-                if result.refused is None and result.id == job:
-                    tasks.setdefault(job, submission.task)
-                results.append(result)
-            stores.sending.flush()
-        finally:
-            words = [result.refused.reference if result.refused else "accepted" for result in results]
-            note.count(words, sum(result.refused is not None for result in results))
+    with translated("no job was submitted: "), stores.engine.connect() as connection:
+        valid = [job for job in ids if _is_valid(job)]
+        declared = read_declared(app, stores, {submission.task for submission in submissions})
+        tasks: dict[str, str] = {row.id: row.name for row in connection.execute(_EXISTING, {"ids": valid})}
+    results: list[Submitted] = []
+    for job, submission in zip(ids, submissions, strict=True):
+        result = _submit(app, actor, job, submission, tasks.get(job), declared.of(submission.task))
+        if result.refused is None and result.id == job:
+            tasks.setdefault(job, submission.task)
+        results.append(result)
+    stores.sending.flush()
     return results
 
 
@@ -80,7 +87,9 @@ def _is_valid(job: str) -> bool:
         return False
 
 
-def _submit(app: Celery, job: str, submission: Submission, existing: str | None, declared: dict[str, Any]) -> Submitted:
+def _submit(
+    app: Celery, actor: Actor, job: str, submission: Submission, existing: str | None, declared: dict[str, Any]
+) -> Submitted:
     """Submit one job. `existing`: the task of the job that has its id already. `declared`: options of the task."""
     if existing is not None:
         if existing == submission.task:
@@ -89,9 +98,9 @@ def _submit(app: Celery, job: str, submission: Submission, existing: str | None,
         return Submitted(
             job, refused=InvalidRequest(f"job {job} exists, and its task is {existing}", value=job, advice=advice)
         )
+    options = {"task_id": job, "headers": sent_by(actor), **declared, **submission.options}
     try:
-        options = {**declared, **submission.options}
-        sent = app.send_task(submission.task, submission.args, submission.kwargs, task_id=job, **options)
+        sent = app.send_task(submission.task, submission.args, submission.kwargs, **options)
     except PlatformError as error:
         return Submitted(job, refused=error)
     return Submitted(str(sent.id), new=str(sent.id) == job)

@@ -1,13 +1,13 @@
 """The audit: a row for each action of an operator, written before the action, with its outcome written after it.
 
 An action without a row does not happen. A row without an outcome belongs to an action under way, or to one whose
-process was ended.
+process was ended. A submission is no action: its job is a row itself, which names the sender.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -29,6 +29,7 @@ class Way(StrEnum):
 
     API = "api"
     CLI = "cli"
+    PAGE = "page"
 
 
 class Outcome(StrEnum):
@@ -44,10 +45,11 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """An operator: the name, and the way by which the order comes."""
+    """An operator: the name, and the way by which the order comes. `noted` hears the number of each action's row."""
 
     name: str
     way: Way
+    noted: Callable[[int], None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ DELETE FROM audit WHERE seq IN (
 )
 """)
 
-#: Actions that one statement forgets: each submission over HTTP has a row.
+#: Actions that one statement forgets.
 CHUNK: Final = 10_000
 #: Beyond the number of every action.
 LAST: Final = 2**63 - 1

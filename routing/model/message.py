@@ -27,6 +27,8 @@ from celery_capacity.routing.model.token import Token
 HEADER: Final = "capacity_request"
 #: Key in that header: the time that the job was put off to. Its task sees the time as `self.request.eta`.
 ETA: Final = "eta"
+#: Header that names the sender.
+SENDER: Final = "origin"
 #: Prefix of the names of the platform's own messages (ticks), which make no job.
 PLATFORM_PREFIX: Final = "platform."
 #: Most characters of a token: two numbers of 64 bits.
@@ -37,7 +39,7 @@ _NUMBER: Final = re.compile(r"[1-9]", re.ASCII)
 OPEN: Final = {
     "argsrepr": "headers",
     "kwargsrepr": "headers",
-    "origin": "headers",
+    SENDER: "headers",
     "reply_to": "properties",
 }
 #: JSON encoder without blanks. `json.dumps` would make one at each call.

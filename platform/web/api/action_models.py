@@ -143,7 +143,7 @@ class Action(Closed):
     targets: list[str]
     number: int
     by: str
-    via: Literal["api", "cli"]
+    via: Literal["api", "cli", "page"]
     at: str
     details: dict[str, Any]
     outcome: Literal["done", "partly", "refused"] | None

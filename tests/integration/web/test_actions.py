@@ -15,6 +15,8 @@ from celery_capacity.platform.web.http.login import Access
 from celery_capacity.platform.web.http.security import MAX_BODY
 from celery_capacity.platform.web.sources import Sources
 from celery_capacity.routing.config.embedded import Pair
+from celery_capacity.routing.model.message import decode
+from celery_capacity.workers.client.controls import operator
 from tests.fixtures import tasks
 from tests.fixtures.jobs.submitting import Submitter, standing_platform
 from tests.fixtures.processes.platforms import Platform
@@ -62,8 +64,21 @@ def test_job_is_submitted_once_by_its_id(client: httpx.Client, submitter: Submit
     assert (row.priority, row.request["cpus"], row.request["memory"]) == (3, 0.5, 1024**2)
     other = client.post("/api/v1/jobs", json={**body, "task": FAIL})
     assert (other.status_code, "its task is" in other.json()["detail"]) == (400, True)
-    entry = newest(client)
-    assert (entry.action, entry.targets, entry.outcome, entry.via) == ("submit", ["by-http"], "refused", "api")
+
+
+def test_submission_names_its_sender_and_is_no_action(
+    client: httpx.Client, platform: Platform, submitter: Submitter
+) -> None:
+    before = client.get("/api/v1/audit").json()["actions"]
+    single = client.post("/api/v1/jobs", json={"task": ADD, "args": [1, 2]}, headers={"X-Forwarded-User": "ann"}).json()
+    bulk = client.post("/api/v1/jobs/bulk", json={"jobs": [{"task": ADD, "args": [1, 2]}]}).json()["jobs"][0]
+    by_command = platform.celery("submit", ADD, "--args", "[1, 2]").stdout.split()[0]
+    senders = []
+    for job in (single["id"], bulk["id"], by_command):
+        assert submitter.value(job) == 3
+        senders.append(decode(bytes(submitter.row(job).message))["headers"]["origin"])
+    assert senders == ["ann", "operator@127.0.0.1", operator()]
+    assert client.get("/api/v1/audit").json()["actions"] == before
 
 
 def test_declared_request_holds_where_the_ledger_tells_none(
@@ -91,7 +106,6 @@ def test_bulk_accepts_and_refuses_each_job_by_itself(client: httpx.Client, submi
     results = models.SubmittedMany.model_validate(answer.json()).jobs
     assert [result.refused is None for result in results] == [True, False, True]
     assert [submitter.value(result.id) for result in results if result.refused is None] == [1, 3]
-    assert (newest(client).outcome, newest(client).details["accepted"]) == ("partly", 2)
 
 
 def test_bulk_submits_a_job_whose_id_was_refused_before(client: httpx.Client, submitter: Submitter) -> None:
@@ -171,6 +185,8 @@ def test_messages_that_were_set_aside_are_listed_and_dropped(client: httpx.Clien
     assert [entry.id for entry in listed] == [message]
     assert act(client, "quarantine/drop", {"ids": [message]}) == {"dropped": 1}
     assert act(client, "quarantine/drop", {"ids": [message]}) == {"dropped": 0}
+    counted = client.get("/api/v1/dashboard").json()["quarantine"]
+    assert (counted["messages"], counted["reasons"]) == (message, [])
 
 
 @pytest.mark.parametrize(
