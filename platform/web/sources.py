@@ -19,6 +19,7 @@ from celery_capacity.platform.web.metrics.ended_jobs import EndedJobs
 from celery_capacity.platform.web.metrics.exposition import Reads, families
 from celery_capacity.routing.database import audit, job_lines
 from celery_capacity.routing.database.job_lines import Position
+from celery_capacity.routing.insert import retries
 from celery_capacity.routing.inspect import job_list, overview
 from celery_capacity.routing.inspect.job_list import JobFilter
 from celery_capacity.routing.inspect.overview import Overview
@@ -60,6 +61,12 @@ class Sources:
             entries = audit.newest(connection, limit, audit.LAST if before is None else before)
         cursor = str(entries[-1].seq) if len(entries) == limit else None
         return {"actions": [entry.to_json() for entry in entries], "next_cursor": cursor}
+
+    def action(self, seq: int) -> dict[str, Any] | None:
+        """Return one action; None if there is none."""
+        with self.stores.engine.connect() as connection:
+            entry = audit.entry(connection, seq)
+        return None if entry is None else entry.to_json()
 
     def quarantine(self, limit: int, before: int | None) -> dict[str, Any]:
         """Return messages that were set aside, the newest first, and the cursor of the next page."""
@@ -110,6 +117,16 @@ class Sources:
             listed = job_list.newest(connection, wanted, limit, before)
         cursor = None if listed.next_before is None else str(listed.next_before)
         return {"jobs": [line.to_json() for line in listed.lines], "next_cursor": cursor}
+
+    def ids(self, wanted: JobFilter, limit: int, *, retried: bool) -> list[str]:
+        """Return the ids of jobs that the filter selects, the oldest first.
+
+        `retried`: also those with a retry. They count towards the limit in any case.
+        """
+        with job_list.snapshot(self.stores.engine) as connection:
+            ids = [str(line["id"]) for line in job_list.newest(connection, wanted, limit).lines]
+            left_out = set() if retried or len(ids) == limit else retries.retried(connection, ids)
+        return [job for job in reversed(ids) if job not in left_out]
 
     def job(self, job_id: str) -> JobDocument:
         """Return one job, with why it waits. Raises `UnknownJob`."""

@@ -5,6 +5,7 @@ The row of the ended job is locked meanwhile. So of two callers at once, the sec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -53,6 +54,9 @@ WHERE state IN ({_LAST}) AND (CAST(:task AS text) IS NULL OR name LIKE CAST(:tas
   AND (:again OR NOT EXISTS (SELECT FROM retries r WHERE r.of_seq = jobs.seq))
 ORDER BY seq
 """)
+_RETRIED: Final = text("""
+SELECT id FROM jobs WHERE id = ANY(CAST(:jobs AS text[])) AND EXISTS (SELECT FROM retries r WHERE r.of_seq = jobs.seq)
+""")
 
 
 def read_original(connection: Connection, job: str) -> Original | None:
@@ -74,6 +78,11 @@ def failed_jobs(connection: Connection, task: str | None, since: float | None, a
     """
     pattern = None if task is None else like_pattern(task)
     return list(connection.execute(_FAILED, {"task": pattern, "since": since, "again": again}).scalars())
+
+
+def retried(connection: Connection, jobs: Sequence[str]) -> set[str]:
+    """Return those of these jobs that have a retry."""
+    return set(connection.execute(_RETRIED, {"jobs": list(jobs)}).scalars())
 
 
 def insert_retry(connection: Connection, job: NewJob, of_job: str, of_seq: int, again: bool) -> Repeated:

@@ -34,10 +34,15 @@ def _actor(request: Request) -> Actor:
     login: Login | None = request.app.state.login
     if login is None or login.shown_role(request.headers) is not Role.OPERATOR:
         raise NotAllowed()
+    return actor_of(request, Way.API)
+
+
+def actor_of(request: Request, way: Way) -> Actor:
+    """Return the name of an operator: the user that a trusted proxy named, else the role and the address."""
     header: str | None = request.app.state.user_header
     user = tidy(request.headers.get(header, ""), MAX_OPERATOR) if header else None
     address = request.client.host if request.client else "unknown"
-    return Actor(user or f"operator@{address}", Way.API)
+    return Actor(user or f"operator@{address}", way)
 
 
 Operator = Annotated[Actor, Depends(_actor)]
@@ -86,7 +91,7 @@ def _add_jobs(router: APIRouter, sources: Sources) -> None:
         return _results(jobs.set_priority(stores, by, ids, body.priority, reason=body.reason))
 
 
-def _confirmed(ids: Sequence[str], confirm: int | None) -> None:
+def check_confirmed(ids: Sequence[str], confirm: int | None) -> None:
     """Raise `NotConfirmed` unless a request knows how many jobs it acts on, and `InvalidRequest` if they are many."""
     if len(ids) > MAX_MANY:
         advice = f"Choose fewer by another condition: {MAX_MANY} at most. The command takes any number."
@@ -106,7 +111,7 @@ def _add_many(router: APIRouter, sources: Sources) -> None:
         if not any(chosen.values()):
             raise wrong_parameter("task", "", "Choose jobs by their task, group or state.")
         ids = matching(stores, task=body.task, group=body.group, state=body.state)
-        _confirmed(ids, body.confirm)
+        check_confirmed(ids, body.confirm)
         results = jobs.cancel(app, stores, by, ids, terminate=body.terminate, chosen=chosen) if ids else ()
         return _results(list(results))
 
@@ -117,7 +122,7 @@ def _add_many(router: APIRouter, sources: Sources) -> None:
         chosen = {"task": body.task, "since_seconds": body.since_seconds}
         _check({"task": body.task})
         ids = failed_jobs(stores, body.task, body.since_seconds, body.again)
-        _confirmed(ids, body.confirm)
+        check_confirmed(ids, body.confirm)
         results = jobs.retry_all(app, stores, by, ids, again=body.again, chosen=chosen) if ids else ()
         return _results(list(results))
 

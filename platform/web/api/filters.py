@@ -9,6 +9,7 @@ from typing import Annotated, Final
 
 import click
 from fastapi import Query
+from starlette.datastructures import QueryParams
 
 from celery_capacity.platform.console.durations import Since
 from celery_capacity.platform.web.http.problems import wrong_parameter
@@ -49,6 +50,16 @@ def filter_of(
     since, until = (_seconds(name, time) for name, time in zip(("since", "until"), times, strict=True))
     chosen = tuple(dict.fromkeys(states)) or tuple(State)
     return JobFilter(chosen, since=since, until=until, **{name: word or None for name, word in words.items()})
+
+
+def filter_of_query(query: QueryParams) -> JobFilter:
+    """Return the filter in the query of a page; an empty value is no condition. Raises `InvalidRequest`."""
+    words = {name: query.get(name) or None for name in ("task", "queue", "worker", "group", "text")}
+    states = [state for state in query.getlist("state") if state]
+    for state in states:
+        if state not in list(State):
+            raise wrong_parameter("state", state, f"Write one of {', '.join(State)}.")
+    return filter_of(list(map(State, states)), **words, times=(query.get("since"), query.get("until")))
 
 
 def text_of(name: str, word: str) -> str:

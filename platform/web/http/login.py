@@ -1,8 +1,10 @@
 """Login by a token of the dashboard: as a header for programs, and once for a browser, which then keeps a cookie.
 
 The token tells the role: operators read and act, viewers read. The cookie holds no token. It holds its role, its end
-and a signature of them with the token, so a new token ends all sessions. A cookie is good for reading alone: actions
-need the token in a header, which no foreign page can send.
+and a signature of them with the token, so a new token ends all sessions.
+
+A cookie reads. An action needs what no foreign page can send: a program sends the token in a header, and a form of a
+page sends the form token of its session, a signature that only pages of this server show.
 """
 
 from __future__ import annotations
@@ -32,6 +34,14 @@ class Role(StrEnum):
     VIEWER = "viewer"
     #: reads and acts
     OPERATOR = "operator"
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Login of a browser. `form_token`: the token that a form needs to act in this session."""
+
+    role: Role
+    form_token: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +79,7 @@ class Login:
     def new_session(self, role: Role) -> str:
         """Return the value of a cookie that is good for `SESSION` seconds."""
         end = str(int(self._clock()) + SESSION)
-        return f"{role}.{end}.{self._signature(role, end)}"
+        return f"{role}.{end}.{self._signature(role, f'session {role} {end}')}"
 
     def shown_role(self, headers: Headers) -> Role | None:
         """Return the role of the token in the header of a request; None where it shows none, or a wrong one."""
@@ -80,21 +90,35 @@ class Login:
         """Return True if a request shows a token, or the cookie of a session that has not ended."""
         if "authorization" in headers:
             return self.shown_role(headers) is not None
+        return self.session(headers) is not None
+
+    def session(self, headers: Headers) -> Session | None:
+        """Return the session of the cookie of a request; None without one, or where it has ended."""
         try:
             morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
         except CookieError:
-            return False
-        role, _, rest = ("" if morsel is None else morsel.value).partition(".")
+            return None
+        name, _, rest = ("" if morsel is None else morsel.value).partition(".")
         end, _, signature = rest.partition(".")
-        if role not in self._tokens:
-            return False
-        signed = hmac.compare_digest(signature.encode("utf-8", "replace"), self._signature(Role(role), end).encode())
-        return signed and end.isascii() and end.isdigit() and int(end) > self._clock()
+        if name not in self._tokens:
+            return None
+        role = Role(name)
+        signed = _are_equal(signature, self._signature(role, f"session {role} {end}"))
+        if not (signed and end.isascii() and end.isdigit() and int(end) > self._clock()):
+            return None
+        return Session(role, self._signature(role, f"form {role} {end}"))
 
-    def _signature(self, role: Role, end: str) -> str:
-        return hmac.new(
-            self._tokens[role], f"session {role} {end}".encode("utf-8", "replace"), hashlib.sha256
-        ).hexdigest()
+    def _signature(self, role: Role, words: str) -> str:
+        return hmac.new(self._tokens[role], words.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+
+
+def may_act(session: Session | None, form_token: str) -> bool:
+    """Return True if a form with this token comes from a page that an operator opened."""
+    return session is not None and session.role is Role.OPERATOR and _are_equal(form_token, session.form_token)
+
+
+def _are_equal(typed: str, right: str) -> bool:
+    return hmac.compare_digest(typed.encode("utf-8", "replace"), right.encode())
 
 
 def is_same_origin(headers: Headers) -> bool:

@@ -65,6 +65,15 @@ class NotConfirmed(PlatformError):
     status = 409
 
 
+class UnknownAction(PlatformError):
+    """The audit has no action of this number."""
+
+    reference = "unknown-action"
+    title = "there is no such action"
+    default_advice = "The audit keeps actions for PLATFORM_KEEP_AUDIT."
+    status = 404
+
+
 def plain_problem(status: int) -> dict[str, Any]:
     """Return the problem of a status that has no more to say."""
     return {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}

@@ -7,6 +7,7 @@ from typing import Final
 
 from starlette.requests import Request
 
+from celery_capacity.platform.web.pages.action_texts import ACTION_TEXTS
 from celery_capacity.routing.model.reasons import Reason
 
 COOKIE: Final = "capacity_language"
@@ -14,7 +15,7 @@ COOKIE: Final = "capacity_language"
 LANGUAGES: Final = {"en": "English", "zh": "中文"}
 
 #: Chinese by English. A text that is missing here stays English; a test holds the templates to this table.
-CHINESE: Final = {
+CHINESE: Final = ACTION_TEXTS | {
     "Cluster": "集群",
     "Waiting": "等待",
     "Jobs": "作业",
@@ -26,8 +27,10 @@ CHINESE: Final = {
     "Log out": "退出",
     "Log in": "登录",
     "Token": "令牌",
-    "This dashboard asks for its token: the PLATFORM_TOKEN that it was started with.": (
-        "此面板需要令牌，即启动时设置的 PLATFORM_TOKEN。"
+    "The token is PLATFORM_TOKEN, or PLATFORM_VIEWER_TOKEN to look only. Without them, the file dashboard-token below"
+    " PLATFORM_HOME has it.": (
+        "令牌为 PLATFORM_TOKEN；仅查看时为 PLATFORM_VIEWER_TOKEN。"
+        "未设置时，令牌在 PLATFORM_HOME 下的 dashboard-token 文件中。"
     ),
     "This is not the token.": "令牌不正确。",
     "Too many attempts. Wait a minute.": "尝试次数过多，请等待一分钟。",

@@ -7,7 +7,7 @@ from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import parse_qs, quote, urlencode
+from urllib.parse import quote, urlencode
 
 from fastapi import FastAPI, Request
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -19,13 +19,14 @@ from celery_capacity.platform.console import render, wording
 from celery_capacity.platform.console.command import problem_of_store
 from celery_capacity.platform.console.fitting import shorten
 from celery_capacity.platform.console.terminal import harmless
-from celery_capacity.platform.web.api.filters import MAX_TEXT, filter_of, moment_of, stretch_of, text_of
+from celery_capacity.platform.web.api.filters import MAX_TEXT, filter_of_query, moment_of, stretch_of, text_of
 from celery_capacity.platform.web.api.routes import Values
 from celery_capacity.platform.web.http import login as logins
-from celery_capacity.platform.web.http.login import Login
+from celery_capacity.platform.web.http.login import Login, Role
 from celery_capacity.platform.web.http.problems import wrong_parameter
 from celery_capacity.platform.web.http.security import Rates
 from celery_capacity.platform.web.pages import bars, timeline
+from celery_capacity.platform.web.pages.acting import Acting, body_of
 from celery_capacity.platform.web.pages.language import COOKIE, LANGUAGES, language_of, reason_words, translator
 from celery_capacity.platform.web.sources import PAGE
 from celery_capacity.routing.config.redaction import hidden_text
@@ -34,6 +35,7 @@ from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, format_amount, 
 from celery_capacity.routing.model.expected import duration_text
 from celery_capacity.routing.model.request import Request as Amounts
 from celery_capacity.routing.model.states import FINAL, State
+from celery_capacity.routing.policy.tenants import DEFAULT_TENANT
 
 _FOLDER: Final = Path(__file__).parent
 #: Seconds for which a browser keeps the chosen language: a year.
@@ -105,8 +107,9 @@ class Pages:
         self._templates.filters.update(filters)
 
     def page(self, request: Request, name: str, status: int = 200, **values: Any) -> Response:
-        """Return a page in the language of the request."""
+        """Return a page in the language of the request, with the forms of an operator where one is logged in."""
         language = language_of(request)
+        session = None if self._login is None else self._login.session(request.headers)
         query = request.url.query
         html = self._templates.get_template(f"{name}.html").render(
             t=translator(language),
@@ -115,8 +118,12 @@ class Pages:
             languages=LANGUAGES,
             current=request.url.path + (f"?{query}" if query else ""),
             section=name,
-            with_login=self._login is not None and not self._login.open_reading,
+            logged_in=session is not None,
+            may_log_in=self._login is not None and session is None,
+            acts=session is not None and session.role is Role.OPERATOR,
+            form_token="" if session is None else session.form_token,
             default_queue=DEFAULT_QUEUE,
+            default_tenant=DEFAULT_TENANT,
             **values,
         )
         return HTMLResponse(html.encode("utf-8", "backslashreplace"), status)
@@ -144,21 +151,19 @@ class Pages:
 
     async def jobs(self, request: Request) -> Response:
         asked = request.query_params
-        words = {name: asked.get(name) or None for name in ("task", "queue", "worker", "group", "text")}
-        states = [state for state in asked.getlist("state") if state]
-        if any(state not in list(State) for state in states):
-            raise wrong_parameter("state", states[0], f"Write one of {', '.join(State)}.")
         cursor = asked.get("cursor", "")
         if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
             raise wrong_parameter("cursor", cursor, "Follow the link to older jobs.")
-        times = (asked.get("since"), asked.get("until"))
-        wanted = filter_of(list(map(State, states)), **words, times=times)
+        wanted = filter_of_query(asked)
         listed = await run_in_threadpool(self._values.sources.jobs, wanted, PAGE, int(cursor) if cursor else None)
         now = datetime.now().astimezone()
         rows = [{**job, "age": _age_since(job["submitted_at"], now), **_spans(job, now)} for job in listed["jobs"]]
         kept = [(name, value) for name, value in asked.multi_items() if name != "cursor" and value]
         older = urlencode([*kept, ("cursor", listed["next_cursor"])]) if listed["next_cursor"] else ""
-        return self.page(request, "jobs", rows=rows, asked=dict(asked), states=[*State], older=older, first=not cursor)
+        first, chosen = not cursor, urlencode(kept)
+        return self.page(
+            request, "jobs", rows=rows, asked=dict(asked), states=[*State], older=older, first=first, chosen=chosen
+        )
 
     async def job(self, request: Request) -> Response:
         document = await run_in_threadpool(self._values.sources.job, request.path_params["job_id"])
@@ -219,8 +224,8 @@ class Pages:
             return self.page(request, "login", 403, target=target, problem="This is not the token.")
         if not self._tries.take(request.client.host if request.client else ""):
             return self.page(request, "login", 429, target=target, problem="Too many attempts. Wait a minute.")
-        form = parse_qs((await _body(request)).decode("utf-8", "replace"))
-        role = self._login.role_of_token(form.get("token", [""])[0].strip())
+        form = await body_of(request, logins.MAX_BODY)
+        role = self._login.role_of_token(form.get("token", "").strip())
         if role is None:
             return self.page(request, "login", 401, target=target, problem="This is not the token.")
         answer = RedirectResponse(target, 303)
@@ -247,16 +252,6 @@ class Pages:
         return self.page(request, "problem", error.status, title=title, problem=error)
 
 
-async def _body(request: Request) -> bytes:
-    """Return the body of a form. Raises `InvalidRequest` for one that is too large."""
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > logins.MAX_BODY:
-            raise wrong_parameter("token", f"{len(body)} bytes", "Send the token alone.")
-    return body
-
-
 def _spans(job: Mapping[str, Any], now: datetime) -> dict[str, float | None]:
     times = {name: job[name] and datetime.fromisoformat(job[name]) for name in job if name.endswith("_at")}
     from celery_capacity.platform.console.job_views import spans
@@ -267,6 +262,7 @@ def _spans(job: Mapping[str, Any], now: datetime) -> dict[str, float | None]:
 def add_pages(app: FastAPI, values: Values, login: Login | None) -> None:
     """Add the pages and their files. An error on a page is a page too."""
     pages = Pages(values, login)
+    acting = Acting(pages.page, values.sources, login)
 
     def with_problems(read: Any) -> Any:
         async def answer(request: Request) -> Response:
@@ -288,10 +284,14 @@ def add_pages(app: FastAPI, values: Values, login: Login | None) -> None:
         "/runs": pages.runs,
         "/runs/hole": pages.hole,
         "/tasks": pages.tasks,
+        "/audit": acting.audit,
+        "/audit/{seq}": acting.action,
+        "/quarantine": acting.quarantine,
         "/language/{code}": pages.choose_language,
     }
     for path, read in paths.items():
         app.add_route(path, with_problems(read), methods=["GET"], include_in_schema=False)
+    app.add_route("/act/{name}", with_problems(acting.form), methods=["GET", "POST"], include_in_schema=False)
     app.add_route("/login", with_problems(pages.log_in), methods=["GET", "POST"], include_in_schema=False)
     app.add_route("/logout", with_problems(pages.log_out), methods=["POST"], include_in_schema=False)
     app.mount("/static", StaticFiles(directory=_FOLDER / "static"), name="static")

@@ -20,7 +20,17 @@ from tests.integration.web.test_api import application, client
 __all__ = ["client"]
 
 TOKEN = "0123456789abcdef"
-PAGES = ("/", "/waiting", "/jobs", "/jobs/job-1", "/tasks", "/jobs/nothing", "/runs", "/runs/hole?worker=a&at=1min")
+PAGES = (
+    "/",
+    "/waiting",
+    "/jobs",
+    "/jobs/job-1",
+    "/tasks",
+    "/jobs/nothing",
+    "/runs",
+    "/runs/hole?worker=a&at=1min",
+    "/audit",
+)
 PAYLOADS = (
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',

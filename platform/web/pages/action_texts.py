@@ -1,0 +1,103 @@
+"""Chinese texts of the forms of operators, of the audit and of the quarantine."""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: Chinese by English.
+ACTION_TEXTS: Final = {
+    "Audit": "审计",
+    "Actions of operators by commands, the API and these pages.": "操作员通过命令、API 和此页面执行的操作。",
+    "When": "时间",
+    "Who": "操作者",
+    "Way": "方式",
+    "Action": "操作",
+    "Target": "目标",
+    "Nobody has acted yet.": "还没有任何操作。",
+    "done": "已完成",
+    "partly": "部分完成",
+    "refused": "已拒绝",
+    "under way": "进行中",
+    "yes": "是",
+    "cancel": "取消",
+    "retry": "重试",
+    "priority": "优先级",
+    "cordon": "隔离",
+    "uncordon": "解除隔离",
+    "drain": "排空",
+    "shutdown": "关闭",
+    "pause": "暂停",
+    "resume": "恢复",
+    "reconcile": "对账",
+    "drop": "删除",
+    "requeue": "重新入队",
+    "reason": "原因",
+    "deadline_seconds": "期限（秒）",
+    "terminate": "结束进程",
+    "again": "再次",
+    "runs-on": "继续运行至结束",
+    "terminating": "正在结束进程",
+    "cannot-terminate": "无法结束",
+    "ended-before": "此前已结束",
+    "marked": "已标记",
+    "moved": "已移动",
+    "next-attempt": "下次尝试生效",
+    "dropped": "已删除",
+    "unknown": "未知",
+    "error": "错误",
+    "task": "任务",
+    "state": "状态",
+    "queue": "队列",
+    "Back": "返回",
+    "jobs match": "个作业符合条件",
+    "Deadline": "期限",
+    "What still runs after this time is handed back, such as 10m. Empty: it ends by itself.": (
+        "超过此时间仍在运行的作业将被交还，例如 10m。留空：等待其自行结束。"
+    ),
+    "End the process of a running job": "结束正在运行的作业的进程",
+    "Also if it succeeded, or was retried already": "即使已成功或已重试过",
+    "Reason, for others to read": "原因（供他人查看）",
+    "Cancel the job": "取消作业",
+    "It ends for good. A running job goes on to its end, unless its process is ended too.": (
+        "作业将永久结束。正在运行的作业会运行至结束，除非同时结束其进程。"
+    ),
+    "Retry the job": "重试作业",
+    "A new job has the same message and request.": "新作业使用相同的消息和请求。",
+    "Change the priority": "更改优先级",
+    "9 comes first. A waiting job has its new place at once, a running job at its next attempt.": (
+        "9 最先。等待中的作业立即生效，运行中的作业在下次尝试时生效。"
+    ),
+    "Cancel these jobs": "取消这些作业",
+    "They end for good. Running jobs go on to their ends, unless their processes are ended too.": (
+        "这些作业将永久结束。正在运行的作业会运行至结束，除非同时结束其进程。"
+    ),
+    "Retry these jobs": "重试这些作业",
+    "Each becomes a new job with its message and request.": "每个作业都会以原消息和请求成为新作业。",
+    "Cordon": "隔离",
+    "Nothing more is admitted to the worker. What runs there goes on.": "不再向此工作节点分配作业，正在运行的继续。",
+    "Uncordon": "解除隔离",
+    "The worker gets jobs again. This ends a drain too.": "此工作节点重新接收作业，同时结束排空。",
+    "Drain": "排空",
+    "Nothing more is admitted to the worker, and it becomes empty.": "不再向此工作节点分配作业，直至其变空。",
+    "Shut down": "关闭",
+    "The worker becomes empty, and then its process ends.": "工作节点变空后，其进程结束。",
+    "Pause": "暂停",
+    "Pause the task": "暂停任务",
+    "Pause the queue": "暂停队列",
+    "Pause the tenant": "暂停租户",
+    "Nothing more of this starts. Submissions are accepted, and wait.": "不再启动相关作业。提交仍被接受并等待。",
+    "Resume": "恢复",
+    "This starts again.": "重新开始启动。",
+    "Reconcile": "对账",
+    "The ledger is compared with Postgres, and made equal to it.": "将账本与 Postgres 比较，并使其一致。",
+    "Drop the messages": "删除消息",
+    "They are deleted, with their bytes.": "消息及其内容将被删除。",
+    "Messages were set aside.": "有消息被隔离存放。",
+    "Messages that were set aside": "被隔离存放的消息",
+    "No worker could read these messages. The newest 1,000 are kept.": (
+        "没有工作节点能读取这些消息。保留最新的 1,000 条。"
+    ),
+    "No message was set aside.": "没有被隔离存放的消息。",
+    "Choose": "选择",
+    "Message": "消息",
+}
