@@ -82,6 +82,7 @@ ACTION_TEXTS: Final = {
     "Shut down": "关闭",
     "The worker becomes empty, and then its process ends.": "工作节点变空后，其进程结束。",
     "Pause": "暂停",
+    "Pause the platform": "暂停平台",
     "Pause the task": "暂停任务",
     "Pause the queue": "暂停队列",
     "Pause the tenant": "暂停租户",

@@ -128,7 +128,7 @@ def test_parts_are_paused_and_resumed_and_stores_reconciled(stage: Stage, visito
     stage.submit(cpus=1000, tenant="physics")
     page = log_in(visitor)
     parts = {
-        "Pause: platform": "platform",
+        "Pause the platform": "platform",
         "Pause the task: task": "task task",
         "Pause the queue: celery": "queue celery",
         "Pause the tenant: physics": "tenant physics",

@@ -31,6 +31,8 @@ def acting(stage: Stage, app: Any) -> Application:
 def app(stage: Stage) -> Iterator[Any]:
     app = create_app("acting", resolve=lambda _: stage.settings)
     yield app
+    # No worker here brings Postgres what the ledger noted.
+    stage.apply()
     app.close()
     stores = app.platform
     for part in (stores.sending, stores.watcher, stores.inserter):
