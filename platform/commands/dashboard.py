@@ -41,8 +41,8 @@ def command(context: click.Context, host: str | None, port: int | None) -> None:
     """Serve the page of the cluster, and its API below /api/v1, until Ctrl-C.
 
     On this machine only (127.0.0.1:8000) unless PLATFORM_DASHBOARD or the options say otherwise. Reading needs no
-    login there. With PLATFORM_TOKEN it does, and no other address is served without one. To act by the API takes that
-    token, else the one that the first start makes and prints.
+    login there. With PLATFORM_TOKEN it does, and no other address is served without one. To act, on a page too,
+    takes that token, else the one that the first start makes and prints.
     """
     # FastAPI and uvicorn take most of a second. No other command imports them.
     from celery_capacity.platform.web.application import Application
@@ -80,7 +80,7 @@ def command(context: click.Context, host: str | None, port: int | None) -> None:
 def _announce_token(made: tuple[str, Path, bool] | None, home: Path) -> None:
     """Say where the token for actions is, and at the first start the token itself."""
     if made is None:
-        _say(f"No actions: {home} takes no token. Set PLATFORM_TOKEN to act by the API.")
+        _say(f"No actions: {home} takes no token. Set PLATFORM_TOKEN to act.")
         return
     token, path, is_new = made
     # Logs are collected, and read by many.
