@@ -72,6 +72,7 @@ def reconcile_stores(stores: Stores, actor: Actor) -> tuple[Reconciled, Rebuilt 
             rebuilt = rebuild.open_if_cold(stores.engine, stores.ledger)
             done = reconcile.reconcile(stores.engine, stores.ledger)
         note.outcome = Outcome.DONE if done.all_repaired else Outcome.PARTLY
+        note.details |= done.counts()
         return done, rebuilt
 
 

@@ -175,6 +175,7 @@ def test_part_is_paused_and_resumed(part: dict[str, str], client: httpx.Client) 
 
 def test_stores_are_reconciled(client: httpx.Client) -> None:
     assert act(client, "reconcile")["all_repaired"] is True
+    assert newest(client).details.keys() == {"applied", "drift", "repaired"}
 
 
 def test_messages_that_were_set_aside_are_listed_and_dropped(client: httpx.Client, platform: Platform) -> None:
