@@ -50,7 +50,7 @@ local function admit_or_file(id, job, rerun, facts, now, batch)
     batch.border = facts.stay and redis.call('ZSCORE', KEY.border, job.shape)
   end
   if batch.border and not facts.fetched and tonumber(job.order) >= tonumber(batch.border) then
-    leave_behind(batch, job.order, facts)
+    leave_behind(id, batch, job.order, facts)
     return {'left'}, batch
   end
   local cursor_score, cursor_worker, passing = '', '', ''
@@ -92,7 +92,7 @@ local function admit_or_file(id, job, rerun, facts, now, batch)
     return {'admitted', batch.book.worker, job.attempt}, batch
   end
   if not facts.fetched and is_beyond(batch, facts) then
-    leave_behind(batch, job.order, facts)
+    leave_behind(id, batch, job.order, facts)
     return {'left'}, batch
   end
   if facts.reserved and first and not facts.fetched then

@@ -39,10 +39,14 @@ local function is_beyond(batch, facts)
 end
 
 -- Leave a job in Postgres: note the border of its shape. The runner of the duties forgets `left` before it reads the
--- rows that stay there, so `left` has the least order of the jobs that it may not have read.
-local function leave_behind(batch, order, facts)
+-- rows that stay there, so `left` has the least order of the jobs that it may not have read. The empty message
+-- has listeners look again, since the ledger notes no transition here; one is enough for a call.
+local function leave_behind(id, batch, order, facts)
   redis.call('ZADD', KEY.left, 'LT', order, batch.shape)
   count('left', 1)
+  if not facts.announced then
+    facts.announced = redis.call('PUBLISH', KEY.job .. id, '')
+  end
   if batch.border and tonumber(order) >= tonumber(batch.border) then
     return
   end

@@ -108,6 +108,21 @@ def test_higher_priority_starts_before_the_jobs_of_a_full_head(stage: Head) -> N
     assert stage.drain() == [high, *low]
 
 
+def test_job_that_stays_in_postgres_is_news_for_listeners(stage: Head) -> None:
+    client: Any = stage.redis
+    listener = client.pubsub()
+    listener.psubscribe(f"{keys.KEYS['job']}*")
+    jobs = [stage.add() for _ in range(LEAST + 1)]
+    messages: list[tuple[str, bytes]] = []
+    while len(messages) < len(jobs):
+        message = listener.get_message(ignore_subscribe_messages=True, timeout=10)
+        if message is not None:
+            messages.append((message["channel"].decode(), message["data"]))
+    listener.close()
+    assert [channel for channel, _ in messages] == [keys.job(job) for job in jobs]
+    assert [data == b"" for _, data in messages] == [False] * LEAST + [True]
+
+
 def test_waiting_job_that_runs_low_is_asked_for_once(stage: Head) -> None:
     client: Any = stage.redis
     listener = client.pubsub()
