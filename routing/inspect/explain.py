@@ -21,6 +21,7 @@ from celery_capacity.routing.forecast.starts import EstimatedStart, estimated_st
 from celery_capacity.routing.insert import key_lines
 from celery_capacity.routing.inspect import held_back, running_jobs, waiting
 from celery_capacity.routing.inspect.explanation import Explanation
+from celery_capacity.routing.inspect.waiting import LedgerReading
 from celery_capacity.routing.ledger import snapshot
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import (
@@ -39,6 +40,7 @@ from celery_capacity.routing.policy.feasibility import (
     kind_of,
     kinds_of,
     with_named,
+    without_doubles,
 )
 from celery_capacity.routing.policy.labels import place_of, words_of_labels
 from celery_capacity.routing.policy.missing import missing_on_each, unblocked_by
@@ -46,7 +48,7 @@ from celery_capacity.routing.policy.pauses import Pauses
 from celery_capacity.routing.policy.placement import Admission, Book, Refusal, Waiting, order
 from celery_capacity.routing.policy.reservation import Reservation, Rules, comes_first
 from celery_capacity.routing.policy.tenants import Sharing, tenant_of
-from celery_capacity.routing.store import backlog, controls, dependencies
+from celery_capacity.routing.store import controls, dependencies
 
 #: Most needed jobs that an explanation names.
 SHOWN_NEEDS: Final = 10
@@ -94,6 +96,19 @@ def explain(
     With `rules`, those by which the workers start jobs, the start of a job that waits for room is estimated. That takes
     up to some seconds where many jobs are before it.
     """
+    return explain_by(LedgerReading(client), connection, job, most_losses, rules, worker_ttl, share_halves_in)
+
+
+def explain_by(
+    reading: LedgerReading,
+    connection: Connection,
+    job: str,
+    most_losses: int = MAX_LOSSES,
+    rules: Rules | None = None,
+    worker_ttl: float = WORKER_TTL,
+    share_halves_in: float = SHARE_HALVES_IN,
+) -> Explanation | None:
+    """Explain a job by a reading of the ledger that other explanations share. See `explain`."""
     row = _row(connection, job)
     if row is None:
         return _archived(connection, job)
@@ -115,7 +130,7 @@ def explain(
         explanation = Explanation(job, state, Reason.LEDGER_STANDS_BACK, request, row.declared)
         return replace(explanation, estimate=_estimated_by_rows(connection, job, row, rules, most_losses, worker_ttl))
     try:
-        seen = _read_ledger(client, connection, job, row, most_losses)
+        seen = _read_ledger(reading, connection, job, row, most_losses)
     except RedisError:
         return Explanation(job, state, Reason.LEDGER_UNREACHABLE, request, row.declared)
     if seen is None:
@@ -130,7 +145,7 @@ def explain(
     if rules is None or explanation.why not in ESTIMATED:
         return explanation
     live = [book for book in seen.registered if book.worker in seen.live]
-    shares = None if sharing is None else with_past(sharing, client, share_halves_in)
+    shares = None if sharing is None else with_past(sharing, reading.client, share_halves_in)
     start = estimated_start(connection, job, (row.priority, row.seq), live, rules, most_losses, shares)
     return replace(explanation, estimate=start)
 
@@ -182,32 +197,32 @@ class _Ledger:
     reservations: Mapping[str, Reservation]
 
 
-def _read_ledger(client: redispy.Redis, connection: Connection, job: str, row: Any, most_losses: int) -> _Ledger | None:
+def _read_ledger(
+    reading: LedgerReading, connection: Connection, job: str, row: Any, most_losses: int
+) -> _Ledger | None:
     """Read the books and the backlog; return None where the ledger is cold. Raises `RedisError`."""
-    head = snapshot.read_head(client)
+    client, head = reading.client, reading.head
     if head.epoch is None:
         return None
-    books = [book for book in snapshot.read_books(client, head.leases).values() if head.is_registered(book)]
     card = snapshot.read_cards(client, [job]).get(job)
     filed = card.shape if card is not None and card.shape else filed_shape(row.shape, row.name)
     position = order(row.priority, row.seq)
     # A shape whose jobs all stand at its border or behind it is not among the waiting shapes.
-    borders = waiting.read_borders(client) if head.left else {}
+    borders = reading.borders
     before = Counter(waiting.count_before(client, list({*head.shapes, *borders}), position))
     if head.staying:
-        before.update(backlog.staying_before(connection, row.priority, row.seq))
+        before.update(reading.staying_before(connection, row.priority, row.seq))
     if head.left:
         before.update(waiting.count_left(client, connection, borders, most_losses, position))
     tasks = {split_shape(shape).task for shape in (filed, *before)} - {""}
-    knowing = snapshot.read_catalogues(client, {book.catalogue for book in books} - {""}, tasks)
-    registered = [book.to_policy(head.now, knowing) for book in books]
+    registered = reading.registered(tasks)
     return _Ledger(
         held=_first_possible(filed, registered),
         filed=filed,
         registered=registered,
-        live=frozenset(book.worker for book in books if head.is_live(book)),
+        live=frozenset(book.worker for book in reading.books if head.is_live(book)),
         before=before,
-        reservations={book.worker: book.reservation for book in books if book.reservation is not None},
+        reservations={book.worker: book.reservation for book in reading.books if book.reservation is not None},
     )
 
 
@@ -295,7 +310,7 @@ def _first_possible(filed: str, registered: Sequence[Book]) -> Request:
 
 def _large_workers(requests: Sequence[Request], registered: Sequence[Book], task: str, terms: str) -> set[str]:
     """Return the workers that may run the task there, and would have room for an alternative if they were empty."""
-    kinds = [book for book in kinds_of(registered) if book.knows(task)]
+    kinds = [book for book in kinds_of(without_doubles(registered)) if book.knows(task)]
     large = {kind_of(book) for book in kinds if any(is_large_enough(request, book) for request in requests)}
     return {book.worker for book in registered if kind_of(book) in large and book.allows(terms)}
 

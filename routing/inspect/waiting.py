@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Final
 from urllib.parse import unquote
 from weakref import WeakKeyDictionary
@@ -26,8 +27,8 @@ from celery_capacity.routing.model.request import (
     split_shape,
     terms_of,
 )
-from celery_capacity.routing.policy.feasibility import judge, kinds_of, with_named
-from celery_capacity.routing.policy.labels import place_of
+from celery_capacity.routing.policy.feasibility import judge, kinds_of, likeness, with_named
+from celery_capacity.routing.policy.labels import named_worker, place_of
 from celery_capacity.routing.policy.placement import SUBMISSIONS, TOP_PRIORITY, Book, Refusal, order
 from celery_capacity.routing.store import backlog
 
@@ -39,6 +40,8 @@ BLOCKING: Final = frozenset(
 _ORDERS: Final = tuple(
     (str(order(priority, 0)), str(order(priority, 0) + SUBMISSIONS - 1)) for priority in range(TOP_PRIORITY + 1)
 )
+#: Reasons of the last reading by request and place, for its kinds of workers: frequent readers ask for the same ones.
+_blocked_by: dict[Hashable, dict[Hashable, Reason | None]] = {}
 #: Lost attempts after which a job ends, where the caller does not say.
 MAX_LOSSES: Final = 3
 #: Greatest share of a core of Postgres that one reader takes to count jobs that nobody has marked. A count that took
@@ -90,15 +93,22 @@ def queue_reads(shapes: Sequence[str]) -> Iterator[tuple[str, ...]]:
     for shape in shapes:
         key = keys.wait(shape)
         yield "ZCARD", key
-        for begin, end in _ORDERS:
-            yield "ZRANGEBYSCORE", key, begin, end, "LIMIT", "0", "1"
+        yield "ZRANGE", key, "0", "0", "WITHSCORES"
+        yield "ZRANGE", key, "-1", "-1", "WITHSCORES"
 
 
 def read_backlog(
     client: redispy.Redis, head: snapshot.Head, replies: Iterator[Any], catalogues: Collection[str]
 ) -> tuple[BacklogLine, ...]:
-    """Return the lines of the backlog, in one more round trip. `catalogues`: those of the live workers."""
-    queues = [(shape, int(next(replies)), _firsts(replies)) for shape in head.shapes]
+    """Return the lines of the backlog. `catalogues`: those of the live workers.
+
+    That takes one more round trip, and another one where jobs of several priorities wait for one request.
+    """
+    sizes, ends = {}, {}
+    for shape in head.shapes:
+        sizes[shape], ends[shape] = int(next(replies)), (_scored(next(replies)), _scored(next(replies)))
+    firsts_of = _firsts(client, ends)
+    queues = [(shape, sizes[shape], firsts_of[shape]) for shape in head.shapes]
     jobs = [job for _, _, firsts in queues for job in firsts]
     # A worker without a catalogue takes any task. Without a worker there is another reason to wait.
     names = {split_shape(shape).task for shape in head.shapes} - {""} if catalogues and "" not in catalogues else set()
@@ -129,7 +139,18 @@ def blocked_first(lines: Iterable[BacklogLine], registered: Iterable[Book]) -> t
     """
     books = list(registered)
     kinds = kinds_of(books)
-    judged = [replace(line, blocked=_blocked(line, with_named(kinds, books, line.terms))) for line in lines]
+    key = tuple(likeness(book) for book in kinds)
+    before, reasons = _blocked_by.get(key, {}), dict[Hashable, Reason | None]()
+    judged = []
+    for line in lines:
+        if named_worker(line.terms):
+            judged.append(replace(line, blocked=_blocked(line, with_named(kinds, books, line.terms))))
+            continue
+        asked = (line.request, line.terms, line.unknown_task)
+        reasons[asked] = before[asked] if asked in before else _blocked(line, kinds)
+        judged.append(replace(line, blocked=reasons[asked]))
+    _blocked_by.clear()
+    _blocked_by[key] = reasons
     return tuple(sorted(judged, key=lambda line: (line.blocked is None, not line.unknown_task)))
 
 
@@ -156,8 +177,31 @@ def _together(first: BacklogLine, second: BacklogLine) -> BacklogLine:
     return replace(first, waiting=waiting, oldest=max(ages, default=None))
 
 
-def _firsts(replies: Iterator[Any]) -> list[str]:
-    return [snapshot.text(members[0]) for members in (next(replies) for _ in _ORDERS) if members]
+def _scored(reply: Sequence[Any]) -> tuple[str, int] | None:
+    """Return the only member of a reply WITHSCORES and its score: a pair, or two values in the older protocol."""
+    if not reply:
+        return None
+    member, score = reply[0] if isinstance(reply[0], list) else reply
+    return snapshot.text(member), int(float(score))
+
+
+def _firsts(
+    client: redispy.Redis, ends: Mapping[str, tuple[tuple[str, int] | None, tuple[str, int] | None]]
+) -> dict[str, list[str]]:
+    """Return the first job of each priority, by shape. `ends`: the first and the last job of each shape, with orders.
+
+    Of a shape whose first and last job have one priority, as nearly always, nothing more is read.
+    """
+    firsts: dict[str, list[str]] = {}
+    levels: list[tuple[str, int]] = []
+    for shape, (first, last) in ends.items():
+        firsts[shape] = [] if first is None else [first[0]]
+        if first is not None and last is not None:
+            levels += [(shape, level) for level in range(first[1] // SUBMISSIONS + 1, last[1] // SUBMISSIONS + 1)]
+    reads = (("ZRANGEBYSCORE", keys.wait(shape), *_ORDERS[TOP_PRIORITY - n], "LIMIT", "0", "1") for shape, n in levels)
+    for (shape, _), members in zip(levels, snapshot.read_many(client, reads), strict=True):
+        firsts[shape] += [snapshot.text(member) for member in members]
+    return firsts
 
 
 def count_before(client: redispy.Redis, shapes: Sequence[str], position: int) -> dict[str, int]:
@@ -238,3 +282,52 @@ def with_left(client: redispy.Redis, engine: Engine, head: snapshot.Head) -> sna
         _counted[engine] = end + (end - begin) / LEFT_SHARE, head.staying, left
     staying = dict(Counter(head.staying) + left)
     return replace(head, staying=staying, shapes=tuple(dict.fromkeys([*head.shapes, *staying])))
+
+
+# -- a reading for many jobs ------------------------------------------------------------------------------------------
+
+
+class LedgerReading:
+    """The ledger at a moment, which the explanations of many jobs share.
+
+    Each part is read when it is asked for, and raises `RedisError`.
+    `orders`: those of the jobs that are to be explained, if there are many.
+    """
+
+    def __init__(self, client: redispy.Redis, orders: Sequence[int] = ()) -> None:
+        self.client = client
+        self._orders = orders
+        self._before: dict[int, dict[str, int]] | None = None
+        self._books_by_tasks: dict[frozenset[str], list[Book]] = {}
+
+    @cached_property
+    def head(self) -> snapshot.Head:
+        return snapshot.read_head(self.client)
+
+    @cached_property
+    def books(self) -> list[snapshot.WorkerBook]:
+        """Return the books of all registered workers."""
+        books = snapshot.read_books(self.client, self.head.leases).values()
+        return [book for book in books if self.head.is_registered(book)]
+
+    @cached_property
+    def borders(self) -> Mapping[str, int]:
+        """Return the shapes of which jobs stay in Postgres, see `read_borders`."""
+        return read_borders(self.client) if self.head.left else {}
+
+    def staying_before(self, connection: Connection, priority: int, seq: int) -> dict[str, int]:
+        """Count the jobs that stay in Postgres and come before a place, by shape; for all `orders` in one statement."""
+        job_order = order(priority, seq)
+        if self._before is None and job_order in self._orders:
+            self._before = backlog.staying_before_each(connection, self._orders)
+        before = (self._before or {}).get(job_order)
+        return backlog.staying_before(connection, priority, seq) if before is None else before
+
+    def registered(self, tasks: Collection[str]) -> list[Book]:
+        """Return the books as the policy takes them. Each knows which of these tasks its worker has registered."""
+        key = frozenset(tasks)
+        if key not in self._books_by_tasks:
+            catalogues = {book.catalogue for book in self.books} - {""}
+            knowing = snapshot.read_catalogues(self.client, catalogues, tasks)
+            self._books_by_tasks[key] = [book.to_policy(self.head.now, knowing) for book in self.books]
+        return self._books_by_tasks[key]

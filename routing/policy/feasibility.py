@@ -155,7 +155,7 @@ def judge(
     anything. Where only workers that admit nothing now are large enough, the refusal is `NO_WORKER` and names the first
     of them. Of alternatives the first one with a worker counts, then the first one that a worker could ever hold.
     """
-    books = list(registered)
+    books = without_doubles(registered, named_worker(terms))
     requests = alternatives_of(request.shape + terms)
     decisions = [_judge(alternative, books, ahead, task, bound, terms) for alternative in requests]
     return min(decisions, key=_hopelessness)
@@ -181,6 +181,32 @@ def _judge(
     if large and not any(book.admitting for book in large):
         return Refusal(Reason.NO_WORKER, worker=min(book.worker for book in large))
     return survey(request, books, ahead, task, bound, terms)
+
+
+def likeness(book: Book) -> Hashable:
+    """Return all that a book says but for its worker's name. The name belongs to it where the worker is kept."""
+    tasks = None if book.tasks is None else frozenset(book.tasks)
+    kept = book.kept and (book.kept, book.worker, book.reserved_at)
+    amounts = tuple(book.capacity.items()), tuple(book.allocated.items())
+    return amounts, book.admitting, kept, tasks, book.left, tuple(book.labels.items())
+
+
+def without_doubles(books: Iterable[Book], name: str = "") -> list[Book]:
+    """Return of books that are alike only the first and the last by name, and the book of the worker `name`.
+
+    A decision over all of them is the same: a worker is chosen by its amounts, and of equal ones by its name.
+    """
+    books = list(books)
+    firsts: dict[Hashable, str] = {}
+    lasts: dict[Hashable, str] = {}
+    for book in books:
+        alike, worker = likeness(book), book.worker
+        if worker < firsts.get(alike, "\U0010ffff"):
+            firsts[alike] = worker
+        if worker > lasts.get(alike, ""):
+            lasts[alike] = worker
+    chosen = {name, *firsts.values(), *lasts.values()}
+    return [book for book in books if book.worker in chosen]
 
 
 def kind_of(book: Book) -> Hashable:
@@ -209,9 +235,10 @@ def count_before(waiting: Mapping[str, int], registered: Iterable[Book]) -> int:
     `waiting`: the number of these jobs by the shape under which they are filed. A job that no registered worker could
     ever take, or that outlives each one that could, holds up no other, and does not count.
     """
-    books = sorted(registered, key=_lifetime, reverse=True)
+    books = list(registered)
+    distinct = {likeness(book): book for book in books}
     # Of each kind the worker that lives longest takes all that others of its kind would take.
-    kinds = list({kind_of(book): book for book in reversed(books)}.values())
+    kinds = list({kind_of(book): book for book in sorted(distinct.values(), key=_lifetime)}.values())
     return sum(number for filed, number in waiting.items() if number > 0 and _can_start(filed, kinds, books))
 
 

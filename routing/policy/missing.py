@@ -12,7 +12,7 @@ from typing import Final
 
 from celery_capacity.routing.model.amounts import ALONE, CPUS, is_label
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.policy.feasibility import is_large_enough
+from celery_capacity.routing.policy.feasibility import is_large_enough, likeness
 from celery_capacity.routing.policy.placement import Book, fits, shortages
 
 #: Sets of running jobs that are tried on one worker for the smallest one. Beyond them a good set is taken, not the
@@ -76,18 +76,25 @@ def missing_on_each(
     """
     knowing = [book for book in books if book.knows(task) and book.serves(request)]
     possible = [book for book in knowing if book.lasts(bound) and book.allows(terms)]
-    possible.sort(key=lambda book: (not book.admitting, len(shortages(request, book)), -book.free(CPUS), book.worker))
-    return [_missing(request, book) for book in possible]
+    # Books of a large cluster are often alike, and each of these lacks as much.
+    kinds = {book.worker: likeness(book) for book in possible}
+    distinct = {kinds[book.worker]: book for book in possible}
+    short = {kind: shortages(request, book) for kind, book in distinct.items()}
+    rooms = {kind: _rooms(request, book) for kind, book in distinct.items()}
+    alone = {kind for kind, lacks in short.items() if any(lack.resource == ALONE for lack in lacks)}
+    possible.sort(key=lambda book: (not book.admitting, len(short[kinds[book.worker]]), -book.free(CPUS), book.worker))
+    return [
+        Missing(book.worker, book.admitting, rooms[kinds[book.worker]], kinds[book.worker] in alone)
+        for book in possible
+    ]
 
 
-def _missing(request: Request, book: Book) -> Missing:
-    rooms = tuple(
+def _rooms(request: Request, book: Book) -> tuple[Room, ...]:
+    return tuple(
         Room(name, amount, book.free(name), book.capacity.get(name, 0))
         for name, amount in request.amounts
         if name != ALONE and not is_label(name)
     )
-    alone = any(short.resource == ALONE for short in shortages(request, book))
-    return Missing(book.worker, book.admitting, rooms, alone)
 
 
 def unblocked_by(
@@ -105,8 +112,8 @@ def unblocked_by(
     whose jobs are the oldest is taken, then the worker that comes first by name.
     """
     best: tuple[int, list[float], str, tuple[str, ...]] | None = None
-    for book in sorted(books, key=lambda book: book.worker):
-        jobs = running.get(book.worker)
+    for book in sorted((book for book in books if book.worker in running), key=lambda book: book.worker):
+        jobs = running[book.worker]
         takes = book.admitting and book.knows(task) and book.lasts(bound) and book.allows(terms)
         if not jobs or not takes or not is_large_enough(request, book):
             continue

@@ -186,6 +186,13 @@ SELECT behind, count(*) FROM jobs
 WHERE {_STAYS} AND (-priority, seq) < (-CAST(:priority AS int), CAST(:seq AS bigint)) GROUP BY behind
 """)
 
+#: Of each shape the rows between two neighbours of some orders, numbered from 0.
+_BETWEEN: Final = text(f"""
+SELECT behind, width_bucket(({TOP_PRIORITY} - priority) * {SUBMISSIONS} + seq, CAST(:orders AS bigint[])) AS part,
+  count(*)
+FROM jobs WHERE {_STAYS} GROUP BY behind, part
+""")
+
 #: Read by the index of states, so that marked rows cost nothing.
 _ACCEPTED_GROUPS: Final = text("""
 SELECT shape, name, losses, priority, count(*), min(seq), max(seq) FROM jobs
@@ -273,6 +280,16 @@ def staying_before(connection: Connection, priority: int, seq: int) -> dict[str,
     """Count the jobs that stay in Postgres and come before a place, by the shape under which they are filed."""
     rows = connection.execute(_BEFORE, {"priority": priority, "seq": seq})
     return {row[0]: int(row[1]) for row in rows}
+
+
+def staying_before_each(connection: Connection, orders: Sequence[int]) -> dict[int, dict[str, int]]:
+    """Count the jobs that stay in Postgres and come before each of these orders, by shape, in one pass over them."""
+    thresholds = sorted(set(orders))
+    before: dict[int, dict[str, int]] = {threshold: {} for threshold in thresholds}
+    for shape, part, number in connection.execute(_BETWEEN, {"orders": thresholds}) if thresholds else ():
+        for threshold in thresholds[part:]:
+            before[threshold][shape] = before[threshold].get(shape, 0) + int(number)
+    return before
 
 
 @dataclass(frozen=True, slots=True)
