@@ -16,10 +16,10 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Rules
 from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, Rule, Sharing, mean_time, tenant_of, tenant_term
-from celery_capacity.routing.simulation.expectations import SOURCES
+from celery_capacity.routing.simulation.expectations import SOURCES, Expectations
 from celery_capacity.routing.simulation.jobs import Submission
 from celery_capacity.routing.simulation.shares import Shares
-from celery_capacity.routing.simulation.simulation import Expectations, simulate
+from celery_capacity.routing.simulation.simulation import simulate
 
 if TYPE_CHECKING:
     from celery_capacity.platform.demo.replay import Replayed

@@ -66,11 +66,12 @@ def command(
     stores = stores_of(context)
     settings, client = stores.settings, quick_client(stores.redis)
     chosen = waiting_groups.GroupFilter(task, queue, tenant, reason)
+    reader = waiting_groups.WaitingGroups()
 
     def draw(console: Console) -> None:
         seen = overview.read(client, stores.engine, settings.worker_ttl)
         with stores.engine.connect() as connection:
-            groups = waiting_groups.read(connection, client, settings, chosen)
+            groups = reader.read(connection, client, settings, chosen)
             if task is not None and not groups:
                 check_task(connection, task)
         if as_json:

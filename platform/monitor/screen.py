@@ -21,7 +21,7 @@ from celery_capacity.platform.console.watch import giving_back, picture
 from celery_capacity.platform.monitor import tables
 from celery_capacity.platform.monitor.sorting import ORDERS, ordered
 from celery_capacity.platform.monitor.typed import Keys
-from celery_capacity.platform.web import waiting_groups
+from celery_capacity.platform.web.waiting_groups import WaitingGroups
 from celery_capacity.routing.inspect import overview
 from celery_capacity.routing.inspect.overview import Overview
 from celery_capacity.routing.ledger.connection import quick_client
@@ -96,6 +96,7 @@ class Cluster:
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
         self._client = quick_client(stores.redis)
+        self._groups = WaitingGroups()
 
     def read(self) -> Moment:
         """Return the cluster now. Raises where neither store answers."""
@@ -104,7 +105,7 @@ class Cluster:
         groups, why = None, ""
         try:
             with self._stores.engine.connect() as connection:
-                groups = waiting_groups.read(connection, self._client, settings)
+                groups = self._groups.read(connection, self._client, settings)
         except Exception as error:
             problem = problem_of_store(error)
             if problem is None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Final
 
@@ -13,10 +13,11 @@ import redis
 from celery_capacity.platform.console import job_document
 from celery_capacity.platform.console.job_document import JobDocument
 from celery_capacity.platform.console.job_ids import whole_ids
-from celery_capacity.platform.web import held_jobs, holes, runs, task_statistics, waiting_groups
+from celery_capacity.platform.web import held_jobs, holes, last_hour, runs, task_statistics
 from celery_capacity.platform.web.metrics import reading
 from celery_capacity.platform.web.metrics.ended_jobs import EndedJobs
 from celery_capacity.platform.web.metrics.exposition import Reads, families
+from celery_capacity.platform.web.waiting_groups import WaitingGroups
 from celery_capacity.routing.database import audit, job_lines
 from celery_capacity.routing.database.job_lines import Position
 from celery_capacity.routing.insert import retries
@@ -34,6 +35,8 @@ PAGE: Final = 50
 MAX_PAGE: Final = 500
 #: Most lines of a job's log in one answer.
 MAX_LINES: Final = 1000
+#: Seconds of CPU for the reasons of groups that are new on the page, so that a first load takes less than 0.3 s.
+NEW_REASONS: Final = 0.15
 
 
 class Sources:
@@ -44,6 +47,7 @@ class Sources:
         self._app = app
         self._ended = EndedJobs()
         self._reads: Counter[Store] = Counter()
+        self._groups = WaitingGroups(NEW_REASONS)
 
     @cached_property
     def client(self) -> redis.Redis:
@@ -89,13 +93,14 @@ class Sources:
         reads = Reads(self._reads[Store.LEDGER], self._reads[Store.POSTGRES])
         return exposition(families(seen, reads))
 
-    def held(self) -> dict[str, list[dict[str, Any]]]:
+    def held(self, workers: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+        """Return the jobs that each of these workers holds."""
         with self.stores.engine.connect() as connection:
-            return held_jobs.read(connection)
+            return held_jobs.read(connection, workers)
 
     def groups(self) -> list[dict[str, Any]]:
         with self.stores.engine.connect() as connection:
-            return waiting_groups.read(connection, self.client, self.stores.settings)
+            return self._groups.read(connection, self.client, self.stores.settings)
 
     def tasks(self) -> dict[str, Any]:
         with self.stores.engine.connect() as connection:
@@ -105,6 +110,12 @@ class Sources:
         """Return the attempts in a stretch of time."""
         with self.stores.engine.connect() as connection:
             return runs.read_document(connection, since, until, limit)
+
+    def last_hour(self) -> dict[str, Any]:
+        """Return the last hour of the cluster, minute by minute."""
+        seen = self.dashboard()
+        with self.stores.engine.connect() as connection:
+            return last_hour.read(connection, datetime.now(UTC), seen)
 
     def hole(self, worker: str, at: datetime) -> dict[str, Any]:
         """Return what was free on a worker at a moment, and what waited then."""

@@ -15,16 +15,17 @@ from celery_capacity.routing.database.job_conditions import like_pattern
 from celery_capacity.routing.forecast import starts
 from celery_capacity.routing.inspect import explain
 from celery_capacity.routing.inspect.explanation import Explanation
-from celery_capacity.routing.inspect.waiting import BLOCKING
+from celery_capacity.routing.inspect.waiting import BLOCKING, LedgerReading
 from celery_capacity.routing.model.request import Request, alternatives_to_show, terms_of
 from celery_capacity.routing.policy.labels import place_of
+from celery_capacity.routing.policy.placement import order
 from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, tenant_of
 
 #: Groups that are listed: those whose first jobs come first.
 MAX_GROUPS: Final = 100
-#: Groups whose reason is looked up, and the seconds that may take in all.
-EXPLAINED: Final = 25
+#: Seconds of CPU for the reasons of groups that have none yet, in one reading, and with those that are looked up again.
 PATIENCE: Final = 1.0
+AGAIN: Final = 0.04
 #: Waiting jobs up to which starts are estimated here. Beyond, the page of a job estimates its own.
 ESTIMATED: Final = 2000
 
@@ -62,25 +63,42 @@ class GroupFilter:
 ALL: Final = GroupFilter()
 
 
-def read(connection: Connection, client: redis.Redis, settings: Any, chosen: GroupFilter = ALL) -> list[dict[str, Any]]:
-    """Return the groups, those first that no worker can ever take.
+class WaitingGroups:
+    """Reader of the groups for one picture after the other.
 
-    With a reason in the filter, more reasons are looked up, in the same time.
+    The numbers are new in each. A reason costs more than all numbers where there are many workers. So each reading
+    looks up the reasons of new groups, then those that are the oldest, as far as its time goes. `patience`: seconds of
+    CPU for new ones.
     """
-    rows = connection.execute(_GROUPS, {"most": MAX_GROUPS, **chosen.values()}).all()
-    explained = EXPLAINED if chosen.reason is None else MAX_GROUPS
-    rules = starts.rules_of(settings) if sum(row.waiting for row in rows) <= ESTIMATED else None
-    until = time.monotonic() + PATIENCE
-    groups = []
-    for number, row in enumerate(rows):
-        why = None
-        if number < explained and time.monotonic() < until:
-            losses, ttl = settings.most_losses, settings.worker_ttl
-            why = explain.explain(client, connection, row.first, losses, rules, ttl, settings.share_halves_in)
-        groups.append(_group(row, why))
-    if chosen.reason is not None:
-        groups = [group for group in groups if group["why"] == chosen.reason]
-    return sorted(groups, key=lambda group: not group["blocked"])
+
+    def __init__(self, patience: float = PATIENCE) -> None:
+        self._patience = patience
+        self._readings = 0
+        #: the last reading that looked up the reason of a group, and the reason
+        self._reasons: dict[Any, tuple[int, Explanation | None]] = {}
+
+    def read(
+        self, connection: Connection, client: redis.Redis, settings: Any, chosen: GroupFilter = ALL
+    ) -> list[dict[str, Any]]:
+        """Return the groups that meet the conditions, those first that no worker can ever take."""
+        rows = connection.execute(_GROUPS, {"most": MAX_GROUPS, **chosen.values()}).all()
+        keys = [(row.shape, row.name, row.queue, row.priority) for row in rows]
+        self._reasons = {key: self._reasons[key] for key in keys if key in self._reasons}
+        self._readings += 1
+        rules = starts.rules_of(settings) if sum(row.waiting for row in rows) <= ESTIMATED else None
+        losses, ttl, halves_in = settings.most_losses, settings.worker_ttl, settings.share_halves_in
+        orders = [order(row.priority, row.seq) for row in rows]
+        reading, begin = LedgerReading(client, orders), time.thread_time()
+        oldest_first = sorted(zip(keys, rows, strict=True), key=lambda pair: self._reasons.get(pair[0], (0, None))[0])
+        for key, row in oldest_first:
+            if time.thread_time() - begin >= (AGAIN if key in self._reasons else self._patience):
+                break
+            why = explain.explain_by(reading, connection, row.first, losses, rules, ttl, halves_in)
+            self._reasons[key] = self._readings, why
+        groups = [_group(row, self._reasons.get(key, (0, None))[1]) for key, row in zip(keys, rows, strict=True)]
+        if chosen.reason is not None:
+            groups = [group for group in groups if group["why"] == chosen.reason]
+        return sorted(groups, key=lambda group: not group["blocked"])
 
 
 def document(seen: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:

@@ -258,6 +258,29 @@ class Tasks(Closed):
     limit: int = Field(description="newest jobs that are counted at most")
 
 
+class Minute(Closed):
+    """A minute of the cluster, with its numbers at its end."""
+
+    begin: str = Field(alias="from", description="its beginning")
+    allocated_cpus: Amount
+    waiting: int
+    started_per_second: float
+    ended_per_second: float
+    wait_p50_seconds: float | None = Field(description="of jobs that started in it; null: none did")
+    wait_p95_seconds: float | None
+
+
+class LastHour(Closed):
+    """The last hour, the oldest minute first."""
+
+    minutes: list[Minute]
+    seconds: int = Field(description="length of a minute")
+    whole: bool = Field(description="false: so many jobs ended that only the last minutes are told")
+    total_cpus: Amount = Field(description="of the cluster now")
+    since: str
+    until: str
+
+
 class Run(Closed):
     """Attempt of a job on a worker."""
 

@@ -24,7 +24,7 @@ from celery_capacity.platform.web.api.filters import (
 )
 from celery_capacity.platform.web.api.stream import EventStream
 from celery_capacity.platform.web.http.problems import MEDIA_TYPE, wrong_parameter
-from celery_capacity.platform.web.prepared import Prepared, to_json
+from celery_capacity.platform.web.prepared import Prepared, PreparedByKey, to_json
 from celery_capacity.platform.web.runs import MAX_RUNS, RUNS
 from celery_capacity.platform.web.sources import MAX_LINES, MAX_PAGE, PAGE, Sources
 from celery_capacity.routing.model.states import State
@@ -37,6 +37,10 @@ _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
+#: Seconds for which the lines of the last hour are shown again. They have a point a minute.
+LAST_HOUR_AGE: Final = 10.0
+
+
 class Values:
     """Values that all requests share, each read when one asks for it."""
 
@@ -45,7 +49,8 @@ class Values:
         self.dashboard = Prepared(lambda: sources.dashboard())
         self.groups = Prepared(lambda: sources.groups())
         self.tasks = Prepared(lambda: sources.tasks())
-        self.held = Prepared(lambda: sources.held())
+        self.last_hour = Prepared(lambda: sources.last_hour(), least=LAST_HOUR_AGE)
+        self.held = PreparedByKey(lambda names: sources.held(names))
         self.metrics = Prepared(lambda: sources.metrics())
 
 
@@ -87,6 +92,11 @@ def _add_cluster(router: APIRouter, values: Values) -> None:
     async def backlog() -> Response:
         """Return what waits, why, and since when; first what no worker can ever take."""
         return json_answer(waiting_groups.document(await values.dashboard.value(), await values.groups.value()))
+
+    @router.get("/last-hour", **answers(models.LastHour))
+    async def last_hour() -> Response:
+        """Return the last hour minute by minute: allocated CPUs, waiting jobs, starts, ends and waits."""
+        return json_answer(await values.last_hour.body())
 
     @router.get("/tasks", **answers(models.Tasks))
     async def tasks() -> Response:

@@ -14,6 +14,12 @@ LENGTH: Final = 1000.0
 COLOURS: Final = 10
 #: Segments of a bar. More jobs are drawn as one segment, of which no eye could tell them apart.
 MAX_SEGMENTS: Final = 200
+#: Segments of all bars of CPUs of a page, some 200 bytes each, and those of a bar below which the others have none. So
+#: a page with many workers stays light.
+PAGE_SEGMENTS: Final = 200
+FEW_SEGMENTS: Final = 6
+#: Amounts of a worker that the bars show, beside named resources.
+AMOUNTS: Final = ("cpus", "memory", "slots", "allocated_cpus", "allocated_memory", "allocated_slots")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +61,36 @@ def totals(resources: Mapping[str, Any]) -> list[Bar]:
     return _bars(resources, "total_cpus", "total_memory", "total_slots")
 
 
-def of_worker(worker: Mapping[str, Any], jobs: Sequence[Mapping[str, Any]]) -> list[Bar]:
-    """Return a bar for each resource of a worker, with the jobs that it holds."""
-    return _bars(worker, "cpus", "memory", "slots", jobs)
+def of_many(sums: Mapping[str, Any]) -> list[Bar]:
+    """Return a bar for each resource of some workers, without their jobs."""
+    return _bars(sums, "cpus", "memory", "slots")
+
+
+def of_worker(worker: Mapping[str, Any], jobs: Sequence[Mapping[str, Any]], workers: int = 1) -> list[Bar]:
+    """Return a bar for each resource of a worker, with the jobs that it holds. `workers`: those on the page.
+
+    Of many workers only the bars of CPUs have the jobs as segments.
+    """
+    most = min(MAX_SEGMENTS, max(1, PAGE_SEGMENTS // workers))
+    return _bars(worker, "cpus", "memory", "slots", jobs[:most], jobs[: most // 3 if most >= FEW_SEGMENTS else 0])
 
 
 def _bars(
-    amounts: Mapping[str, Any], cpus: str, memory: str, slots: str, jobs: Sequence[Mapping[str, Any]] = ()
+    amounts: Mapping[str, Any],
+    cpus: str,
+    memory: str,
+    slots: str,
+    jobs: Sequence[Mapping[str, Any]] = (),
+    listed: Sequence[Mapping[str, Any]] = (),
 ) -> list[Bar]:
+    """Return the bars. `jobs`: the segments of the bar of CPUs; `listed`: those of the others."""
     bars = [
         _bar("cpus", amounts["allocated_cpus"], amounts[cpus], jobs),
-        _bar("memory", amounts["allocated_memory"], amounts[memory], jobs),
+        _bar("memory", amounts["allocated_memory"], amounts[memory], listed),
     ]
-    bars += [_bar(name, part["allocated"], part["total"], jobs) for name, part in sorted(amounts["named"].items())]
+    bars += [_bar(name, part["allocated"], part["total"], listed) for name, part in sorted(amounts["named"].items())]
     # A slot says little where jobs ask for CPUs, so it comes last.
-    return [*bars, _bar("slots", amounts["allocated_slots"], amounts[slots], jobs)]
+    return [*bars, _bar("slots", amounts["allocated_slots"], amounts[slots], listed)]
 
 
 def _bar(resource: str, allocated: float, total: float, jobs: Sequence[Mapping[str, Any]]) -> Bar:

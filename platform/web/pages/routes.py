@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from datetime import datetime
 from http import HTTPStatus
@@ -12,6 +13,7 @@ from urllib.parse import quote, urlencode
 from fastapi import FastAPI, Request
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
@@ -25,9 +27,11 @@ from celery_capacity.platform.web.http import login as logins
 from celery_capacity.platform.web.http.login import Login, Role
 from celery_capacity.platform.web.http.problems import wrong_parameter
 from celery_capacity.platform.web.http.security import Rates
-from celery_capacity.platform.web.pages import bars, timeline
+from celery_capacity.platform.web.pages import bars, lines, timeline, worker_list
 from celery_capacity.platform.web.pages.acting import Acting, body_of
 from celery_capacity.platform.web.pages.language import COOKIE, LANGUAGES, language_of, reason_words, translator
+from celery_capacity.platform.web.pages.worker_list import Wanted
+from celery_capacity.platform.web.prepared import Prepared
 from celery_capacity.platform.web.sources import PAGE
 from celery_capacity.routing.config.redaction import hidden_text
 from celery_capacity.routing.errors import PlatformError
@@ -40,9 +44,8 @@ from celery_capacity.routing.policy.tenants import DEFAULT_TENANT
 _FOLDER: Final = Path(__file__).parent
 #: Seconds for which a browser keeps the chosen language: a year.
 KEEP_LANGUAGE: Final = 365 * 86400
-#: Workers on a page, and seconds without a heartbeat after which a worker is shown as late.
-WORKERS: Final = 60
-LATE: Final = 40.0
+#: Workers on a page.
+WORKERS: Final = 50
 #: Characters of an id in a list.
 BRIEF: Final = 14
 #: Runs in the table beside the chart, and seconds that the chart shows at first.
@@ -69,6 +72,11 @@ def _age_since(time: str | datetime | None, now: datetime) -> float | None:
 
 def _end_of(run: Mapping[str, Any], now: datetime) -> datetime:
     return datetime.fromisoformat(run["ended_at"]) if run["ended_at"] else now
+
+
+def knows_of_news(request: Request) -> bool:
+    """Return True if a page asks again because it heard of a change: then older values are of no use to it."""
+    return "x-live" in request.headers
 
 
 def _value(text: str | None) -> str:
@@ -102,6 +110,7 @@ class Pages:
             "path": lambda text: quote(str(text), safe=""),
             "brief": lambda job_id: shorten(harmless(str(job_id)), BRIEF),
             "colour": bars.colour_of,
+            "words": lines.words,
             "vector": lambda people: ", ".join(format_amount(*part) for part in from_people(people).items()),
         }
         self._templates.filters.update(filters)
@@ -129,25 +138,41 @@ class Pages:
         return HTMLResponse(html.encode("utf-8", "backslashreplace"), status)
 
     async def cluster(self, request: Request) -> Response:
-        seen, held = await self._values.dashboard.value(), await self._values.held.value()
-        wanted, after = request.query_params.get("name", ""), request.query_params.get("after", "")
-        chosen = [worker for worker in seen["workers"] if wanted in worker["name"] and worker["name"] > after]
+        wanted, news, asked = Wanted.of(request.query_params), knows_of_news(request), time.monotonic()
+        seen = await self._values.dashboard.value(news=news)
+        selection = worker_list.select(seen["workers"], wanted, WORKERS)
+        names = tuple(worker["name"] for worker in selection.workers)
+        held = await self._values.held(names).value(news=news) if names else {}
         shown = [
             {
                 **worker,
-                "bars": bars.of_worker(worker, held.get(worker["name"], [])),
+                "bars": bars.of_worker(worker, held.get(worker["name"], []), len(names)),
                 "jobs": len(held.get(worker["name"], [])),
-                "late": (worker["heartbeat_age_seconds"] or 0) > LATE,
+                "late": worker_list.status_of(worker) == "late",
             }
-            for worker in chosen[:WORKERS]
+            for worker in selection.workers
         ]
-        more = urlencode({"name": wanted, "after": shown[-1]["name"]}) if len(chosen) > len(shown) else ""
         totals = bars.totals(seen["resources"])
-        return self.page(request, "cluster", seen=seen, totals=totals, workers=shown, wanted=wanted, more=more)
+        hour = await self._values.last_hour.value()
+        shown_lines = {"hour": hour, "charts": lines.charts(hour)}
+        answer = self.page(
+            request, "cluster", seen=seen, totals=totals, workers=shown, selection=selection, **shown_lines
+        )
+        return self._with_age(answer, asked, self._values.dashboard)
 
     async def waiting(self, request: Request) -> Response:
-        seen, groups = await self._values.dashboard.value(), await self._values.groups.value()
-        return self.page(request, "waiting", seen=seen, groups=groups)
+        news = knows_of_news(request)
+        asked = time.monotonic()
+        groups = await self._values.groups.value(news=news)
+        seen = await self._values.dashboard.value(news=news)
+        answer = self.page(request, "waiting", seen=seen, groups=groups)
+        return self._with_age(answer, asked, self._values.groups, self._values.dashboard)
+
+    def _with_age(self, answer: Response, asked: float, *values: Prepared) -> Response:
+        """Return an answer that tells if one of its values was read before it was asked for: the page asks again."""
+        if any(value.is_older_than(asked) for value in values):
+            answer.headers["X-Older"] = "1"
+        return answer
 
     async def jobs(self, request: Request) -> Response:
         asked = request.query_params
@@ -294,4 +319,4 @@ def add_pages(app: FastAPI, values: Values, login: Login | None) -> None:
     app.add_route("/act/{name}", with_problems(acting.form), methods=["GET", "POST"], include_in_schema=False)
     app.add_route("/login", with_problems(pages.log_in), methods=["GET", "POST"], include_in_schema=False)
     app.add_route("/logout", with_problems(pages.log_out), methods=["POST"], include_in_schema=False)
-    app.mount("/static", StaticFiles(directory=_FOLDER / "static"), name="static")
+    app.mount("/static", GZipMiddleware(StaticFiles(directory=_FOLDER / "static"), minimum_size=1000), name="static")

@@ -51,6 +51,7 @@ PATHS: dict[str, type[models.Closed]] = {
     "/api/v1/jobs/job-1/logs": models.LogLines,
     "/api/v1/tasks": models.Tasks,
     "/api/v1/runs": models.Runs,
+    "/api/v1/last-hour": models.LastHour,
     "/api/v1/runs/hole?worker=a&at=1min": models.Hole,
     "/health": models.Health,
     "/healthz": models.Health,
@@ -153,8 +154,8 @@ def test_openapi_has_every_path(client: httpx.Client) -> None:
         f"/api/v1/{path}"
         for path in (
             "dashboard", "workers", "backlog", "tasks", "jobs", "jobs/{job_id}", "jobs/{job_id}/logs", "runs",
-            "runs/hole", "events", "audit", "quarantine", "quarantine/drop", "cancel", "retry", "pause", "resume",
-            "reconcile", "jobs/bulk",
+            "runs/hole", "events", "last-hour", "audit", "quarantine", "quarantine/drop", "cancel", "retry", "pause",
+            "resume", "reconcile", "jobs/bulk",
             *(f"jobs/{{job_id}}/{action}" for action in ("cancel", "retry", "priority")),
             *(f"workers/{{name}}/{action}" for action in ("cordon", "uncordon", "drain", "shutdown")),
         )

@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import httpx
 import pytest
+from sqlalchemy import event
 
 from celery_capacity.platform.web.http.security import HEADERS, PAGE_POLICY
 from celery_capacity.platform.web.pages.language import CHINESE
@@ -184,3 +186,42 @@ def test_login_is_refused_from_other_site_and_after_many_tries(guarded: httpx.Cl
 
 def test_login_of_endless_size_is_refused(guarded: httpx.Client) -> None:
     assert guarded.post("/login", content=b"token=" + b"x" * 10_000).status_code == 400
+
+
+def test_page_of_many_workers_stays_light(stage: Stage, client: httpx.Client) -> None:
+    for number in range(70):
+        stage.worker(f"w{number:02}", cpus=4000, labels={"zone": f"z{number % 2}"})
+    for _ in range(200):
+        stage.submit(cpus=1000)
+    page = client.get("/").text
+    assert page.count('<article class="worker"') == 50
+    assert len(page.encode()) < 150_000
+    assert ">w50<" not in page
+    assert ">w69<" in client.get("/?after=w49").text
+    groups = client.get("/?group=label:zone").text
+    assert groups.count('<article class="worker"') == 2
+    assert 'href="/?label=zone%3Dz1"' in groups
+    assert client.get("/?group=colour").status_code == 400
+
+
+def test_waiting_page_costs_by_shapes_and_not_by_jobs(stage: Stage) -> None:
+    stage.worker("a", cpus=1000)
+    statements: list[str] = []
+    app = application(stage)
+    with serving(app) as url, httpx.Client(base_url=url, timeout=60) as asking:
+        listened = event.listens_for(stage.engine, "before_cursor_execute")
+
+        @listened
+        def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            statements.append(statement)
+
+        numbers = []
+        for jobs in (2, 40):
+            for cpus in range(2000, 2000 + 1000 * 3, 1000):
+                for _ in range(jobs):
+                    stage.submit(cpus=cpus)
+            statements.clear()
+            page = asking.get("/waiting", headers={"X-Live": "1"}).text
+            numbers.append(len(statements))
+            assert page.count('<article class="group') == 3
+    assert numbers[0] == numbers[1]

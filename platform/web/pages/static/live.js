@@ -2,10 +2,13 @@
 // Nothing of an answer is run: the parser makes no script of it, and the policy of the page allows none.
 
 const PARTS = ".live-part";
-// Milliseconds between two reads.
+// Milliseconds between two reads: at least, at most, and as a multiple of those that a read took. So a page that costs
+// the server much is read less often, and still follows within a second.
 const PACE = 400;
 // Milliseconds until the events are asked for again, after the server refused them.
 const AGAIN = 3000;
+const SLOWEST = 700;
+const SHARE = 5;
 
 const sign = document.getElementById("live");
 let reading = false;
@@ -47,13 +50,16 @@ async function read() {
   }
   reading = true;
   stale = false;
+  const begin = performance.now();
   try {
-    const answer = await fetch(location.href, { headers: { Accept: "text/html" }, credentials: "same-origin" });
+    const answer = await fetch(location.href, { headers: { Accept: "text/html", "X-Live": "1" }, credentials: "same-origin" });
     if (answer.redirected && new URL(answer.url).pathname === "/login") {
       location.assign(answer.url);
       return;
     }
     exchange(new DOMParser().parseFromString(await answer.text(), "text/html"));
+    // A part of the answer was not read anew yet, because that takes the stores long.
+    if (answer.headers.has("X-Older")) stale = true;
     // A page about a job that is not there is up to date too.
     show(answer.ok || answer.status === 404 ? "live" : "interrupted");
     // Other scripts of the page read their parts again too.
@@ -64,7 +70,7 @@ async function read() {
   setTimeout(() => {
     reading = false;
     if (stale) read();
-  }, PACE);
+  }, Math.min(SLOWEST, Math.max(PACE, SHARE * (performance.now() - begin))));
 }
 
 let events;
