@@ -1,6 +1,6 @@
 # `make demo` and `make test` work as the first command in a clean clone: they make .venv and install into it, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser test-celery test-docker test-servers test-installed test-pythons check docs reference pictures screenshots bench bench-costs check-costs store-costs bench-load bench-peers soak bench-size bench-whatif bench-all chaos clean
+.PHONY: help demo test browser test-celery test-docker test-servers test-installed test-pythons check docs reference pictures screenshots bench bench-costs check-costs store-costs bench-load bench-peers soak bench-size bench-page bench-whatif bench-all chaos clean
 
 # Some machines tell Python to keep no bytecode. The tests start about a thousand processes, and each would compile the
 # package anew.
@@ -42,6 +42,7 @@ help:
 	@echo 'make bench-peers  beside procrastinate, Dask and HyperQueue, which it installs into build/peers'
 	@echo 'make soak    half an hour at 80 % of the highest rate: memory, latency and disk stay what they are'
 	@echo 'make bench-size  a million waiting jobs, 10,000 workers and a million finished rows: half an hour, 5 GB of disk'
+	@echo 'make bench-page  the pages of a cluster of 1,000 workers and 100,000 waiting jobs, in a browser: three minutes'
 	@echo 'make bench-whatif  forecasts of whatif in a replay of the packaged trace, beside what happened: two minutes'
 	@echo 'make bench-all   these one after the other, and all tables and pictures of the docs: two and a half hours'
 	@echo 'make chaos   eight minutes of random faults under load, and what they cost: nothing'
@@ -140,6 +141,9 @@ soak: $(INSTALLED)
 
 bench-size: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.size $(ARGS)
+
+bench-page: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.size --only page $(ARGS)
 
 bench-whatif: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.predictions $(ARGS)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.bench import Bench
-from benchmarks.size import comparing, head, keeping, ledger_alone, rates, rebuild, rules, streaming, working
+from benchmarks.size import comparing, head, keeping, ledger_alone, page, rates, rebuild, rules, streaming, working
 from benchmarks.size.scale import Scale
 
 #: A function that measures several figures at once: name -> value.
@@ -168,6 +168,22 @@ PARTS: Mapping[str, Part] = {
             Figure("archive_rows_s", "jobs/s", "moved into the archive: more than one ledger ends", at_least=2000),
             Figure("archive_statement_ms", "ms", "the longest statement that moved 1,000"),
             Figure("archived_bytes_per_job", "bytes", "in Postgres, for a job in the archive with one attempt"),
+        ),
+    ),
+    "page": Part(
+        page.looked_at,
+        (
+            Figure("page_load_ms", "ms", "a page with its files, 1,000 workers and 100,000 waiting jobs", at_most=300),
+            Figure("page_load_kb", "kB", "the largest of these loads", at_most=150),
+            Figure("page_follow_ms", "ms", "from a submission until an open page shows it, p50"),
+            Figure("page_follow_max_ms", "ms", "the slowest of these", at_most=1000),
+            Figure(
+                "page_cpu_percent",
+                "%",
+                "of a core for the page's process, while two pages follow two submissions a second",
+                at_most=10,
+            ),
+            Figure("page_memory_mb", "MB", "of the page's process", at_most=150),
         ),
     ),
     "bulk": Part(
