@@ -11,6 +11,8 @@ from rich.cells import cell_len, set_cell_size
 ELASTIC: Final = {"task": 12, "worker": 8, "queue": 6, "error": 12}
 #: Columns that are left out on a narrow terminal, the first of them first.
 DISPENSABLE: Final = ("request", "error", "queue", "worker")
+#: Characters of an error or a name in a list.
+CUT: Final = 60
 
 
 def fit(
@@ -61,3 +63,8 @@ def shorten(text: str, width: int) -> str:
 
 def shorten_end(text: str, width: int) -> str:
     return text if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
+
+
+def cut(text: str) -> str:
+    """Return the beginning of a text on one line, for a list."""
+    return line if len(line := " ".join(text.split())) <= CUT else line[: CUT - 1] + "…"

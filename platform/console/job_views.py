@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.text import Text
 
-from celery_capacity.platform.console.fitting import fit, shorten_end
-from celery_capacity.platform.console.render import age, cut, progress, reasons
+from celery_capacity.platform.console.fitting import cut, fit, shorten_end
+from celery_capacity.platform.console.render import age, progress, reasons
 from celery_capacity.platform.console.terminal import NOTHING, STATE_STYLES, harmless, moment, table
 from celery_capacity.platform.console.wording import details
 from celery_capacity.routing.config.redaction import hidden_text

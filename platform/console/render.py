@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.text import Text
 
 from celery_capacity.platform.console import held_back
-from celery_capacity.platform.console.fitting import fit
+from celery_capacity.platform.console.fitting import cut, fit
 from celery_capacity.platform.console.terminal import NOTHING, STATE_STYLES, bar, harmless, moment, table
 from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.model.amounts import (
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from celery_capacity.routing.recovery.rebuild import Rebuilt
     from celery_capacity.routing.store.quarantine import Quarantined
 
-#: Characters of an error or a name in a list.
-CUT: Final = 60
 #: Unknown tasks that `cluster` names.
 SHOWN_TASKS: Final = 5
 #: Advice where no worker knows a task, with both ways to name its code.
@@ -395,8 +393,3 @@ def reconciled(console: Console, done: Reconciled, rebuilt: Rebuilt | None) -> N
     console.print(f"drift     {done.drift}, repaired {done.repaired.total()}")
     for kind, number in sorted(done.found.items()):
         console.print(f"          {number} {kind}")
-
-
-def cut(text: str) -> str:
-    """Return the beginning of a text on one line, for a list."""
-    return line if len(line := " ".join(text.split())) <= CUT else line[: CUT - 1] + "…"
