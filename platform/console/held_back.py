@@ -51,6 +51,12 @@ def waited_for(line: KeyLine) -> str:
     return f"limit of key {line.key}: {holding}, {'more than ' if line.more else ''}{line.waiting:,} wait"
 
 
+def why_reserved(worker: str | None, tenant: str | None) -> str:
+    """Say that the only room is reserved. `tenant`: of the reserved job, where its turn is the reason."""
+    whose = "that comes before it" if tenant is None else f"of tenant {tenant}, which comes first"
+    return f"Only {worker} has room, and it is reserved for a job {whose}."
+
+
 def why_key(key: HeldBy | None) -> str:
     """Return the sentence for a job that the limit of a key holds back."""
     if key is None:

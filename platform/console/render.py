@@ -326,9 +326,7 @@ def _reason(why: Explanation) -> str:
         + (f" {why.worker} takes nothing else until it is." if why.worker else ""),
         Reason.NO_TIME: f"No worker that it fits lives long enough: it may run for {duration_text(why.asked or 0)},"
         f" and {why.worker}, which lives longest, has {duration_text(why.free or 0)} left.",
-        Reason.RESERVED: f"Only {why.worker} has room, and it is reserved for a job that comes before it."
-        if why.tenant is None
-        else f"Only {why.worker} has room, and it is reserved for a job of tenant {why.tenant}, which comes first.",
+        Reason.RESERVED: held_back.why_reserved(why.worker, why.tenant),
         Reason.BEHIND_SHAPE: "There is room, and jobs with the same request come before it.",
         Reason.ABOUT_TO_START: f"There is room on {why.worker or 'a worker'}: it is about to start.",
         Reason.TENANT_QUOTA: f"Its tenant {why.tenant} has reached its quota of {why.resource}: it needs {asked},"
