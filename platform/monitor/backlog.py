@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,14 +11,33 @@ from celery_capacity.platform.console.names import check_task, complete_task
 from celery_capacity.platform.console.terminal import print_json
 from celery_capacity.platform.console.text_type import Text
 from celery_capacity.platform.console.watch import show, watch_option
-from celery_capacity.routing.model.reasons import EXPLAINED, Reason
 from celery_capacity.workers.process.exit_codes import Exit
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
     from rich.console import Console
 
-#: Words of the reasons to wait.
-REASONS: Final = [reason.value for reason in EXPLAINED if reason not in (Reason.RUNS, Reason.ENDED)]
+
+class ReasonWord(click.ParamType):  # type: ignore[type-arg]
+    """Word of a reason to wait. The reasons are looked up late: the help needs no client of Redis."""
+
+    name = "reason"
+
+    @staticmethod
+    def _choice() -> click.Choice[str]:
+        from celery_capacity.routing.model.reasons import EXPLAINED, Reason
+
+        return click.Choice([reason.value for reason in EXPLAINED if reason not in (Reason.RUNS, Reason.ENDED)])
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
+        """Return a known word. Fails for another one, and names all."""
+        return self._choice().convert(value, parameter, context)
+
+    def shell_complete(
+        self, context: click.Context, parameter: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Return the words that begin so."""
+        return self._choice().shell_complete(context, parameter, incomplete)
 
 
 @click.command(
@@ -37,7 +56,7 @@ REASONS: Final = [reason.value for reason in EXPLAINED if reason not in (Reason.
 )
 @click.option("--queue", metavar="NAME", type=Text(), help="Only jobs of this queue; * is any text.")
 @click.option("--tenant", metavar="NAME", type=Text(), help="Only jobs of this tenant.")
-@click.option("--reason", metavar="WHY", type=click.Choice(REASONS), help="Only groups that wait for this reason.")
+@click.option("--reason", metavar="WHY", type=ReasonWord(), help="Only groups that wait for this reason.")
 @watch_option
 @json_option
 @click.pass_context
