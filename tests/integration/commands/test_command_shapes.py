@@ -342,6 +342,7 @@ def test_wrong_settings_are_listed(run: Run) -> None:
             "tenant set",
             "tenant remove",
             "tail",
+            "logs",
         )
         words = [*name.split(), *(["x"] if name in named else ["x", "5"] if name == "priority" else [])]
         error = problem(run, *words, code=Exit.CONFIGURATION, PLATFORM_CPUS="many", PLATFORM_WORKER_TTL="soon")

@@ -211,7 +211,7 @@ def test_action_is_refused_without_right(headers: dict[str, str], status: int, c
 
 
 def test_cookie_of_an_operator_reads_and_does_not_act(client: httpx.Client) -> None:
-    with httpx.Client(base_url=client.base_url) as browser:
+    with httpx.Client(base_url=client.base_url, timeout=client.timeout) as browser:
         for token in (VIEWER, OPERATOR):
             assert browser.post("/login", data={"token": token}).status_code == 303
             assert browser.get("/api/v1/audit").status_code == 200
