@@ -41,6 +41,7 @@ PRIVATE_NAMES: Final[dict[str, dict[str, str]]] = {
         "_active_writers": "a body that is written to a dead process is given up",
         "_flush_writer": "a body that is written to a live process is written to its end",
         "_write_to": "the process to which a body is written",
+        "_sentinel_poll": "a process whose end was heard too early is heard again",
         "_writer": "the generator that writes a body",
     },
     "celery.local": {"_get_current_object": "the app or task behind a proxy"},

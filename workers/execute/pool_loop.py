@@ -123,6 +123,11 @@ class PoolLoop:
         for add, entries in ((hub.add_reader, hub.readers), (hub.add_writer, hub.writers)):
             self._halves += [(add, fd, entry[0]) for fd, entry in entries.items() if entry and isgenerator(entry[0])]
         self._reset()
+        for process in getattr(getattr(self._consumer.pool, "_pool", None), "_pool", ()):
+            # The end of this process was heard before the system had its exit code, so it is still in the pool, and
+            # Celery would register no descriptor for it. Anew it is heard at once.
+            if getattr(process, "_sentinel_poll", 0) is None:
+                del process._sentinel_poll
 
     def resume(self) -> None:
         """Go on with half messages, after the pool was registered with the loop."""

@@ -104,3 +104,13 @@ def test_reset_keeps_half_messages_of_the_pool_alone() -> None:
     added.clear()
     loop.resume()
     assert not added
+
+
+def test_reset_has_a_process_heard_again_whose_end_came_too_early() -> None:
+    """Celery's pool asks a process for its descriptor, and duplicates a new one where it has none."""
+    ended, alive = SimpleNamespace(_sentinel_poll=None), SimpleNamespace(_sentinel_poll=7)
+    hub = SimpleNamespace(readers={}, writers={}, on_tick=set(), reset=lambda: None, add_reader=None, add_writer=None)
+    PoolLoop(SimpleNamespace(hub=hub, pool=SimpleNamespace(_pool=SimpleNamespace(_pool=[ended, alive]))))
+    hub.reset()
+    assert not hasattr(ended, "_sentinel_poll")
+    assert alive._sentinel_poll == 7
