@@ -92,5 +92,5 @@ def test_facts_that_nobody_reads_end_up_with_141(platform: Platform, mark: str) 
         celery_command(*UP, "--json"), env=variables, cwd=platform.folder, stdout=writing, stderr=subprocess.DEVNULL
     )
     os.close(writing)
-    assert process.wait(60) == Exit.BROKEN_PIPE
+    assert process.wait(240) == Exit.BROKEN_PIPE
     until_nothing_is_left(mark)

@@ -105,7 +105,7 @@ def test_a_failed_start_ends_its_redis_and_says_what_to_do(platform: Platform, h
 @pytest.mark.long
 def test_a_start_whose_worker_fails_ends_its_servers(platform: Platform, home: Path, mark: str) -> None:
     nowhere: dict[str, Any] = {"PLATFORM_REQUESTS": "/nowhere.toml"}
-    done = platform.celery("up", "--worker", "a=1", **embedded(home), **nowhere, TEST_MARK=mark)
+    done = platform.celery("up", "--worker", "a=1", seconds=240, **embedded(home), **nowhere, TEST_MARK=mark)
     assert done.returncode == Exit.FAILED, done.stderr
     assert "no worker became ready" in done.stderr
     assert "Nothing that this start began runs any more." in done.stderr
