@@ -26,6 +26,8 @@ MAX_GROUPS: Final = 100
 #: Seconds of CPU for the reasons of groups that have none yet, in one reading, and with those that are looked up again.
 PATIENCE: Final = 1.0
 AGAIN: Final = 0.04
+#: Seconds by the clock for all reasons of one reading: a store that hangs costs no CPU.
+LONGEST: Final = 3.0
 #: Waiting jobs up to which starts are estimated here. Beyond, the page of a job estimates its own.
 ESTIMATED: Final = 2000
 
@@ -88,10 +90,11 @@ class WaitingGroups:
         rules = starts.rules_of(settings) if sum(row.waiting for row in rows) <= ESTIMATED else None
         losses, ttl, halves_in = settings.most_losses, settings.worker_ttl, settings.share_halves_in
         orders = [order(row.priority, row.seq) for row in rows]
-        reading, begin = LedgerReading(client, orders), time.thread_time()
+        reading, begin, until = LedgerReading(client, orders), time.thread_time(), time.monotonic() + LONGEST
         oldest_first = sorted(zip(keys, rows, strict=True), key=lambda pair: self._reasons.get(pair[0], (0, None))[0])
         for key, row in oldest_first:
-            if time.thread_time() - begin >= (AGAIN if key in self._reasons else self._patience):
+            spent = time.thread_time() - begin
+            if spent >= (AGAIN if key in self._reasons else self._patience) or time.monotonic() >= until:
                 break
             why = explain.explain_by(reading, connection, row.first, losses, rules, ttl, halves_in)
             self._reasons[key] = self._readings, why

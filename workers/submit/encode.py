@@ -209,6 +209,10 @@ class Encoder:
         shape = str(carried.get("shape"))
         requests = check_alternatives(shape)
         if queue != DEFAULT_QUEUE or LABEL in requests[0].shape:
+            if len(requests) > 1 and set(queue) & set("!;|"):
+                # These characters separate the alternatives in a shape.
+                advice = "Choose a queue without ! ; and | in its name, or leave out `requests`."
+                raise InvalidRequest(f"queue {show(queue)} takes no alternatives", value=queue, advice=advice)
             requests = tuple(request.within(check_queue_name(queue)) for request in requests)
             wire[HEADER] = {**carried, "shape": requests[0].shape}
         return requests[0], alternatives_term(requests) + place_of(shape).terms

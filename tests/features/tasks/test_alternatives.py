@@ -146,3 +146,9 @@ def test_wrong_alternatives_are_refused_with_their_value(submitter: Submitter, r
         submitter.send(ADD, 1, 2, requests=requests)
     assert why in str(caught.value)
     assert caught.value.advice
+
+
+@pytest.mark.parametrize("queue", ["a!b", "a;b", "a|b"])
+def test_alternatives_are_refused_in_a_queue_that_would_split_them(submitter: Submitter, queue: str) -> None:
+    with pytest.raises(InvalidRequest, match="takes no alternatives"):
+        submitter.send(ADD, 1, 2, requests=[{"gpus": 1}, {"cpus": 2}], queue=queue)
