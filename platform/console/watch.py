@@ -21,6 +21,7 @@ from celery_capacity.platform.console.terminal import facts, sheet
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.live import Live
 
 #: Seconds between two answers, where the caller does not say.
 EVERY: Final = 2.0
@@ -90,13 +91,25 @@ def show(draw: Draw, every: float | None, title: str, in_place: bool = True) -> 
             console.print()
 
 
+@contextmanager
+def whole_screen(live: Live) -> Iterator[Live]:
+    """Draw on a screen of its own within the block, and give the first screen back in any case.
+
+    A signal may come while Rich draws for the first time. Rich itself then gives nothing back.
+    """
+    try:
+        with live:
+            yield live
+    finally:
+        live.stop()
+
+
 def _in_place(console: Console, every: float, draw: Draw, title: str) -> None:
     from rich.live import Live
 
     shown = picture(console, draw, _head(title, every))
-    with Live(
-        shown, console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
-    ) as live:
+    live = Live(shown, console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+    with whole_screen(live):
         while True:
             live.update(shown, refresh=True)
             time.sleep(every)

@@ -17,7 +17,7 @@ from celery_capacity.platform.console import held_back, render
 from celery_capacity.platform.console.command import problem_of_store
 from celery_capacity.platform.console.heartbeats import silent_after
 from celery_capacity.platform.console.terminal import facts
-from celery_capacity.platform.console.watch import giving_back, picture
+from celery_capacity.platform.console.watch import giving_back, picture, whole_screen
 from celery_capacity.platform.monitor import tables
 from celery_capacity.platform.monitor.sorting import ORDERS, ordered
 from celery_capacity.platform.monitor.typed import Keys
@@ -129,7 +129,7 @@ def _run(cluster: Cluster, order: str, every: float) -> None:
     # A cluster that takes long to read is read more seldom.
     due = time.monotonic() + max(every, time.monotonic() - began)
     live = Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
-    with Keys() as keys, live:
+    with Keys() as keys, whole_screen(live):
         while True:
             live.update(_shown(console, moment, order, problem), refresh=True)
             key = keys.wait(max(due - time.monotonic(), 0.0))

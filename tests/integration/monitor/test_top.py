@@ -72,7 +72,7 @@ def test_sigterm_ends_a_screen_and_gives_the_terminal_back(
     before = terminal.modes()[3] | termios.ICANON | termios.ECHO
     terminal.wait_for(text)
     terminal.process.terminate()
+    terminal.wait_for("\x1b[?1049l")
+    terminal.wait_for("\x1b[?25h")
     assert terminal.wait() == -signal.SIGTERM
-    assert "\x1b[?1049l" in terminal.screen
-    assert "\x1b[?25h" in terminal.screen
     assert terminal.modes()[3] == before

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
 
 from celery_capacity.platform.console import watch
 from celery_capacity.routing.errors import StoreUnavailable
@@ -99,3 +101,19 @@ def test_watch_raises_an_error_of_the_first_answer(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(watch, "facts", lambda: console)
     with pytest.raises(StoreUnavailable):
         watch.show(draw, 5.0, "jobs")
+
+
+class Interrupting:
+    """Renderable within which a signal comes."""
+
+    def __rich_console__(self, _console: Console, _options: ConsoleOptions) -> RenderResult:
+        sys.exit()
+
+
+def test_first_screen_comes_back_where_a_signal_comes_while_drawing() -> None:
+    output = io.StringIO()
+    live = Live(Interrupting(), console=Console(file=output, force_terminal=True), screen=True, auto_refresh=False)
+    with pytest.raises(SystemExit), watch.whole_screen(live):
+        raise AssertionError("the block is not reached")
+    assert "\x1b[?1049l" in output.getvalue()
+    assert "\x1b[?25h" in output.getvalue()
