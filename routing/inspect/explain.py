@@ -123,7 +123,8 @@ def explain_by(
     if (pause := controls.pause_of(connection, row.queue, row.name, tenant_of(row.shape))) is not None:
         return Explanation(job, state, Reason.PAUSED, request, row.declared, pause=pause)
     sharing = tenants.sharing_in_use(connection)
-    exceeded = [sharing.exceeded(tenant_of(row.shape), it) for it in alternatives_of(row.shape)] if sharing else []
+    alternatives = alternatives_of(row.shape)
+    exceeded = [sharing.exceeded(tenant_of(row.shape), it) for it in alternatives] if sharing else []
     if sharing is not None and all(exceeded) and (resource := exceeded[0]):
         return _over_quota(job, row, request, sharing, resource)
     if connection.execute(select(schema.authority.c.authority)).scalar_one_or_none() == Store.POSTGRES:
@@ -135,7 +136,11 @@ def explain_by(
         return Explanation(job, state, Reason.LEDGER_UNREACHABLE, request, row.declared)
     if seen is None:
         return Explanation(job, state, Reason.LEDGER_CLOSED, request, row.declared)
-    explanation = _explain_waiting(connection, job, row, seen, most_losses)
+    passed_over = [alternative for alternative, resource in zip(alternatives, exceeded, strict=False) if resource]
+    explanation = _explain_waiting(connection, job, row, seen, most_losses, passed_over)
+    if sharing is not None and passed_over and explanation.why in (Reason.TOO_LARGE, Reason.UNKNOWN_RESOURCE):
+        # No worker could hold what the quota leaves.
+        return _over_quota(job, row, passed_over[0], sharing, next(filter(None, exceeded)))
     if sharing is not None and explanation.why is Reason.NO_ROOM:
         first = tenants.tenant_before(connection, sharing, row.shape, row.priority)
         if first is not None:
@@ -226,8 +231,13 @@ def _read_ledger(
     )
 
 
-def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, most_losses: int) -> Explanation:
-    """Explain a job that waits in the ledger, or is on its way there: by the policy, over the books."""
+def _explain_waiting(
+    connection: Connection, job: str, row: Any, seen: _Ledger, most_losses: int, passed_over: Sequence[Request]
+) -> Explanation:
+    """Explain a job that waits in the ledger, or is on its way there: by the policy, over the books.
+
+    `passed_over`: alternatives that a quota holds back.
+    """
     state, request = State(row.state), Request.from_shape(row.shape)
     task = split_shape(seen.filed).task
     ahead = _like(seen.filed, seen.before)
@@ -235,7 +245,8 @@ def _explain_waiting(connection: Connection, job: str, row: Any, seen: _Ledger, 
     startable = {filed: number for filed, number in seen.before.items() if not pauses.hold_back(filed)}
     bound = run_time_of(seen.filed).bound
     terms, location = terms_of(seen.filed), place_of(seen.filed)
-    decision = judge(Request.from_shape(split_shape(seen.filed)[0]), seen.registered, ahead, task, bound, terms)
+    first = Request.from_shape(split_shape(seen.filed)[0])
+    decision = judge(first, seen.registered, ahead, task, bound, terms, passed_over)
     refusal = None if isinstance(decision, Admission) else decision
     why = Reason.ABOUT_TO_START if refusal is None else refusal.reason
     if state is State.ACCEPTED and why in (Reason.ABOUT_TO_START, Reason.BEHIND_SHAPE):

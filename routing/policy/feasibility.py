@@ -7,7 +7,7 @@ cordoned, draining or silent workers are registered until they leave or are lost
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from celery_capacity.routing.model.amounts import ALONE, CPUS, format_amount, is_label
@@ -146,7 +146,13 @@ def survey(
 
 
 def judge(
-    request: Request, registered: Iterable[Book], ahead: int = 0, task: str = "", bound: int = 0, terms: str = ""
+    request: Request,
+    registered: Iterable[Book],
+    ahead: int = 0,
+    task: str = "",
+    bound: int = 0,
+    terms: str = "",
+    passed_over: Collection[Request] = (),
 ) -> Admission | Refusal:
     """Return the decision over all registered workers, with the best reason there is.
 
@@ -154,9 +160,11 @@ def judge(
     ended, 0 for unknown. A request that no worker could ever hold is refused as such, also while no worker admits
     anything. Where only workers that admit nothing now are large enough, the refusal is `NO_WORKER` and names the first
     of them. Of alternatives the first one with a worker counts, then the first one that a worker could ever hold.
+    `passed_over`: alternatives that a quota holds back. They do not count, unless all of them are.
     """
     books = without_doubles(registered, named_worker(terms))
-    requests = alternatives_of(request.shape + terms)
+    every = alternatives_of(request.shape + terms)
+    requests = [alternative for alternative in every if alternative not in passed_over] or every
     decisions = [_judge(alternative, books, ahead, task, bound, terms) for alternative in requests]
     return min(decisions, key=_hopelessness)
 

@@ -102,6 +102,24 @@ def test_end_starts_job_on_another_worker_that_a_quota_held(stage: Stage, tenant
     finish(stage, wide)
 
 
+def why(stage: Stage, job: str) -> tuple[Reason, str]:
+    """Return the reason why a job waits, and its resource."""
+    with stage.engine.connect() as connection:
+        explanation = explain(stage.redis, connection, job)
+    assert explanation is not None
+    return explanation.why, explanation.resource or ""
+
+
+def test_explanation_leaves_out_an_alternative_that_a_quota_holds(stage: Stage) -> None:
+    stage.worker("a", cpus=4000, gpus=1)
+    set_rule(stage, "physics", Rule(quota={"gpus": 0}))
+    stage.submit(cpus=3000)
+    term = alternatives_term([Request.of({"cpus": 1000, "gpus": 1}), Request.of({"cpus": 2000})])
+    job = stage.submit(tenant="physics", place=term, cpus=1000, gpus=1)
+    assert stage.row(job).state == "waiting"
+    assert why(stage, job) == (Reason.NO_ROOM, "cpus")
+
+
 def test_end_starts_job_elsewhere_by_an_alternative_a_quota_held(stage: Stage) -> None:
     stage.worker("a", cpus=1000, gpus=1)
     set_rule(stage, "physics", Rule(quota={"gpus": 1}))
@@ -110,6 +128,7 @@ def test_end_starts_job_elsewhere_by_an_alternative_a_quota_held(stage: Stage) -
     term = alternatives_term([Request.of({"cpus": 9000}), Request.of({"cpus": 2000, "gpus": 1})])
     second = stage.submit(tenant="physics", place=term, cpus=9000)
     assert [stage.row(job).state for job in (first, second)] == ["admitted", "waiting"]
+    assert why(stage, second) == (Reason.TENANT_QUOTA, "gpus")
     stage.start(first)
     row = stage.row(first)
     ended = Ended(first, Token(row.epoch, row.attempt), Outcome.SUCCEEDED)
