@@ -26,8 +26,10 @@ from celery_capacity.workers.results.batch_thread import BatchThread, Left
 
 logger = logging.getLogger(__name__)
 
-#: Lines of a process that wait for Postgres: some 10 MB at the most.
+#: Lines of a process that wait for Postgres: 20 million characters at the most.
 MAX_PENDING: Final = 5_000
+#: Characters of a line that wait: a little more than is kept.
+LONGEST: Final = 2 * job_lines.MESSAGE_LENGTH
 #: Seconds for the last lines of a process that ends.
 LAST_WITHIN: Final = 2.0
 #: Logger of Celery's lines about an end, which the job's row has.
@@ -124,11 +126,13 @@ def _line(run: _Run, record: logging.LogRecord) -> JobLine:
     message = record.getMessage()
     if record.exc_info and record.exc_info[0] is not None:
         message = f"{message}\n{_FORMATTER.formatException(record.exc_info)}"
-    # A little more than is kept: the writer hides secrets before it cuts.
-    message = message[: 2 * job_lines.MESSAGE_LENGTH]
+    if len(message) > LONGEST:
+        # The writer hides secrets before it cuts. Of a URL that is cut here, it would not see that it has a password.
+        message = message[:LONGEST].rsplit(maxsplit=1)[0]
     tag, at = run.attempt.tag, datetime.fromtimestamp(record.created, UTC)
-    token = tag.token
-    return JobLine(tag.job, token.epoch, token.attempt, run.number, at, record.levelname, record.name, message)
+    # A program may name a level by anything.
+    level, name = str(record.levelname), str(record.name)
+    return JobLine(tag.job, tag.token.epoch, tag.token.attempt, run.number, at, level, name, message)
 
 
 _FORMATTER: Final = logging.Formatter()

@@ -56,6 +56,29 @@ def kept(stage: Stage, job: str) -> list[JobLine]:
         return job_lines.read(connection, job, 100)
 
 
+def test_password_of_a_url_that_is_cut_is_not_kept(stage: Stage, stores: Stores) -> None:
+    job = stage.submit(cpus=1000)
+    url = "postgresql://u:S3cretPassword@db/platform"
+    shrinks = "password=" + "x" * (2 * job_lines.MESSAGE_LENGTH - 55)
+    run(job, f"{shrinks}\n{'a' * 20} {url}", "next")
+    until(lambda: len(kept(stage, job)) == 2, "both lines are kept")
+    assert "S3cret" not in "".join(line.message for line in kept(stage, job))
+
+
+def test_level_named_by_a_number_is_kept_as_text(stage: Stage, stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(logging._levelToName, 25, 7)
+    job = stage.submit(cpus=1000)
+
+    def trace() -> tuple[int, None, float]:
+        LOGGER.log(25, "strange")
+        return 0, None, 0.0
+
+    traced(str(Tag(job, Token(1, 1))), LIFE, trace)
+    run(job, "after it", attempt=2)
+    until(lambda: len(kept(stage, job)) == 2, "both lines are kept")
+    assert [(line.level, line.message) for line in kept(stage, job)] == [("7", "strange"), ("INFO", "after it")]
+
+
 def test_lines_of_the_body_alone_are_kept(stage: Stage, stores: Stores) -> None:
     job = stage.submit(cpus=1000)
 
