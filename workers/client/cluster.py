@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Final
 
 from celery import Celery, current_app
@@ -54,9 +55,12 @@ class Cluster:
             + tables.listing(_title("waiting", len(seen.backlog)), ("jobs", "request"), backlog)
         )
 
+    @cached_property
+    def _client(self) -> Any:
+        return quick_client(self._stores.redis)
+
     def _read(self) -> overview.Overview:
-        stores = self._stores
-        return overview.read(quick_client(stores.redis), stores.engine, stores.settings.worker_ttl)
+        return overview.read(self._client, self._stores.engine, self._stores.settings.worker_ttl)
 
 
 def cluster(app: Celery | None = None) -> Cluster:
