@@ -96,6 +96,8 @@ def command(
         if as_json:
             print_json(waiting_groups.document(seen.to_json(), groups))
             return
+        if reason is not None and reader.unexamined:
+            console.print(f"There was no time for the reasons of {reader.unexamined} groups, which are left out.")
         if not groups and chosen != waiting_groups.ALL:
             console.print("no such job waits")
         else:

@@ -76,6 +76,8 @@ class WaitingGroups:
     def __init__(self, patience: float = PATIENCE) -> None:
         self._patience = patience
         self._readings = 0
+        #: Groups of the last reading whose reasons there was no time for.
+        self.unexamined = 0
         #: the last reading that looked up the reason of a group, and the reason
         self._reasons: dict[Any, tuple[int, Explanation | None]] = {}
 
@@ -98,6 +100,7 @@ class WaitingGroups:
                 break
             why = explain.explain_by(reading, connection, row.first, losses, rules, ttl, halves_in)
             self._reasons[key] = self._readings, why
+        self.unexamined = len(rows) - len(self._reasons)
         groups = [_group(row, self._reasons.get(key, (0, None))[1]) for key, row in zip(keys, rows, strict=True)]
         if chosen.reason is not None:
             groups = [group for group in groups if group["why"] == chosen.reason]
