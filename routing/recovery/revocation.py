@@ -20,7 +20,7 @@ from celery_capacity.routing.database import job_conditions, schema
 from celery_capacity.routing.errors import storable
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Cancelled, CancelVerdict
-from celery_capacity.routing.model.states import FINAL, State
+from celery_capacity.routing.model.states import FINAL, State, Step
 from celery_capacity.routing.store.job_transitions import REVOKED
 
 #: Characters of a stamp that are kept and compared.
@@ -46,10 +46,11 @@ _BACKLOG: Final = text(
     "ORDER BY id LIMIT :most"
 )
 _STANDING: Final = text("""
-SELECT id, state, worker FROM jobs WHERE id = ANY(CAST(:ids AS text[]))
+SELECT id, state, worker, epoch, attempt, step FROM jobs WHERE id = ANY(CAST(:ids AS text[]))
 UNION ALL
 SELECT * FROM (
-  SELECT DISTINCT ON (id) id, state, worker FROM jobs_archive WHERE id = ANY(CAST(:ids AS text[])) ORDER BY id, seq DESC
+  SELECT DISTINCT ON (id) id, state, worker, epoch, attempt, :dropped
+  FROM jobs_archive WHERE id = ANY(CAST(:ids AS text[])) ORDER BY id, seq DESC
 ) AS archived WHERE NOT EXISTS (SELECT FROM jobs WHERE jobs.id = archived.id)
 """)
 _LIVE: Final = text("SELECT count(*) FROM workers WHERE status IN ('ready', 'draining')")
@@ -57,16 +58,17 @@ _LIVE: Final = text("SELECT count(*) FROM workers WHERE status IN ('ready', 'dra
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """State of a job in Postgres, and the worker of its newest attempt."""
+    """State of a job, the worker of its newest attempt, and how far it has come: (epoch, attempt, step)."""
 
     state: State
     worker: str | None
+    rank: tuple[int, int, int]
 
 
 def standing(connection: Connection, jobs: Sequence[str]) -> dict[str, Standing]:
     """Return the states of those of these jobs that are known, archived ones included."""
-    rows = connection.execute(_STANDING, {"ids": list(jobs)})
-    return {row[0]: Standing(State(row[1]), row[2]) for row in rows}
+    rows = connection.execute(_STANDING, {"ids": list(jobs), "dropped": int(Step.DROPPED)})
+    return {row[0]: Standing(State(row[1]), row[2], (row[3], row[4], row[5])) for row in rows}
 
 
 def open_jobs(connection: Connection, task: str | None, group: str | None, state: State | None) -> list[str]:

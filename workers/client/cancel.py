@@ -150,8 +150,9 @@ def _standing(stores: Stores, ids: Sequence[str]) -> dict[str, Standing]:
     active = [job for job, row in rows.items() if row.state not in FINAL]
     events = stores.sending.ask(lambda ledger: [job_events.in_ledger(ledger.client, job) for job in active])
     for event in events or ():
-        if event is not None and event.state not in FINAL:
-            rows[event.job] = Standing(event.state, event.worker)
+        # An end counts where it is newer than the row: another process may have ended the job just now.
+        if event is not None and (event.state not in FINAL or event.rank > rows[event.job].rank):
+            rows[event.job] = Standing(event.state, event.worker, event.rank)
     return rows
 
 
