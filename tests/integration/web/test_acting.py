@@ -13,7 +13,7 @@ import pytest
 
 from tests.fixtures.servers.web import serving
 from tests.fixtures.stores.staged import Stage
-from tests.integration.web.test_browser import CHROMIUM, FOREIGN, PAYLOADS, Visitor, browser
+from tests.integration.web.test_browser import CHROMIUM, FOREIGN, NAME, PAYLOADS, Visitor, browser
 from tests.integration.web.test_forms import OPERATOR, VIEWER, acting, app
 
 try:
@@ -117,6 +117,18 @@ def test_worker_is_acted_on_from_the_page(stage: Stage, visitor: Visitor) -> Non
         expect(state).to_have_text(word)
     assert [action.stops for action in cordons(stage)] == [True]
     act(page, "Uncordon: a")
+
+
+def test_operator_acts_over_plain_http_under_a_name(stage: Stage, app: Any, browser: Browser) -> None:
+    stage.worker("a", cpus=4000)
+    with serving(acting(stage, app, NAME)) as url:
+        visitor = Visitor(browser, url.replace("127.0.0.1", NAME))
+        page = log_in(visitor)
+        act(page, "Cordon: a")
+        visitor.context.close()
+    # The browser says on each page that it isolates no page without TLS.
+    assert [trouble for trouble in visitor.troubles if "Cross-Origin-Opener-Policy" not in trouble] == []
+    assert len(cordons(stage)) == 1
 
 
 def cordons(stage: Stage) -> list[Any]:

@@ -36,6 +36,8 @@ pytestmark = pytest.mark.skipif(
 
 #: Milliseconds for which a test waits for what must come: long enough for any machine.
 PATIENCE = 60_000
+#: A name of a dashboard that does not mean the browser's own machine.
+NAME = "dashboard.test"
 PAGES = ("/", "/waiting", "/jobs", "/jobs/job-1", "/jobs/job-2", "/jobs/nothing", "/runs", "/tasks")
 #: Texts that would run as a script, or break out of an element, on a page that shows them as they are.
 PAYLOADS = tuple(
@@ -70,8 +72,11 @@ FOREIGN = "img[src=x], iframe, svg[onload], [onerror], [onfocus], [onmouseover],
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    # Chromium does not run as root in its sandbox.
-    options = ["--no-sandbox"] if os.geteuid() == 0 else []
+    # A name leads here that no resolver knows.
+    options = [f"--host-resolver-rules=MAP {NAME} 127.0.0.1"]
+    if os.geteuid() == 0:
+        # Chromium does not run as root in its sandbox.
+        options.append("--no-sandbox")
     expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)

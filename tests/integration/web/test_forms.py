@@ -21,10 +21,10 @@ from tests.fixtures.stores.staged import Stage
 OPERATOR, VIEWER = "0123456789abcdef", "fedcba9876543210"
 
 
-def acting(stage: Stage, app: Any) -> Application:
-    """Return a dashboard in which operators act on the stores of a stage."""
+def acting(stage: Stage, app: Any, name: str = "localhost") -> Application:
+    """Return a dashboard of this name in which operators act on the stores of a stage."""
     access = Access(VIEWER, open_reading=True, user_header="x-forwarded-user")
-    return Application(Sources(app.platform, lambda: app), token=OPERATOR, rates=UNBOUNDED, access=access)
+    return Application(Sources(app.platform, lambda: app), name=name, token=OPERATOR, rates=UNBOUNDED, access=access)
 
 
 @pytest.fixture
