@@ -22,6 +22,14 @@ local function read_book(worker, epoch)
   return book
 end
 
+-- Ask for a comparison with Postgres where a worker without a book has a lease: the book went missing, and the sum of
+-- CPUs still counts it. The name is that of a duty (`SUSPICION` in workers/runner/duty_runner.py).
+local function note_lost_book(worker)
+  if redis.call('ZSCORE', KEY.leases, worker) then
+    redis.call('SADD', KEY.asked, 'suspicion')
+  end
+end
+
 local function room(book, name)
   return (book.capacity[name] or 0) - (book.allocated[name] or 0)
 end

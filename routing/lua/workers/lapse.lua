@@ -2,7 +2,7 @@
 -- Does: closes a worker whose lease ran out. Once the grace is over too, it takes the named jobs back as new attempts,
 --   and removes the book of a worker that holds no job any more.
 -- KEYS: none; by name: epoch, book, held, job, unclaimed, missing, counters, stream, wait, shapes, shapes_of, asks,
---   free, free_of, leases, view, allocated, allocated_cpus, border, withheld, past, tenant_heads, totals, used
+--   free, free_of, leases, view, allocated, allocated_cpus, border, withheld, past, tenant_heads, totals, used, asked
 -- ARGV: epoch, run_id, worker, grace (ms after the end of the lease, and after this script first saw that end: the
 --   clock may have been set meanwhile), most_losses, take (1: take back, 0: only say if it is time), ttl (ms: a lease
 --   with more time left was written before the clock was set back, and is shortened to this), then for each job: job
@@ -14,6 +14,7 @@ grace, ttl = tonumber(grace), tonumber(ttl)
 local now = clock()
 local book = read_book(worker, epoch)
 if not book then
+  note_lost_book(worker)
   redis.call('ZREM', KEY.leases, worker)
   return {'unknown'}
 end

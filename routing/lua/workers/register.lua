@@ -2,7 +2,7 @@
 -- Does: opens a worker's book with its capacity, or changes the capacity of this incarnation. The caller fills the
 --   worker, if it may admit.
 -- KEYS: none; by name: epoch, book, held, missing, view, leases, free, free_of, allocated, allocated_cpus, job,
---   tasks, cordons, totals
+--   tasks, cordons, totals, asked
 -- ARGV: epoch, run_id, worker, incarnation, queue, ttl (ms), capacity (as a shape), tasks (catalogue of the tasks that
 --   it has registered; '': it takes any), names (of these tasks, with blanks between), status (ready, or closed until
 --   the worker has named the jobs it holds and renews), left (ms until the worker ends; '': no end is known), labels
@@ -29,6 +29,7 @@ if before[1] and before[1] ~= incarnation then
   end
 elseif not before[1] then
   -- The book is new, or went missing: a missing book is not a free worker.
+  note_lost_book(worker)
   local sums = sum_held(worker, counted)
   if not sums then
     return {'many'}

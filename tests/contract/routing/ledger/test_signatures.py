@@ -383,7 +383,7 @@ def test_loaded_script_calls_each_function_that_it_holds(name: str) -> None:
 #: Lines of a script as it is sent. A script that searches for a worker, or goes through the waiting shapes, is longer.
 MOST_LINES: Final = 450
 MOST_LINES_OF: Final = {
-    "drain": 535, "fill": 1120, "find_room": 460, "lapse": 575, "place_shape": 890, "refill": 1185, "release": 1350,
+    "drain": 535, "fill": 1120, "find_room": 460, "lapse": 580, "place_shape": 890, "refill": 1185, "release": 1350,
     "submit": 1155, "submit_many": 1175, "take_back_missing": 545
 }  # fmt: skip
 

@@ -17,11 +17,13 @@ from sqlalchemy import Engine, text
 
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.model.states import Store
+from celery_capacity.routing.ledger.replies import Adopted
+from celery_capacity.routing.model.states import State, Store
+from celery_capacity.routing.model.token import Token
 from celery_capacity.workers import duties, learning, retention
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.runner.duty_runner import DUTIES, SUSPICION, Duty, Runner
-from tests.fixtures.stores.staged import Stage
+from tests.fixtures.stores.staged import MOST_LOSSES, Stage
 
 #: Files without a duty of their own: what runs in place of others while Postgres decides, and the time of observation.
 OF_OTHERS: Final = {"fallback", "window"}
@@ -130,6 +132,33 @@ def test_duty_that_fails_is_tried_again_sooner_than_its_interval(stage: Stage, r
     for _ in range(20):
         runner._run_one(reconcile, reconcile.run)
     assert first < runner._next_at[reconcile.name] - time.monotonic() <= interval
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_runner_is_asked_to_compare_where_a_book_was_lost(stage: Stage, runner: Runner, alive: bool) -> None:
+    job = stage.submit(cpus=1000)
+    stage.start(job)
+    stage.redis.delete(keys.book("a"), keys.held("a"))
+    runner.election._stand()
+    assert SUSPICION not in runner._due()
+    if alive:
+        stage.worker("a", cpus=1000)
+        row = stage.row(job)
+        stage.ledger.adopt("a", "a-life", [Adopted(job, Token(row.epoch, 1), row.shape, 1, 5, 6, "", 0)])
+    else:
+        stage.redis.zadd(keys.LEASES, {"a": 1})
+        runner._run([duty for duty in DUTIES if duty.name == "lapse"])
+    runner.election._stand()
+    assert SUSPICION in runner._due()
+    runner._run([SUSPICION])
+    assert stage.redis.mget(keys.ALLOCATED, keys.ALLOCATED_CPUS) == [b"1000", b"1"]
+    if alive:
+        stage.end(job)
+    else:
+        stage.redis.zadd(keys.LEASES, {"a": 1})
+        assert stage.ledger.lapse("a", 0, MOST_LOSSES).taken_back == 1
+        assert stage.ledger.cancel(job, State.CANCELLED).verdict == "ended"
+    assert stage.redis.mget(keys.ALLOCATED, keys.ALLOCATED_CPUS) == [b"0", b"0"]
 
 
 @pytest.mark.parametrize("begun", [False, True])
