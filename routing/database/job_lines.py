@@ -53,14 +53,18 @@ class JobLine:
 
 _COLUMNS: Final = ("job", "epoch", "attempt", "number", "time", "level", "logger", "message")
 
-# A job that has gone into the archive meanwhile takes no line.
+# A job that has gone into the archive meanwhile takes no line. The lock keeps a job from moving there between this look
+# and the commit: `archive_finished` skips locked rows, and deletes only the lines that it sees.
 _INSERT: Final = text("""
+WITH kept AS MATERIALIZED (
+  SELECT id, seq FROM jobs WHERE id = ANY(CAST(:job AS text[])) ORDER BY id FOR KEY SHARE
+)
 INSERT INTO job_lines (job_seq, epoch, attempt, number, logged_at, level, logger, message)
 SELECT j.seq, l.epoch, l.attempt, l.number, l.time, l.level, l.logger, l.message
 FROM unnest(CAST(:job AS text[]), CAST(:epoch AS bigint[]), CAST(:attempt AS int[]), CAST(:number AS bigint[]),
             CAST(:time AS timestamptz[]), CAST(:level AS text[]), CAST(:logger AS text[]), CAST(:message AS text[]))
   AS l (job, epoch, attempt, number, time, level, logger, message)
-JOIN jobs j ON j.id = l.job
+JOIN kept j ON j.id = l.job
 ON CONFLICT DO NOTHING
 """)
 

@@ -294,7 +294,7 @@ def apply(connection: Connection, transitions: Sequence[Transition]) -> list[App
 
 
 _LOCKED: Final = text("""
-WITH free AS (SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS text[])) FOR UPDATE SKIP LOCKED)
+WITH free AS (SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS text[])) FOR NO KEY UPDATE SKIP LOCKED)
 SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS text[])) AND id NOT IN (SELECT id FROM free)
 """)
 

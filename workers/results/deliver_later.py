@@ -65,11 +65,11 @@ _LEFT: Final = text(
 #: Characters at the end of an outbox that name the delivering worker.
 _TAIL: Final = 500
 #: Locks a row for its delivery, unless another process has it or has delivered it since it was read.
-_MINE: Final = text("SELECT id FROM jobs WHERE id = :id AND outbox = :outbox FOR UPDATE SKIP LOCKED")
+_MINE: Final = text("SELECT id FROM jobs WHERE id = :id AND outbox = :outbox FOR NO KEY UPDATE SKIP LOCKED")
 #: Locks many rows that are to be delivered. Outboxes may be large, so they are compared by a digest.
 _ALL_MINE: Final = text("""
 SELECT j.id FROM unnest(CAST(:ids AS text[]), CAST(:digests AS text[])) AS x (id, digest)
-JOIN jobs j ON j.id = x.id AND md5(j.outbox) = x.digest ORDER BY j.id FOR UPDATE OF j SKIP LOCKED
+JOIN jobs j ON j.id = x.id AND md5(j.outbox) = x.digest ORDER BY j.id FOR NO KEY UPDATE OF j SKIP LOCKED
 """)
 _ALL_DONE: Final = text("UPDATE jobs SET outbox = NULL WHERE id = ANY(CAST(:ids AS text[]))")
 _DONE: Final = text("UPDATE jobs SET outbox = :rest WHERE id = :id AND outbox = :outbox")

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Final
 
 import pytest
+from sqlalchemy import Engine, text
 
 from celery_capacity.routing.database import job_lines
 from celery_capacity.routing.database.job_lines import JobLine, Position
 from celery_capacity.routing.store import archive
 from tests.fixtures.stores.staged import Stage
+from tests.fixtures.waiting import until
 
 AT = datetime(2026, 5, 4, tzinfo=UTC)
+#: True while a statement of this database waits for a row.
+LOCKED: Final = text(
+    "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
+)
 
 
 @pytest.fixture
@@ -79,3 +87,29 @@ def test_lines_go_when_their_job_moves_into_the_archive(stage: Stage) -> None:
     with stage.engine.connect() as connection:
         assert connection.exec_driver_sql("SELECT count(*) FROM job_lines").scalar_one() == 1
     assert read(stage, kept) == [1]
+
+
+def test_job_is_not_archived_while_lines_of_it_are_written(engine: Engine, stage: Stage) -> None:
+    job = stage.submit(cpus=1000)
+    stage.start(job)
+    stage.end(job)
+    with engine.connect() as writer, stage.engine.connect() as archivist:
+        with writer.begin():
+            job_lines.write(writer, [line(job, 1)], 100)
+            assert archive.archive_finished(archivist, 0, archive.CHUNK) == 0
+        assert archive.archive_finished(archivist, 0, archive.CHUNK) == 1
+        assert archivist.exec_driver_sql("SELECT count(*) FROM job_lines").scalar_one() == 0
+
+
+def test_lines_of_a_job_that_is_moved_meanwhile_are_not_written(engine: Engine, stage: Stage) -> None:
+    job = stage.submit(cpus=1000)
+    stage.start(job)
+    stage.end(job)
+    with engine.connect() as archivist, ThreadPoolExecutor(1) as pool:
+        with archivist.begin():
+            assert archive.archive_finished(archivist, 0, archive.CHUNK) == 1
+            written = pool.submit(write, stage, line(job, 1))
+            with stage.engine.connect() as watcher:
+                until(lambda: written.done() or watcher.execute(LOCKED).scalar_one(), "the writer waits, or is done")
+        written.result()
+        assert archivist.exec_driver_sql("SELECT count(*) FROM job_lines").scalar_one() == 0
