@@ -78,13 +78,13 @@ def command(
     """
     from celery_capacity.platform.console import held_back
     from celery_capacity.platform.monitor import tables
-    from celery_capacity.platform.web import waiting_groups
+    from celery_capacity.platform.web import group_rows, waiting_groups
     from celery_capacity.routing.inspect import overview
     from celery_capacity.routing.ledger.connection import quick_client
 
     stores = stores_of(context)
     settings, client = stores.settings, quick_client(stores.redis)
-    chosen = waiting_groups.GroupFilter(task, queue, tenant, reason)
+    chosen = group_rows.GroupFilter(task, queue, tenant, reason)
     reader = waiting_groups.WaitingGroups()
 
     def draw(console: Console) -> None:

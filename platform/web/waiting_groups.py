@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import redis
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 
 from celery_capacity.platform.console import render, wording
-from celery_capacity.routing.database.job_conditions import like_pattern
+from celery_capacity.platform.web import group_rows
+from celery_capacity.platform.web.group_rows import GroupFilter, GroupRow
 from celery_capacity.routing.forecast import starts
 from celery_capacity.routing.inspect import explain
 from celery_capacity.routing.inspect.explanation import Explanation
@@ -19,10 +19,8 @@ from celery_capacity.routing.inspect.waiting import BLOCKING, LedgerReading
 from celery_capacity.routing.model.request import Request, alternatives_to_show, terms_of
 from celery_capacity.routing.policy.labels import place_of
 from celery_capacity.routing.policy.placement import order
-from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, tenant_of
+from celery_capacity.routing.policy.tenants import tenant_of
 
-#: Groups that are listed: those whose first jobs come first.
-MAX_GROUPS: Final = 100
 #: Seconds of CPU for the reasons of groups that have none yet, in one reading, and with those that are looked up again.
 PATIENCE: Final = 1.0
 AGAIN: Final = 0.04
@@ -30,37 +28,6 @@ AGAIN: Final = 0.04
 LONGEST: Final = 3.0
 #: Waiting jobs up to which starts are estimated here. Beyond, the page of a job estimates its own.
 ESTIMATED: Final = 2000
-
-_GROUPS: Final = text(r"""
-SELECT alike.*, jobs.id AS first FROM (
-  SELECT shape, name, queue, priority, count(*) AS waiting, min(seq) AS seq,
-    extract(epoch FROM clock_timestamp() - min(submitted_at))::float AS oldest
-  FROM jobs WHERE state IN ('accepted', 'waiting')
-    AND (CAST(:task AS text) IS NULL OR name LIKE :task ESCAPE '\')
-    AND (CAST(:queue AS text) IS NULL OR queue LIKE :queue ESCAPE '\')
-    AND (CAST(:tenant AS text) IS NULL OR CASE WHEN :tenant = :default THEN shape NOT LIKE '%,$%'
-      ELSE strpos(shape || ',', ',$' || :tenant || ',') > 0 END)
-  GROUP BY shape, name, queue, priority ORDER BY priority DESC, min(seq) LIMIT :most
-) AS alike
-JOIN jobs ON jobs.state IN ('accepted', 'waiting') AND (- jobs.priority) = - alike.priority AND jobs.seq = alike.seq
-ORDER BY alike.priority DESC, alike.seq
-""")
-
-
-@dataclass(frozen=True, slots=True)
-class GroupFilter:
-    """Conditions that all groups must meet. In `task` and `queue` a `*` is any text; `reason` is a reason's word."""
-
-    task: str | None = None
-    queue: str | None = None
-    tenant: str | None = None
-    reason: str | None = None
-
-    def values(self) -> dict[str, str | None]:
-        """Return the values for the query. The reason is no column: it is looked up."""
-        task, queue = (None if name is None else like_pattern(name) for name in (self.task, self.queue))
-        return {"task": task, "queue": queue, "tenant": self.tenant, "default": DEFAULT_TENANT}
-
 
 ALL: Final = GroupFilter()
 
@@ -85,14 +52,15 @@ class WaitingGroups:
         self, connection: Connection, client: redis.Redis, settings: Any, chosen: GroupFilter = ALL
     ) -> list[dict[str, Any]]:
         """Return the groups that meet the conditions, those first that no worker can ever take."""
-        rows = connection.execute(_GROUPS, {"most": MAX_GROUPS, **chosen.values()}).all()
-        keys = [(row.shape, row.name, row.queue, row.priority) for row in rows]
+        reading = LedgerReading(client)
+        rows = group_rows.read(connection, reading, chosen)
+        keys = [row.key for row in rows]
         self._reasons = {key: self._reasons[key] for key in keys if key in self._reasons}
         self._readings += 1
         rules = starts.rules_of(settings) if sum(row.waiting for row in rows) <= ESTIMATED else None
         losses, ttl, halves_in = settings.most_losses, settings.worker_ttl, settings.share_halves_in
-        orders = [order(row.priority, row.seq) for row in rows]
-        reading, begin, until = LedgerReading(client, orders), time.thread_time(), time.monotonic() + LONGEST
+        reading.orders = [order(row.priority, row.seq) for row in rows]
+        begin, until = time.thread_time(), time.monotonic() + LONGEST
         oldest_first = sorted(zip(keys, rows, strict=True), key=lambda pair: self._reasons.get(pair[0], (0, None))[0])
         for key, row in oldest_first:
             spent = time.thread_time() - begin
@@ -113,7 +81,7 @@ def document(seen: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str,
     return {"waiting": seen["resources"]["waiting_jobs"], "groups": groups, **shown}
 
 
-def _group(row: Any, why: Explanation | None) -> dict[str, Any]:
+def _group(row: GroupRow, why: Explanation | None) -> dict[str, Any]:
     waits = why is not None and why.waits
     at = why.estimate.at if why is not None and why.estimate is not None else None
     return {

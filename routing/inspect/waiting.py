@@ -16,6 +16,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from celery_capacity.routing.database import staying_rows
+from celery_capacity.routing.database.staying_rows import Staying
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.admission import shape_held
 from celery_capacity.routing.model.reasons import Reason
@@ -47,6 +49,8 @@ MAX_LOSSES: Final = 3
 #: Greatest share of a core of Postgres that one reader takes to count jobs that nobody has marked. A count that took
 #: 0.5 s is shown for 10 s.
 LEFT_SHARE: Final = 0.05
+#: Greatest share of a core of Postgres that one reader takes to count marked rows.
+COUNTED_SHARE: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +288,53 @@ def with_left(client: redispy.Redis, engine: Engine, head: snapshot.Head) -> sna
     return replace(head, staying=staying, shapes=tuple(dict.fromkeys([*head.shapes, *staying])))
 
 
+#: The newest count of marked rows of each database: until when it is used, the ledger's numbers of then, and the count.
+_marked: WeakKeyDictionary[Engine, tuple[float, Mapping[str, int], Mapping[str, int]]] = WeakKeyDictionary()
+
+
+def staying_numbers(connection: Connection, noted: Mapping[str, int]) -> dict[str, int]:
+    """Return the number of jobs that stay in Postgres in marked rows, by shape. `noted`: their numbers by the ledger.
+
+    The ledger notes at once which rows are marked and fetched. It does not note a row whose job is cancelled there. So
+    all rows are counted from time to time, and the changes since then are the ledger's. Frequent readers cost Postgres
+    at most `COUNTED_SHARE` of a core: 100,000 rows are counted once in some seconds.
+    """
+    until, before, counted = _marked.get(connection.engine, (float("-inf"), {}, {}))
+    begin = time.monotonic()
+    if begin >= until:
+        before, counted = noted, staying_rows.numbers(connection)
+        end = time.monotonic()
+        _marked[connection.engine] = end + (end - begin) / COUNTED_SHARE, before, counted
+    numbers = Counter(counted)
+    numbers.update(noted)
+    numbers.subtract(before)
+    return dict(+numbers)
+
+
+#: The newest counts before places of each database: until when they are used, and the numbers by order and shape.
+_before: WeakKeyDictionary[Engine, tuple[float, Mapping[int, dict[str, int]]]] = WeakKeyDictionary()
+
+
+def staying_before_each(
+    connection: Connection, orders: Collection[int], staying: Mapping[str, Staying]
+) -> Mapping[int, dict[str, int]]:
+    """Count the jobs that stay in Postgres and come before each of these orders, by shape. `staying`: all of them.
+
+    Numbers are used again for a while, so that frequent readers cost Postgres at most `COUNTED_SHARE` of a core.
+    """
+    begin = time.monotonic()
+    until, before = _before.get(connection.engine, (float("-inf"), {}))
+    if begin >= until:
+        before = {}
+    if missing := [position for position in orders if position not in before]:
+        counts = staying_rows.before_each(connection, missing, staying)
+        end = time.monotonic()
+        until = until if before else end + (end - begin) / COUNTED_SHARE
+        before = {position: counts.get(position) or before.get(position, {}) for position in orders}
+        _before[connection.engine] = until, before
+    return before
+
+
 # -- a reading for many jobs ------------------------------------------------------------------------------------------
 
 
@@ -291,13 +342,14 @@ class LedgerReading:
     """The ledger at a moment, which the explanations of many jobs share.
 
     Each part is read when it is asked for, and raises `RedisError`.
-    `orders`: those of the jobs that are to be explained, if there are many.
+    `orders`: those of the jobs that are to be explained, if there are many. They are set before the first explanation.
     """
 
-    def __init__(self, client: redispy.Redis, orders: Sequence[int] = ()) -> None:
+    def __init__(self, client: redispy.Redis) -> None:
         self.client = client
-        self._orders = orders
-        self._before: dict[int, dict[str, int]] | None = None
+        self.orders: Sequence[int] = ()
+        self._before: Mapping[int, dict[str, int]] | None = None
+        self._staying: Mapping[str, Staying] | None = None
         self._books_by_tasks: dict[frozenset[str], list[Book]] = {}
 
     @cached_property
@@ -315,13 +367,19 @@ class LedgerReading:
         """Return the shapes of which jobs stay in Postgres, see `read_borders`."""
         return read_borders(self.client) if self.head.left else {}
 
+    def staying(self, connection: Connection) -> Mapping[str, Staying]:
+        """Return the jobs that stay in Postgres, by shape."""
+        if self._staying is None:
+            self._staying = staying_rows.ends(connection, staying_numbers(connection, self.head.staying))
+        return self._staying
+
     def staying_before(self, connection: Connection, priority: int, seq: int) -> dict[str, int]:
         """Count the jobs that stay in Postgres and come before a place, by shape; for all `orders` in one statement."""
         job_order = order(priority, seq)
-        if self._before is None and job_order in self._orders:
-            self._before = backlog.staying_before_each(connection, self._orders)
+        if self._before is None and job_order in self.orders:
+            self._before = staying_before_each(connection, self.orders, self.staying(connection))
         before = (self._before or {}).get(job_order)
-        return backlog.staying_before(connection, priority, seq) if before is None else before
+        return staying_rows.before(connection, priority, seq) if before is None else before
 
     def registered(self, tasks: Collection[str]) -> list[Book]:
         """Return the books as the policy takes them. Each knows which of these tasks its worker has registered."""

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
+from celery_capacity.routing.database.staying_rows import STAYS
 from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.request import filed_shape
 from celery_capacity.routing.model.states import State, Step
@@ -156,7 +157,6 @@ SELECT * FROM (
   UNION ALL ({_WITHOUT_MESSAGE} AND state = 'scheduled' AND due_at <= now() ORDER BY -priority, seq LIMIT :most)
 ) AS x ORDER BY -priority, seq LIMIT :most
 """)
-_STAYS: Final = "behind IS NOT NULL AND state = 'waiting' AND revoked_at IS NULL"
 #: Asked for each shape apart by its own index, so that no statement sorts the backlog.
 _FETCH: Final = text(f"""
 WITH x AS (
@@ -164,7 +164,7 @@ WITH x AS (
   FROM unnest(CAST(:shapes AS text[]), CAST(:most AS int[]), CAST(:levels AS int[]), CAST(:seqs AS bigint[]))
     AS asked (shape, most, level, until)
   CROSS JOIN LATERAL (
-    SELECT id FROM jobs WHERE behind = asked.shape AND {_STAYS} AND (-priority, seq) < (asked.level, asked.until)
+    SELECT id FROM jobs WHERE behind = asked.shape AND {STAYS} AND (-priority, seq) < (asked.level, asked.until)
     ORDER BY -priority, seq LIMIT asked.most FOR NO KEY UPDATE SKIP LOCKED
   ) AS head
 )
@@ -175,24 +175,12 @@ RETURNING jobs.id, name, shape, priority, seq, message, attempt, losses,
 _NEXT: Final = text(f"""
 SELECT asked.shape, head.priority, head.seq FROM unnest(CAST(:shapes AS text[])) AS asked (shape)
 CROSS JOIN LATERAL (
-  SELECT priority, seq FROM jobs WHERE behind = asked.shape AND {_STAYS} ORDER BY -priority, seq LIMIT 1
+  SELECT priority, seq FROM jobs WHERE behind = asked.shape AND {STAYS} ORDER BY -priority, seq LIMIT 1
 ) AS head
 """)
 _STAYING: Final = text(f"""
-SELECT behind, count(*), min(({TOP_PRIORITY} - priority) * {SUBMISSIONS} + seq) FROM jobs WHERE {_STAYS} GROUP BY behind
+SELECT behind, count(*), min(({TOP_PRIORITY} - priority) * {SUBMISSIONS} + seq) FROM jobs WHERE {STAYS} GROUP BY behind
 """)
-_BEFORE: Final = text(f"""
-SELECT behind, count(*) FROM jobs
-WHERE {_STAYS} AND (-priority, seq) < (-CAST(:priority AS int), CAST(:seq AS bigint)) GROUP BY behind
-""")
-
-#: Of each shape the rows between two neighbours of some orders, numbered from 0.
-_BETWEEN: Final = text(f"""
-SELECT behind, width_bucket(({TOP_PRIORITY} - priority) * {SUBMISSIONS} + seq, CAST(:orders AS bigint[])) AS part,
-  count(*)
-FROM jobs WHERE {_STAYS} GROUP BY behind, part
-""")
-
 #: Read by the index of states, so that marked rows cost nothing.
 _ACCEPTED_GROUPS: Final = text("""
 SELECT shape, name, losses, priority, count(*), min(seq), max(seq) FROM jobs
@@ -274,22 +262,6 @@ def next_orders(connection: Connection, shapes: Sequence[str]) -> dict[str, int]
 def staying(connection: Connection) -> list[tuple[str, int, int]]:
     """Return the shapes of jobs that stay in Postgres, with their number and the least order."""
     return [(row[0], row[1], row[2]) for row in connection.execute(_STAYING)]
-
-
-def staying_before(connection: Connection, priority: int, seq: int) -> dict[str, int]:
-    """Count the jobs that stay in Postgres and come before a place, by the shape under which they are filed."""
-    rows = connection.execute(_BEFORE, {"priority": priority, "seq": seq})
-    return {row[0]: int(row[1]) for row in rows}
-
-
-def staying_before_each(connection: Connection, orders: Sequence[int]) -> dict[int, dict[str, int]]:
-    """Count the jobs that stay in Postgres and come before each of these orders, by shape, in one pass over them."""
-    thresholds = sorted(set(orders))
-    before: dict[int, dict[str, int]] = {threshold: {} for threshold in thresholds}
-    for shape, part, number in connection.execute(_BETWEEN, {"orders": thresholds}) if thresholds else ():
-        for threshold in thresholds[part:]:
-            before[threshold][shape] = before[threshold].get(shape, 0) + int(number)
-    return before
 
 
 @dataclass(frozen=True, slots=True)
