@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from celery_capacity.platform.console.estimates import start_sentence
-from celery_capacity.routing.inspect.explanation import Explanation
+from celery_capacity.routing.inspect.explanation import Explanation, OverQuota
 from celery_capacity.routing.model.amounts import CPUS, MEMORY, SLOTS, format_amount, format_cpus, format_memory
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.policy.missing import Missing, Room
@@ -162,6 +162,8 @@ def details(why: Explanation) -> list[str]:
     A single worker is not listed: the first sentence of the explanation names it.
     """
     sentences = []
+    if len(why.over_quota) > 1:
+        sentences += [over_quota(line) for line in why.over_quota]
     if why.why in LISTED and len(why.missing) > 1:
         sentences += [f"On {line.worker}: {shortage(line)}." for line in why.missing]
         if why.more_missing:
@@ -174,6 +176,12 @@ def details(why: Explanation) -> list[str]:
     if why.estimate is not None:
         sentences.append(start_sentence(why.estimate))
     return sentences
+
+
+def over_quota(line: OverQuota) -> str:
+    """Say what a quota leaves for an alternative of a job."""
+    needed, left = (format_amount(line.resource, max(0, amount)) for amount in (line.asked, line.free))
+    return f"The alternative of {line.request} needs {needed}, and the quota leaves {left}."
 
 
 def shortage(line: Missing) -> str:

@@ -20,7 +20,7 @@ from celery_capacity.routing.forecast.shares import read_shares, with_past
 from celery_capacity.routing.forecast.starts import EstimatedStart, estimated_start
 from celery_capacity.routing.insert import key_lines
 from celery_capacity.routing.inspect import held_back, running_jobs, waiting
-from celery_capacity.routing.inspect.explanation import Explanation
+from celery_capacity.routing.inspect.explanation import Explanation, OverQuota
 from celery_capacity.routing.inspect.waiting import LedgerReading
 from celery_capacity.routing.ledger import snapshot
 from celery_capacity.routing.model.reasons import Reason
@@ -125,8 +125,8 @@ def explain_by(
     sharing = tenants.sharing_in_use(connection)
     alternatives = alternatives_of(row.shape)
     exceeded = [sharing.exceeded(tenant_of(row.shape), it) for it in alternatives] if sharing else []
-    if sharing is not None and all(exceeded) and (resource := exceeded[0]):
-        return _over_quota(job, row, request, sharing, resource)
+    if sharing is not None and all(exceeded):
+        return _over_quota(job, row, sharing)
     if connection.execute(select(schema.authority.c.authority)).scalar_one_or_none() == Store.POSTGRES:
         explanation = Explanation(job, state, Reason.LEDGER_STANDS_BACK, request, row.declared)
         return replace(explanation, estimate=_estimated_by_rows(connection, job, row, rules, most_losses, worker_ttl))
@@ -140,7 +140,7 @@ def explain_by(
     explanation = _explain_waiting(connection, job, row, seen, most_losses, passed_over)
     if sharing is not None and passed_over and explanation.why in (Reason.TOO_LARGE, Reason.UNKNOWN_RESOURCE):
         # No worker could hold what the quota leaves.
-        return _over_quota(job, row, passed_over[0], sharing, next(filter(None, exceeded)))
+        return _over_quota(job, row, sharing)
     if sharing is not None and explanation.why is Reason.NO_ROOM:
         first = tenants.tenant_before(connection, sharing, row.shape, row.priority)
         if first is not None:
@@ -169,20 +169,29 @@ def _estimated_by_rows(
     return estimated_start(connection, job, (row.priority, row.seq), books, rules, most_losses, shares)
 
 
-def _over_quota(job: str, row: Any, request: Request, sharing: Sharing, resource: str) -> Explanation:
-    """Explain a job that the quota of its tenant holds back."""
-    tenant = tenant_of(row.shape)
-    left = sharing.rule(tenant).quota[resource] - sharing.used.get(tenant, {}).get(resource, 0)
+def _over_quota(job: str, row: Any, sharing: Sharing) -> Explanation:
+    """Explain a job that the quota of its tenant holds back, by the first of the alternatives that it does not allow.
+
+    Each of them is told where the job has several.
+    """
+    tenant, alternatives = tenant_of(row.shape), alternatives_of(row.shape)
+    quota, used = sharing.rule(tenant).quota, sharing.used.get(tenant, {})
+    exceeded = [
+        OverQuota(request, resource, request.get(resource), quota[resource] - used.get(resource, 0))
+        for request in alternatives
+        if (resource := sharing.exceeded(tenant, request))
+    ]
     return Explanation(
         job,
         State(row.state),
         Reason.TENANT_QUOTA,
-        request,
+        exceeded[0].request,
         row.declared,
-        resource=resource,
-        asked=request.get(resource),
-        free=left,
+        resource=exceeded[0].resource,
+        asked=exceeded[0].asked,
+        free=exceeded[0].free,
         tenant=tenant,
+        over_quota=tuple(exceeded) if len(alternatives) > 1 else (),
     )
 
 

@@ -18,6 +18,24 @@ from celery_capacity.routing.store.controls import Cordon, Pause
 
 
 @dataclass(frozen=True, slots=True)
+class OverQuota:
+    """An alternative of a job that the quota of its tenant holds back, and what is left of the resource there."""
+
+    request: Request
+    resource: str
+    asked: int
+    free: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "request": self.request.to_people(),
+            "resource": self.resource,
+            "asked": _number(self.resource, self.asked),
+            "free": _number(self.resource, self.free),
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """The reason why a job is where it is.
 
@@ -64,6 +82,8 @@ class Explanation:
     estimate: EstimatedStart | None = None
     #: the tenant that comes first, or whose quota is reached
     tenant: str | None = None
+    #: each alternative that the quota holds back, where the job has several
+    over_quota: tuple[OverQuota, ...] = ()
     #: the labels and the worker that it asks for, in words; None for none
     where: str | None = None
     #: True: the job itself asks to be alone on its worker
@@ -90,6 +110,7 @@ class Explanation:
             "cordon": None if self.cordon is None else self.cordon.to_json(),
             "estimate": None if self.estimate is None else self.estimate.to_json(),
             "tenant": self.tenant,
+            "over_quota": [line.to_json() for line in self.over_quota],
         }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
+from celery_capacity.platform.console import wording
 from celery_capacity.routing.database import tenants
 from celery_capacity.routing.errors import BacklogFull, InvalidRequest
 from celery_capacity.routing.inspect.backlog_limit import COUNT_FOR, TRUST, TenantLimit
@@ -118,6 +119,28 @@ def test_explanation_leaves_out_an_alternative_that_a_quota_holds(stage: Stage) 
     job = stage.submit(tenant="physics", place=term, cpus=1000, gpus=1)
     assert stage.row(job).state == "waiting"
     assert why(stage, job) == (Reason.NO_ROOM, "cpus")
+
+
+def test_explanation_tells_each_alternative_that_a_quota_holds(stage: Stage) -> None:
+    stage.worker("a", cpus=40_000, gpus=2)
+    set_rule(stage, "physics", Rule(quota={"gpus": 0, "cpus": 9000}))
+    alternatives = [Request.of({"cpus": 1000, "gpus": 2}), Request.of({"cpus": 32_000})]
+    job = stage.submit(tenant="physics", place=alternatives_term(alternatives), cpus=1000, gpus=2)
+    single = stage.submit(tenant="physics", cpus=32_000)
+    with stage.engine.connect() as connection:
+        explanation, other = (explain(stage.redis, connection, it) for it in (job, single))
+    assert explanation is not None
+    assert other is not None
+    assert (explanation.why, other.why, other.over_quota) == (Reason.TENANT_QUOTA, Reason.TENANT_QUOTA, ())
+    lines = [(line.request, line.resource, line.asked, line.free) for line in explanation.over_quota]
+    assert lines == [(alternatives[0], "gpus", 2, 0), (alternatives[1], "cpus", 32_000, 9000)]
+    assert explanation.to_json()["over_quota"][1] == {
+        "request": {"cpus": 32, "slots": 1}, "resource": "cpus", "asked": 32, "free": 9,
+    }  # fmt: skip
+    assert wording.details(explanation)[:2] == [
+        "The alternative of 1 CPU, 2 gpus needs 2 gpus, and the quota leaves 0 gpus.",
+        "The alternative of 32 CPUs needs 32 CPUs, and the quota leaves 9 CPUs.",
+    ]
 
 
 def test_end_starts_job_elsewhere_by_an_alternative_a_quota_held(stage: Stage) -> None:
