@@ -122,10 +122,15 @@ def _json(today: Today, change: dict[str, Any], as_is: Outcome, after: Outcome |
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
-    from celery_capacity.routing.model.request import Request
+    from celery_capacity.routing.model.request import Request, alternatives_to_show
 
     kinds = [
-        {"task": task, "request": Request.from_shape(shape).to_people(), **_waits_json(waits)}
+        {
+            "task": task,
+            "request": Request.from_shape(shape).to_people(),
+            "alternatives": [request.to_people() for request in alternatives_to_show(shape)],
+            **_waits_json(waits),
+        }
         for (task, shape), waits in _by_size(outcome)
     ]
     empty = outcome.empty_after
@@ -154,7 +159,7 @@ def _by_size(outcome: Outcome) -> list[tuple[tuple[str, str], Waits]]:
 
 def _show(today: Today, as_is: Outcome, after: Outcome | None) -> None:
     from celery_capacity.platform.console.estimates import span
-    from celery_capacity.routing.model.request import Request
+    from celery_capacity.routing.model.request import alternatives_of, alternatives_text
 
     console, cluster = facts(), today.cluster
     waiting = len(cluster.waiting) + cluster.beyond
@@ -186,7 +191,8 @@ def _show(today: Today, as_is: Outcome, after: Outcome | None) -> None:
     ]
     table(console, header, rows, right=())
     console.print()
-    kinds = {kind: (kind[0] or "any", str(Request.from_shape(kind[1]))) for kind, _ in _by_size(as_is)[:SHOWN_KINDS]}
+    shown = [kind for kind, _ in _by_size(as_is)[:SHOWN_KINDS]]
+    kinds = {(task, shape): (task or "any", alternatives_text(alternatives_of(shape))) for task, shape in shown}
     _means(console, ("task", "request"), kinds, [outcome.by_kind for outcome in outcomes], longest)
     if as_is.by_tenant:
         console.print()

@@ -14,6 +14,7 @@ from enum import StrEnum
 from statistics import median_low
 from typing import Final, NamedTuple
 
+from celery_capacity.routing.model.request import alternatives_term
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Held, Rules, expected_end
 from celery_capacity.routing.policy.tenants import tenant_of
@@ -162,7 +163,7 @@ class Waits(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a forecast for the waiting jobs. `by_kind`: by task and shape of the request.
+    """Outcome of a forecast for the waiting jobs. `by_kind`: by task and shape of the request, with alternatives.
 
     `by_tenant`: empty where tenants are not in use. `without_reservations`: the cluster is too large to simulate them.
     """
@@ -218,7 +219,9 @@ def outcome(cluster: Cluster, rules: Rules) -> Outcome:
     kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     tenants: dict[str, list[str]] = defaultdict(list)
     for queued in cluster.waiting:
-        kinds[queued.waiting.task, queued.waiting.request.shape].append(queued.waiting.job)
+        alternatives = queued.waiting.alternatives
+        shape = alternatives[0].shape + alternatives_term(alternatives)
+        kinds[queued.waiting.task, shape].append(queued.waiting.job)
         if cluster.shares is not None:
             tenants[tenant_of(queued.waiting.terms)].append(queued.waiting.job)
     admitting = sum(book.admitting for book in cluster.books.values())

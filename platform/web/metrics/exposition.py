@@ -11,6 +11,7 @@ from celery_capacity.routing.inspect.overview import Overview
 from celery_capacity.routing.inspect.waiting import BacklogLine
 from celery_capacity.routing.model.amounts import SLOTS
 from celery_capacity.routing.model.reasons import Refusal
+from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.policy.labels import place_of
 from celery_capacity.workers.supervision import metric_names as names
@@ -82,11 +83,16 @@ def _backlog(overview: Overview) -> Families:
 def shape_label(line: BacklogLine) -> str:
     """Return the request of waiting jobs as a label: `cpus=4 memory=2147483648 queue=celery`.
 
-    A single slot, which every job asks for, is not worth a word.
+    A single slot, which every job asks for, is not worth a word. Alternatives stand in order: `gpus=1 or cpus=32`.
     """
-    words = [f"{name}={amount}" for name, amount in line.request.to_people().items() if (name, amount) != (SLOTS, 1)]
-    location = str(place_of(line.terms))
-    return label_of(" ".join([*words, f"queue={line.request.queue}", *([location] if location else [])]))
+    requests = " or ".join(_amounts(request) for request in line.alternatives or (line.request,))
+    words = (requests, f"queue={line.request.queue}", str(place_of(line.terms)))
+    return label_of(" ".join(filter(None, words)))
+
+
+def _amounts(request: Request) -> str:
+    amounts = request.to_people().items()
+    return " ".join(f"{name}={amount}" for name, amount in amounts if (name, amount) != (SLOTS, 1))
 
 
 def _counters(overview: Overview) -> Families:

@@ -11,6 +11,7 @@ from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.forecast import cluster, whatif
 from celery_capacity.routing.forecast.whatif import Today, read_today
 from celery_capacity.routing.model.expected import RunTime
+from celery_capacity.routing.model.request import Request, alternatives_term, alternatives_to_show
 from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Rules
@@ -40,6 +41,16 @@ def test_added_worker_empties_the_backlog_earlier(stage: Stage) -> None:
     assert after.empty_after is not None and MINUTE.expected // 2 < after.empty_after <= 2 * MINUTE.expected
     assert after.waits.percentile(50) == 0
     assert list(after.by_kind) == [("task", "cpus=4000,slots=1")]
+
+
+def test_kind_of_jobs_with_alternatives_has_each_of_them(stage: Stage) -> None:
+    alternatives = [Request.of({"cpus": 9000, "gpus": 1}), Request.of({"cpus": 3000})]
+    stage.worker("a", cpus=4000)
+    stage.submit(cpus=4000, run_time=MINUTE)
+    stage.submit(place=alternatives_term(alternatives), cpus=9000, gpus=1, run_time=MINUTE)
+    copy = today(stage)
+    ((_, shape),) = outcome(copy.cluster, copy.rules).by_kind
+    assert list(alternatives_to_show(shape)) == alternatives
 
 
 def test_jobs_of_tenants_start_by_their_turns(stage: Stage) -> None:
