@@ -4,31 +4,42 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from celery_capacity.platform.web.api.models import Closed, Problem
+from celery_capacity.routing.model.identifiers import MAX_JOB_ID, MAX_QUEUE_NAME, MAX_TENANT_NAME, MAX_WORKER_NAME
 
 #: Jobs that one request acts on, or submits, at most.
 MAX_MANY = 1000
 
 Text = Annotated[str, Field(max_length=500)]
 Name = Annotated[str, Field(max_length=300)]
+JobId = Annotated[str, Field(max_length=MAX_JOB_ID)]
+WorkerName = Annotated[str, Field(max_length=MAX_WORKER_NAME)]
+Queue = Annotated[str, Field(max_length=MAX_QUEUE_NAME)]
+Tenant = Annotated[str, Field(max_length=MAX_TENANT_NAME)]
 Seconds = Annotated[float, Field(ge=0, le=31_536_000, allow_inf_nan=False)]
 
 
-class Reason(Closed):
+class Body(Closed):
+    """Body of a request. Each member has exactly the type that the document names: `false` is no number."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Reason(Body):
     """Why, for others to read."""
 
     reason: Text | None = None
 
 
-class Cancel(Closed):
+class Cancel(Body):
     """How to cancel a job."""
 
     terminate: bool = Field(False, description="end the process of a running job")
 
 
-class Retry(Closed):
+class Retry(Body):
     """How to retry a job."""
 
     again: bool = Field(False, description="also if it succeeded, or was retried already")
@@ -54,7 +65,7 @@ class RetryMany(Retry):
 class Priority(Reason):
     """The new priority of a job."""
 
-    priority: Annotated[int, Field(ge=0, le=9, strict=True)]
+    priority: Annotated[int, Field(ge=0, le=9)]
 
 
 class Drain(Reason):
@@ -63,31 +74,31 @@ class Drain(Reason):
     deadline_seconds: Seconds | None = Field(default=None, description="hand back after that what still runs")
 
 
-class Part(Closed):
+class Part(Body):
     """A part of the backlog: a queue, a task or a tenant; none of them: the whole platform."""
 
-    queue: Name | None = None
+    queue: Queue | None = None
     task: Name | None = None
-    tenant: Name | None = None
+    tenant: Tenant | None = None
 
 
 class Pause(Part, Reason):
     """A part of the backlog to pause, and why."""
 
 
-class Drop(Closed):
+class Drop(Body):
     """Messages to delete."""
 
     ids: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(min_length=1, max_length=MAX_MANY)
 
 
-class Submit(Closed):
+class Submit(Body):
     """A job to submit, with the options of `apply_async`. `id`: a repeated request with it makes no second job."""
 
     task: Annotated[str, Field(min_length=1, max_length=255)]
     args: list[Any] = Field(default_factory=list)
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    id: Name | None = None
+    id: JobId | None = None
     cpus: int | float | str | None = None
     memory: int | str | None = None
     gpus: int | None = None
@@ -95,21 +106,21 @@ class Submit(Closed):
     requests: list[dict[str, Any]] | None = Field(default=None, description="alternatives in order")
     expected: int | float | str | None = None
     where: dict[str, str] | None = None
-    worker: Name | None = None
+    worker: WorkerName | None = None
     exclusive: bool | None = None
     placement: Literal["pack", "spread"] | None = None
-    queue: Name | None = None
-    tenant: Name | None = None
+    queue: Queue | None = None
+    tenant: Tenant | None = None
     priority: Annotated[int, Field(ge=0, le=9)] | None = None
     countdown: Seconds | None = None
     expires: Seconds | None = None
     unique: bool | None = None
-    after: list[Name] | None = None
+    after: list[JobId] | None = None
     limit: dict[str, int] | None = None
     rate: dict[str, str] | None = None
 
 
-class SubmitMany(Closed):
+class SubmitMany(Body):
     """Jobs to submit."""
 
     jobs: list[Submit] = Field(min_length=1, max_length=MAX_MANY)

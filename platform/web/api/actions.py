@@ -20,13 +20,14 @@ from celery_capacity.platform.web.http.problems import NotAllowed, NotConfirmed,
 from celery_capacity.platform.web.sources import PAGE, Sources
 from celery_capacity.routing.database.audit import Actor, Way
 from celery_capacity.routing.errors import InvalidRequest
+from celery_capacity.routing.model.identifiers import MAX_JOB_ID, MAX_WORKER_NAME
 from celery_capacity.routing.policy.pauses import Scope
 from celery_capacity.routing.store.controls import MAX_OPERATOR, tidy
 from celery_capacity.workers.client.cancel import matching
 from celery_capacity.workers.client.retry import failed_jobs
 
-JobId = Annotated[str, Path(max_length=300, description="an id, or its beginning")]
-WorkerName = Annotated[str, Path(max_length=300)]
+JobId = Annotated[str, Path(max_length=MAX_JOB_ID, description="an id")]
+WorkerName = Annotated[str, Path(max_length=MAX_WORKER_NAME)]
 
 
 def _actor(request: Request) -> Actor:

@@ -27,6 +27,7 @@ from celery_capacity.platform.web.http.problems import MEDIA_TYPE, wrong_paramet
 from celery_capacity.platform.web.prepared import Prepared, PreparedByKey, to_json
 from celery_capacity.platform.web.runs import MAX_RUNS, RUNS
 from celery_capacity.platform.web.sources import MAX_LINES, MAX_PAGE, PAGE, Sources
+from celery_capacity.routing.model.identifiers import MAX_JOB_ID
 from celery_capacity.routing.model.states import State
 from celery_capacity.workers.supervision import exposition
 
@@ -123,14 +124,16 @@ def _add_jobs(router: APIRouter, values: Values) -> None:
         return json_answer(await run_in_threadpool(values.sources.jobs, wanted, limit, cursor))
 
     @router.get("/jobs/{job_id}", **answers(models.JobDetail))
-    async def job(job_id: Annotated[str, Path(max_length=300, description="an id, or its beginning")]) -> Response:
+    async def job(
+        job_id: Annotated[str, Path(max_length=MAX_JOB_ID, description="an id, or its beginning")],
+    ) -> Response:
         """Return one job with its attempts, and why it waits."""
         document = await run_in_threadpool(values.sources.job, job_id)
         return json_answer(document.to_json())
 
     @router.get("/jobs/{job_id}/logs", **answers(models.LogLines))
     async def logs(
-        job_id: Annotated[str, Path(max_length=300, description="an id, or its beginning")],
+        job_id: Annotated[str, Path(max_length=MAX_JOB_ID, description="an id, or its beginning")],
         attempt: Annotated[int | None, Query(ge=0, lt=2**31, description="only lines of this attempt")] = None,
         after: Annotated[str | None, Query(max_length=64, description="the `cursor` of an earlier answer")] = None,
         limit: Annotated[int, Query(ge=1, le=MAX_LINES)] = MAX_LINES,

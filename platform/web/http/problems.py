@@ -12,6 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import compile_path
 
 from celery_capacity.platform.console.command import problem_of_store
 from celery_capacity.platform.web.prepared import to_json
@@ -101,9 +102,25 @@ def _on_purpose(_request: Request, error: Exception) -> Response:
     return problem_response(error.to_problem(), headers)
 
 
-def _of_http(_request: Request, error: Exception) -> Response:
+def _of_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return problem_response(plain_problem(error.status_code), dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers |= _allow(request)
+    return problem_response(plain_problem(error.status_code), headers)
+
+
+def _allow(request: Request) -> dict[str, str]:
+    """Return the header `Allow` of a path of the API; nothing for other paths.
+
+    The router names the methods of its first route only, and each method of a path is a route.
+    """
+    paths: dict[str, Any] = request.app.openapi()["paths"]
+    path = request.url.path
+    # A path without parameters comes before a template that matches it too.
+    templates = [path] if path in paths else [name for name in paths if compile_path(name)[0].match(path)]
+    methods = sorted({method.upper() for template in templates for method in paths[template]})
+    return {"Allow": ", ".join(methods)} if methods else {}
 
 
 def _of_input(_request: Request, error: Exception) -> Response:
