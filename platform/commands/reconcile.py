@@ -34,8 +34,8 @@ def command(context: click.Context, as_json: bool) -> None:
     from celery_capacity.platform.operations.controls import reconcile_stores
 
     stores = stores_of(context)
-    with command_bar("comparing both stores"):
-        done, rebuilt = reconcile_stores(stores, commanding())
+    with command_bar("compared jobs") as bar:
+        done, rebuilt = reconcile_stores(stores, commanding(), bar.show)
     if as_json:
         opened = None
         if rebuilt is not None:

@@ -16,6 +16,7 @@ from celery_capacity.workers.process.exit_codes import Exit
 
 if TYPE_CHECKING:
     from celery_capacity.platform.health_checks import Check
+    from celery_capacity.routing.inspect.audit import Progress
     from celery_capacity.routing.inspect.verify import Report
     from celery_capacity.routing.store.quarantine import Quarantined
     from celery_capacity.workers.process.stores import Stores
@@ -67,8 +68,8 @@ def command(context: click.Context, worker: str | None, as_json: bool) -> None:
     if not as_json:
         _show(results)
     if worker is None:
-        with command_bar("judging the invariants"):
-            report, why_not = _judge(stores)
+        with command_bar("judging the invariants: jobs") as bar:
+            report, why_not = _judge(stores, bar.show)
         quarantined = overview.quarantined(stores.engine)
     passed = sum(result.passed for result in results)
     good = passed == len(results) and (worker is not None or (report is not None and report.holds))
@@ -101,14 +102,15 @@ def command(context: click.Context, worker: str | None, as_json: bool) -> None:
     context.exit(Exit.OK if good else Exit.FAILED)
 
 
-def _judge(stores: Stores) -> tuple[Report | None, str | None]:
+def _judge(stores: Stores, progress: Progress) -> tuple[Report | None, str | None]:
     """Return the invariants, or why they cannot be judged: both stores are needed."""
     from celery_capacity.routing.database import deadlines
     from celery_capacity.routing.inspect import verify
 
     try:
         with deadlines.patiently(stores.settings.store_timeout * deadlines.LONG):
-            return verify.check(stores.engine, stores.redis, write_within=stores.settings.write_within), None
+            seconds = stores.settings.write_within
+            return verify.check(stores.engine, stores.redis, write_within=seconds, progress=progress), None
     except StoreUnavailable as error:
         return None, error.message
 

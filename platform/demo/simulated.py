@@ -16,7 +16,7 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Rules
 from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, Rule, Sharing, mean_time, tenant_of, tenant_term
-from celery_capacity.routing.simulation.expectations import SOURCES, Expectations
+from celery_capacity.routing.simulation.expectations import SOURCES, Counted, Expectations
 from celery_capacity.routing.simulation.jobs import Submission
 from celery_capacity.routing.simulation.shares import Shares
 from celery_capacity.routing.simulation.simulation import simulate
@@ -185,28 +185,13 @@ def _capacity(spec: WorkerSpec) -> Mapping[str, int]:
     return {name: amount for name, amount in amounts.items() if amount}
 
 
-@dataclass(frozen=True)
-class _Counted:
-    """Source of expected run times that says when a job has ended."""
-
-    source: Expectations
-    ended: Callable[[], object]
-
-    def expected(self, submission: Submission) -> int:
-        return self.source.expected(submission)
-
-    def learn(self, submission: Submission) -> None:
-        self.source.learn(submission)
-        self.ended()
-
-
 def run(case: Case, rules: Rules, expected: str, ended: Callable[[], object] | None = None) -> Simulated:
     """Simulate a trace. `expected`: the source of expected run times, one of `SOURCES`. Raise InvalidRequest.
 
     At least one job must find a worker that is large enough. `ended` is called when a job has ended.
     """
     source: Expectations = SOURCES[expected]()
-    counted = source if ended is None else _Counted(source, ended)
+    counted = source if ended is None else Counted(source, ended)
     simulation = simulate(case.jobs, case.books, rules, counted, case.shares)
     starts = simulation.starts
     if not starts:

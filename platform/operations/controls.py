@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from celery_capacity.platform.operations.auditing import audited
 from celery_capacity.routing.database import deadlines
 from celery_capacity.routing.database.audit import Actor, Outcome
 from celery_capacity.routing.database.postgres_errors import translated
+from celery_capacity.routing.inspect.audit import Progress
 from celery_capacity.routing.policy.pauses import Scope
 from celery_capacity.routing.recovery import rebuild, reconcile
-from celery_capacity.routing.recovery.drift import Reconciled
+from celery_capacity.routing.recovery.drift import Reconciled, jobs_to_compare
 from celery_capacity.routing.recovery.rebuild import Rebuilt
 from celery_capacity.routing.store import quarantine
 from celery_capacity.routing.store.controls import target_of
@@ -65,15 +66,30 @@ def resume(stores: Stores, actor: Actor, scope: Scope) -> PauseOrder:
         return order
 
 
-def reconcile_stores(stores: Stores, actor: Actor) -> tuple[Reconciled, Rebuilt | None]:
-    """Make the ledger equal Postgres; open it first where it is cold. Return what differed, and what was opened."""
+def reconcile_stores(
+    stores: Stores, actor: Actor, progress: Progress | None = None
+) -> tuple[Reconciled, Rebuilt | None]:
+    """Make the ledger equal Postgres; open it first where it is cold. Return what differed, and what was opened.
+
+    `progress`: called with the number of compared jobs, of how many, after each chunk of them.
+    """
     with audited(stores, actor, "reconcile", ["platform"]) as note:
         with deadlines.patiently(stores.settings.store_timeout * deadlines.LONG):
             rebuilt = rebuild.open_if_cold(stores.engine, stores.ledger)
-            done = reconcile.reconcile(stores.engine, stores.ledger)
+            observer = None if progress is None else _of_how_many(progress, _jobs_to_compare(stores))
+            done = reconcile.reconcile(stores.engine, stores.ledger, observer)
         note.outcome = Outcome.DONE if done.all_repaired else Outcome.PARTLY
         note.details |= done.counts()
         return done, rebuilt
+
+
+def _of_how_many(progress: Progress, total: int) -> Callable[[int], object]:
+    return lambda done: progress(done, total)
+
+
+def _jobs_to_compare(stores: Stores) -> int:
+    with translated("nothing was compared: "), stores.engine.connect() as connection:
+        return jobs_to_compare(connection)
 
 
 def drop_quarantined(stores: Stores, actor: Actor, ids: Sequence[int]) -> int:

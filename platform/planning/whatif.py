@@ -80,11 +80,13 @@ def command(
         today = read_today(quick_client(stores.redis), connection, stores.settings)
     _check_names(today, add, remove)
     after = None
-    with command_bar("simulating"):
-        as_is = forecast.outcome(today.cluster, today.rules)
-        if add or remove or depth is not None:
+    jobs, changes = len(today.cluster.running) + len(today.cluster.waiting), add or remove or depth is not None
+    with command_bar("simulated jobs", 2 * jobs if changes else jobs) as bar:
+        as_is = forecast.outcome(today.cluster, today.rules, bar.advance)
+        if changes:
             rules = today.rules if depth is None else replace(today.rules, depth=depth)
-            after = forecast.outcome(forecast.changed(today.cluster, list(books_of(add).values()), remove), rules)
+            other = forecast.changed(today.cluster, list(books_of(add).values()), remove)
+            after = forecast.outcome(other, rules, bar.advance)
     if as_json:
         change = {"add": [spec.name for spec in add], "remove": list(remove), "depth": depth}
         print_json(_json(today, change, as_is, after))

@@ -9,7 +9,7 @@ A worker's book and the jobs that it holds are read in one transaction, so sums 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
@@ -31,6 +31,8 @@ CHUNK: Final = 500
 MAX_VIOLATIONS: Final = 1000
 
 _T = TypeVar("_T")
+#: Observer of work: called with the steps that are done, of how many.
+Progress = Callable[[float, float | None], object]
 
 
 class Suspicion(NamedTuple):
@@ -149,8 +151,8 @@ def read_postgres(connection: Connection) -> PostgresReading:
 # -------------------------------------------------------------------------------------------------------
 
 
-def read_ledger(client: redispy.Redis) -> LedgerReading:
-    """Read everything that the ledger holds. Raises RedisError."""
+def read_ledger(client: redispy.Redis, progress: Progress | None = None) -> LedgerReading:
+    """Read everything that the ledger holds. Raises RedisError. `progress`: called after each chunk of jobs."""
     ledger = LedgerReading(snapshot.read_head(client))
     families = _scan(client, ledger)
     workers = sorted(ledger.head.leases.keys() | families["book"] | families["held"])
@@ -175,6 +177,8 @@ def read_ledger(client: redispy.Redis) -> LedgerReading:
     job_ids.update(job for queue in ledger.waits.values() for job, _ in queue)
     for chunk in _chunks(sorted(job_ids)):
         ledger.cards.update(snapshot.read_cards(client, chunk))
+        if progress is not None:
+            progress(len(ledger.cards), len(job_ids))
     ledger.use = indexes.read_use(client)
     _read_expiries(client, ledger)
     return ledger

@@ -30,7 +30,7 @@ from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.forecast import record
 from celery_capacity.routing.forecast.record import Errors
 from celery_capacity.routing.inspect import audit, held_back
-from celery_capacity.routing.inspect.audit import Suspicion
+from celery_capacity.routing.inspect.audit import Progress, Suspicion
 
 #: Seconds after which a suspicion that stays is a violation. Longer than a rebuild waits for the workers (2 s), and far
 #: longer than an outcome takes to reach Postgres.
@@ -95,15 +95,17 @@ def check(
     at_rest: bool | None = None,
     patience: float | None = None,
     write_within: float = WRITE_WITHIN,
+    progress: Progress | None = None,
 ) -> Report:
     """Judge the invariants. `at_rest`: judge as at rest or not; None: find out.
 
     `write_within`: seconds after which Postgres has every transition that the ledger noted, while a worker lives.
+    `progress`: called in the first reading, with the jobs that are read, of how many.
     Returns at once where there is no suspicion, and after `patience` seconds (default PATIENCE) where one stays. Raises
     StoreUnavailable where a store does not answer: its content cannot be judged.
     """
     patience = PATIENCE if patience is None else patience
-    suspicions, resting = _read(engine, client, at_rest, write_within)
+    suspicions, resting = _read(engine, client, at_rest, write_within, progress)
     end = time.monotonic() + patience
     while suspicions and time.monotonic() < end:
         time.sleep(PAUSE)
@@ -114,13 +116,17 @@ def check(
 
 
 def _read(
-    engine: Engine, client: redispy.Redis, at_rest: bool | None, write_within: float
+    engine: Engine,
+    client: redispy.Redis,
+    at_rest: bool | None,
+    write_within: float,
+    progress: Progress | None = None,
 ) -> tuple[set[Suspicion], bool]:
     try:
         with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
             rows = audit.read_postgres(connection)
             held = {audit.Suspicion("I6", difference) for difference in held_back.differences(connection, client)}
-        ledger = audit.read_ledger(client)
+        ledger = audit.read_ledger(client, progress)
     except (DBAPIError, PoolTimeout) as error:
         raise translate(error) from error
     except RedisError as error:

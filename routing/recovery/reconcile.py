@@ -13,7 +13,7 @@ step: then the entry was lost with the stream, and Postgres is brought forward.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -135,9 +135,9 @@ def _ended_by(card: JobCard) -> Step:
     return Step.ENDED if card.outcome is not None else Step.DROPPED
 
 
-def reconcile(engine: Engine, ledger: Ledger) -> Reconciled:
+def reconcile(engine: Engine, ledger: Ledger, observer: Callable[[int], object] | None = None) -> Reconciled:
     """Make one pass over everything. Raises `LedgerClosed` for a cold ledger: there is nothing to compare then."""
-    result = Reconciled()
+    result = Reconciled(observer=observer)
     try:
         with engine.connect() as connection:
             authority = read_authority(connection)
@@ -185,9 +185,9 @@ def _rows_against_ledger(connection: Connection, ledger: Ledger, result: Reconci
                 break
             after = last
             ids = [row.partition(" ")[0] for row in rows.split("\n")]
-            result.checked += len(ids)
             compared.update(ids)
             _look_at(connection, ledger, ledger.compare_jobs(rows), result)
+            result.count(len(ids))
     return compared
 
 

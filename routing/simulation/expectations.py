@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from celery_capacity.routing.simulation.jobs import Submission
@@ -71,6 +72,23 @@ class Learned:
         """Remember a run time."""
         for key in _keys(submission):
             self._times[key].append(submission.run)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Source of expected run times that says when a job has ended."""
+
+    source: Expectations
+    ended: Callable[[], object]
+
+    def expected(self, submission: Submission) -> int:
+        """Return the expected run time of the source."""
+        return self.source.expected(submission)
+
+    def learn(self, submission: Submission) -> None:
+        """Tell the source and the observer."""
+        self.source.learn(submission)
+        self.ended()
 
 
 def _keys(submission: Submission) -> tuple[tuple[str, str], ...]:

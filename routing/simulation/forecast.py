@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from statistics import median_low
@@ -18,7 +18,7 @@ from celery_capacity.routing.model.request import alternatives_term
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Held, Rules, expected_end
 from celery_capacity.routing.policy.tenants import tenant_of
-from celery_capacity.routing.simulation.expectations import Unknown
+from celery_capacity.routing.simulation.expectations import Counted, Unknown
 from celery_capacity.routing.simulation.jobs import Queued, Running
 from celery_capacity.routing.simulation.shares import Shares
 from celery_capacity.routing.simulation.simulation import Simulation
@@ -92,12 +92,16 @@ def leaves_out_reservations(cluster: Cluster, rules: Rules) -> bool:
     return rules.depth > 0 and len(cluster.books) * (len(cluster.running) + len(cluster.waiting)) > MAX_WORK
 
 
-def forecast(cluster: Cluster, rules: Rules, until: str = "") -> Simulation:
-    """Return the simulation of a cluster: until a job has started, or until all that can start have ended."""
+def forecast(cluster: Cluster, rules: Rules, until: str = "", ended: Callable[[], object] | None = None) -> Simulation:
+    """Return the simulation of a cluster: until a job has started, or until all that can start have ended.
+
+    `ended` is called when a job has ended.
+    """
     if leaves_out_reservations(cluster, rules):
         rules = Rules(depth=0)
     shares = None if cluster.shares is None else replace(cluster.shares, now=cluster.now)
-    simulation = Simulation(dict(cluster.books), rules, Unknown(), now=cluster.now, shares=shares)
+    expectations = Unknown() if ended is None else Counted(Unknown(), ended)
+    simulation = Simulation(dict(cluster.books), rules, expectations, now=cluster.now, shares=shares)
     simulation.begin(cluster.running, cluster.waiting)
     simulation.advance(until)
     return simulation
@@ -213,9 +217,12 @@ def changed(cluster: Cluster, add: Sequence[Book] = (), remove: Sequence[str] = 
     return replace(cluster, books=books, shares=replace(cluster.shares, sharing=sharing))
 
 
-def outcome(cluster: Cluster, rules: Rules) -> Outcome:
-    """Return how long each waiting job of a cluster waits from now on, if no job comes later."""
-    started = {start.job: start.started - cluster.now for start in forecast(cluster, rules).starts}
+def outcome(cluster: Cluster, rules: Rules, ended: Callable[[], object] | None = None) -> Outcome:
+    """Return how long each waiting job of a cluster waits from now on, if no job comes later.
+
+    `ended` is called when a job has ended.
+    """
+    started = {start.job: start.started - cluster.now for start in forecast(cluster, rules, ended=ended).starts}
     kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     tenants: dict[str, list[str]] = defaultdict(list)
     for queued in cluster.waiting:

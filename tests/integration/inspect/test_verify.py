@@ -70,8 +70,8 @@ def test_suspicion_of_a_slow_reading_is_read_again(stage: Stage, monkeypatch: py
     read, held = audit.read_ledger, stage.redis.hset(keys.book("a"), "a.cpus", 1000)
     readings: list[audit.LedgerReading] = []
 
-    def read_slowly(client: redis.Redis) -> audit.LedgerReading:
-        readings.append(read(client))
+    def read_slowly(client: redis.Redis, progress: audit.Progress | None) -> audit.LedgerReading:
+        readings.append(read(client, progress))
         if len(readings) == 1:
             time.sleep(2 * BRIEFLY)
             stage.redis.hset(keys.book("a"), "a.cpus", 0)
