@@ -1,4 +1,4 @@
-"""The settings of what people look at: the dashboard, the audit of operators, and the logs."""
+"""The settings of what people look at: the dashboard, the audit of operators, the logs and the traces."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from celery_capacity.routing.config.meaning import setting as _setting
 
 @dataclass(frozen=True, repr=False)
 class DashboardSettings:
-    """Where the dashboard listens, who may read there and who may act, and what is logged and kept."""
+    """Where the dashboard listens, who may read there and who may act, and what is logged, traced and kept."""
 
     dashboard: tuple[str, int] = _setting(
         "PLATFORM_DASHBOARD",
@@ -57,4 +57,12 @@ class DashboardSettings:
         setting_values.kept_lines,
         default=0,
         unit="lines",
+    )
+    traces: bool = _setting(
+        "PLATFORM_TRACES",
+        "Make spans of jobs by OpenTelemetry, and carry their context in the messages. It needs the extra `otel`.",
+        setting_values.traces,
+        default=False,
+        unit="on or off",
+        shown="off",
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 from sqlalchemy import make_url
@@ -185,6 +186,24 @@ def switch(value: str, env: str) -> bool:
     if value.lower() not in ("on", "off"):
         raise _wrong(env, value, f"{env} must be on or off.")
     return value.lower() == "on"
+
+
+def traces(value: str, env: str) -> bool:
+    """Return True for `on`, False for `off`. Traces need OpenTelemetry."""
+    is_on = switch(value, env)
+    if is_on and not _is_installed("opentelemetry.propagate"):
+        right = "Run `pip install 'celery-capacity[otel]'`, or leave the variable out."
+        raise InvalidRequest(
+            f"{env}={show(value)} needs OpenTelemetry, which is not installed", value=value, advice=right
+        )
+    return is_on
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its package is missing
+        return False
 
 
 def lifetime(value: str, env: str) -> float | datetime:

@@ -27,6 +27,8 @@ from celery_capacity.routing.model.token import Token
 HEADER: Final = "capacity_request"
 #: Key in that header: the time that the job was put off to. Its task sees the time as `self.request.eta`.
 ETA: Final = "eta"
+#: Header, where traces are on: the time at which the message was made, in milliseconds of its sender's clock.
+ACCEPTED: Final = "capacity_accepted_ms"
 #: Header that names the sender.
 SENDER: Final = "origin"
 #: Prefix of the names of the platform's own messages (ticks), which make no job.

@@ -30,8 +30,8 @@ FOLDERS = {
         "forecast", "inspect",
     ),
     "workers": (
-        "display", "dispatch", "process", "supervision", "broker", "submit", "results", "logs", "client", "membership",
-        "retention", "duties", "learning", "runner", "settle", "execute", "app",
+        "display", "dispatch", "process", "traces", "supervision", "broker", "submit", "results", "logs", "client",
+        "membership", "retention", "duties", "learning", "runner", "settle", "execute", "app",
     ),
 }  # fmt: skip
 #: Imported by nobody but Celery: it hands over to the app that a command names.

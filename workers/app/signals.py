@@ -36,6 +36,7 @@ from celery_capacity.workers.process.fork_safety import guard_children
 from celery_capacity.workers.process.identity import Identity, name_of, nodename_of
 from celery_capacity.workers.process.stores import stores_of
 from celery_capacity.workers.results import running_workers
+from celery_capacity.workers.traces import worker as traces
 
 #: Given by name, as Celery finds it: a process that only submits never loads it.
 CONSUMER: Final = "celery_capacity.workers.execute.consumer:consumer_class"
@@ -64,6 +65,7 @@ def connect() -> None:
         (signals.worker_shutdown, on_worker_shutdown),
         (signals.beat_init, on_beat_init),
         (signals.worker_process_shutdown, kept_lines.on_worker_process_shutdown),
+        (signals.worker_process_shutdown, traces.flush_traces),
         (signals.after_setup_logger, json_lines.on_after_setup_logger),
         (signals.after_setup_task_logger, json_lines.on_after_setup_logger),
     ):
@@ -141,6 +143,9 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
             _unnamed.setdefault(sender.hostname, runtime)
         sender.platform_runtime = runtime
         kept_lines.begin(stores, identity.incarnation)
+        if stores.settings.traces:
+            of_worker = traces.WorkerTraces(identity.name, runtime.holdings, runtime.ledger.now_ms)
+            traces.begin(identity.incarnation, of_worker)
         sender.start = partial(_run, sender, runtime, sender.start)
         _workers.add(sender)
 
@@ -150,6 +155,7 @@ def _run(worker: Any, runtime: Runtime, start: Any) -> None:
         runtime.run(start)
     finally:
         kept_lines.end(runtime.identity.incarnation)
+        traces.end(runtime.identity.incarnation)
         # A worker in a thread of a test process ends without its process.
         if abandoned(worker.pool) and threading.current_thread() is threading.main_thread():
             end_process(worker, EX_OK)

@@ -17,6 +17,7 @@ from celery_capacity.workers.execute.gevent_pool import Killed, was_killed
 from celery_capacity.workers.logs import kept_lines
 from celery_capacity.workers.process.attempts import Attempt, held
 from celery_capacity.workers.process.progress import write_last
+from celery_capacity.workers.traces import worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,9 @@ class TracedPool:
         return getattr(self._pool, name)
 
     def apply_async(self, trace: Callable[..., Any], args: tuple[Any, ...], **options: Any) -> Any:
+        traces = worker.of(self._incarnation)
+        if traces is not None:
+            trace = traces.around(self._tag, trace, args)
         return self._pool.apply_async(traced, args=(self._tag, self._incarnation, trace, *args), **options)
 
 

@@ -41,6 +41,7 @@ from celery_capacity.workers.process import attempts
 from celery_capacity.workers.process.waiting_for_stores import may_pass
 from celery_capacity.workers.results.chord_rows import RowChords
 from celery_capacity.workers.results.row_results import payload
+from celery_capacity.workers.traces import worker as traces
 
 logger = logging.getLogger(__name__)
 
@@ -118,12 +119,13 @@ class CarriedResults:
         kept = {name: getattr(request, name, None) for name in _CHORD}
         kept["delivery_info"] = {"priority": (request.delivery_info or {}).get("priority")}
         encoded = self.encode_result(result, state)  # type: ignore[attr-defined]
+        context = {"trace": carrier} if (carrier := traces.injected()) else {}
         attempt.outbox.results.append(
             {
                 "chord": request.id,
                 "group": kept["group"],
                 "state": state,
-                **self._packed({"request": kept, "result": encoded}),
+                **self._packed({"request": kept, "result": encoded, **context}),
             }
         )
         return None
@@ -173,7 +175,7 @@ class CarriedResults:
         """Count a chord part. The caller is patient (`attempts.Attempt`), since the last part publishes the body."""
         kept = self._unpacked(note)
         request = Context(kept["request"], called_directly=False)
-        with _current(self.app, request):
+        with _current(self.app, request), traces.continuing(kept.get("trace")):
             self.on_chord_part_return(request, note["state"], kept["result"])
 
     def _packed(self, data: Any) -> dict[str, str]:

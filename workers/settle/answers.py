@@ -38,6 +38,7 @@ from celery_capacity.workers.process.holdings import Holding
 from celery_capacity.workers.process.service import LookingService
 from celery_capacity.workers.settle.lost_keys import LostKeys
 from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds, left_by
+from celery_capacity.workers.traces import worker
 
 logger = logging.getLogger(__name__)
 
@@ -183,12 +184,14 @@ class Answers(LookingService):
 
     def _after_release(self, released: list[Released], ends: dict[tuple[str, Token], End]) -> list[Over]:
         """Make room for other jobs; return the attempts that are over, for `_endings`."""
-        over = []
+        over, traces = [], worker.of(self._identity.incarnation)
         for release in released:
             end = ends.get((release.end.job, release.end.token))
             if release.verdict is ReleaseVerdict.UNKNOWN and end is not None and self._keyless.takes(end):
                 continue
             holding = self._holdings.remove(release.end.job, release.end.token)
+            if traces is not None:
+                traces.stored(release.end)
             if release.state is None:
                 template = "job %s: attempt %s no longer held its lease; its end (%s) is refused"
                 logger.warning(template, release.end.job, release.end.token, release.end.outcome)

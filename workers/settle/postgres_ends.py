@@ -29,6 +29,7 @@ from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.process.claim_writer import running
 from celery_capacity.workers.process.holdings import Holding
 from celery_capacity.workers.process.stores import transactions
+from celery_capacity.workers.traces import worker
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +136,11 @@ class PostgresEnds:
         return True
 
     def _after(self, written: Written) -> None:
+        traces = worker.of(self._identity.incarnation)
         for end in written.ends:
             self._holdings.remove(end.ended.job, end.ended.token)
+            if traces is not None:
+                traces.stored(end.ended)
         for end in written.refused:
             logger.warning(
                 "job %s: attempt %s no longer held its lease; its end (%s) is refused",

@@ -35,6 +35,7 @@ from celery_capacity.workers.process.claim_writer import Arrival
 from celery_capacity.workers.settle.answers import RETRY_AFTER, Answers, Batch
 from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds
 from celery_capacity.workers.settle.settle_loop import LATE, MAX_BYTES, Flight, SettleLoop
+from celery_capacity.workers.traces import worker
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ class LedgerThread(Answers):
         """Note that an attempt is over. Return True for the first call, which counts, and False for later ones."""
         if not self._holdings.end(job, token):
             return False
+        if (traces := worker.of(self._identity.incarnation)) is not None:
+            traces.over(job, token)
         # Where a job is lost because its worker stops, another worker reports its end.
         is_told = outcome != Outcome.LOST or on_lost is not None
         ended = Ended(job, token, outcome, storable(error or "", ERROR_LENGTH), outbox, results, is_told)

@@ -7,6 +7,7 @@ no code behind it knows another one. Nothing here writes a row.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime, tzinfo
 from typing import Any, Final, NamedTuple
@@ -35,7 +36,7 @@ from celery_capacity.routing.model.expected import (
 )
 from celery_capacity.routing.model.identifiers import check_job_id, check_queue_name, check_tenant
 from celery_capacity.routing.model.job import NewJob
-from celery_capacity.routing.model.message import ETA, HEADER
+from celery_capacity.routing.model.message import ACCEPTED, ETA, HEADER
 from celery_capacity.routing.model.nesting import JSON, check_body, check_value
 from celery_capacity.routing.model.request import TENANT, Request, alternatives_term, check_alternatives, timed
 from celery_capacity.routing.policy.labels import place_of
@@ -153,11 +154,7 @@ class Encoder:
         run_time = run_time_of(wire, self.learned_of(wire.get("task"), request.shape, self._may_ask))
         shape = wire[HEADER]["shape"] = timed(request.shape + terms + _term_of(wire[HEADER]), run_time)
         due_at, expires_at = (check_zoned(wire.get(what), what, self._zone) for what in ("eta", "expires"))
-        # The broker's message is a doorbell: the row alone keeps the time, and the header tells it to the task.
-        wire[HEADER].pop(ETA, None)
-        eta, wire["eta"] = wire.get("eta"), None
-        if eta:
-            wire[HEADER][ETA] = str(eta)
+        self._note_times(wire)
         priority = check_priority(message.properties.get("priority"))
         # The attempt that publishes a retry or a replacement.
         publisher = wire.pop(ATTEMPT_HEADER, None)
@@ -192,6 +189,18 @@ class Encoder:
             key_limits=limited,
             priority_given=priority_given,
         )
+
+    def _note_times(self, wire: dict[str, Any]) -> None:
+        """Write into the headers since when the job waits. The broker's message is a doorbell, and has no ETA.
+
+        The row alone keeps the time that the job is put off to. The platform's header tells it to the task.
+        """
+        wire[HEADER].pop(ETA, None)
+        eta, wire["eta"] = wire.get("eta"), None
+        if eta:
+            wire[HEADER][ETA] = str(eta)
+        if self._stores.settings.traces:
+            wire[ACCEPTED] = round(time.time() * 1000)
 
     def _request(self, wire: dict[str, Any], queue: str) -> tuple[Request, str]:
         """Return the first alternative of a job, and the terms of its alternatives and its place.

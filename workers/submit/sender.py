@@ -35,6 +35,7 @@ from celery_capacity.workers.process.when_away import RowWriter
 from celery_capacity.workers.submit.constraints import Rates, until_written
 from celery_capacity.workers.submit.encode import Encoder, RawMessage
 from celery_capacity.workers.submit.validation import SameJob
+from celery_capacity.workers.traces import publishing
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +63,8 @@ class Sender:
 
         The job is durable on return.
         """
-        with self.in_time():
-            job = self.encode(body, **message)
+        with self.in_time(), publishing.sending(self._stores.settings, body, message) as traced:
+            job = self._encode(body, **traced)
             self.store(job, attempts.current())
         return job
 
@@ -76,6 +77,10 @@ class Sender:
 
     def encode(self, body: Any, **message: Any) -> NewJob:
         """Return the job of a message, and write nothing. Raises as `Encoder.encode` does, and `BacklogFull`."""
+        with publishing.sending(self._stores.settings, body, message, "create") as traced:
+            return self._encode(body, **traced)
+
+    def _encode(self, body: Any, **message: Any) -> NewJob:
         job = self.encoder.encode(body, **message)
         self.check_backlog(attempts.current(), job.shape)
         return job

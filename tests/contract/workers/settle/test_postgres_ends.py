@@ -9,6 +9,10 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from sqlalchemy import Engine, text
 
 from celery_capacity.routing.config.settings import Settings
@@ -26,6 +30,7 @@ from celery_capacity.workers.process.holdings import Holding, Holdings
 from celery_capacity.workers.process.identity import Identity
 from celery_capacity.workers.process.stores import make_engine
 from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds
+from celery_capacity.workers.traces import worker
 from tests.contract.routing.store.test_refused_transitions import refuse, set_aside
 from tests.fixtures.stores.staged import Stage
 
@@ -49,14 +54,19 @@ def late() -> list[tuple[str, Token, str]]:
 
 
 @pytest.fixture
+def identity() -> Identity:
+    return Identity("a")
+
+
+@pytest.fixture
 def ends(
-    stage: Stage, settings: Settings, holdings: Holdings, late: list[tuple[str, Token, str]]
+    stage: Stage, settings: Settings, holdings: Holdings, late: list[tuple[str, Token, str]], identity: Identity
 ) -> Iterator[PostgresEnds]:
     bounded = make_engine(str(settings.database_url))
     confirmation = Confirmation(bounded, 1.0, lambda: None)
     confirmation.ask()
     recorder: Any = Mock(call=lambda action: action())
-    context = WorkerContext(settings, bounded, stage.ledger, Identity("a"), confirmation, holdings, recorder)
+    context = WorkerContext(settings, bounded, stage.ledger, identity, confirmation, holdings, recorder)
     yield PostgresEnds(context, lambda: None, lambda: None, lambda _: None, lambda *left: late.append(left))
     bounded.dispose()
 
@@ -101,6 +111,30 @@ def test_end_wakes_all_workers_where_a_quota_may_hold_jobs_back(
         assert ends.settle(ended(stage, holdings, 1), deque())
         assert notified(stage, listening)
         connection.execute(text(f"UNLISTEN {CHANNEL}"))
+
+
+def test_end_makes_the_span_of_the_result_once_it_is_written(
+    stage: Stage, holdings: Holdings, ends: PostgresEnds, identity: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", provider)
+    pending = ended(stage, holdings, 1)
+    end = pending[0].ended
+    traces = worker.WorkerTraces("a", holdings, stage.ledger.now_ms)
+    monkeypatch.setitem(worker._workers, identity.incarnation, traces)
+    headers = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+    traces.around(f"{end.job}:{end.token}", print, ("render", end.job, headers))
+    traces.over(end.job, end.token)
+    assert exporter.get_finished_spans() == ()
+    assert ends.settle(pending, deque())
+    (span,) = exporter.get_finished_spans()
+    assert (span.name, span.parent and span.parent.span_id) == ("result", 0xB7AD6B7169203331)
+    assert span.attributes == {
+        "celery_capacity.attempt": end.token.attempt,
+        "celery_capacity.worker": "a",
+        "celery_capacity.outcome": "succeeded",
+    }
 
 
 def test_locked_row_holds_back_its_own_end_alone(

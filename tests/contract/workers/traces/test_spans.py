@@ -1,0 +1,173 @@
+"""Spans of submissions and bodies: their parents, what they say of errors, and the instrumentation beside them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import signals
+from celery.app.trace import build_tracer
+from celery.exceptions import Ignore, Reject, Retry
+from opentelemetry import trace
+from opentelemetry.instrumentation.celery import CeleryInstrumentor
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from celery_capacity.routing.model.message import ACCEPTED, ETA, HEADER
+from celery_capacity.workers.traces.spans import Admission, running, sending
+from tests.tasks.spanned import inner
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+CALLER = f"00-{TRACE}-b7ad6b7169203331-01"
+#: Nanoseconds of a second.
+SECOND = 1_000_000_000
+
+
+@pytest.fixture(autouse=True)
+def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", provider)
+    return exporter
+
+
+@pytest.fixture
+def instrumented() -> Iterator[None]:
+    """Have OpenTelemetry's instrumentation of Celery beside the platform's spans."""
+    instrumentor: Any = CeleryInstrumentor
+    instrumentor().instrument()
+    yield
+    instrumentor().uninstrument()
+
+
+def message(**headers: Any) -> dict[str, Any]:
+    return {"headers": {"id": "job-1", "task": "render", **headers}, "routing_key": "celery"}
+
+
+def admission(**changed: Any) -> Admission:
+    now = time.time_ns()
+    return Admission("a", 1, {"cpus": 2}, now - 2 * SECOND, now - SECOND)._replace(**changed)
+
+
+def run(body: Callable[..., Any] = lambda *_: (0, 7, 0.1), **headers: Any) -> Any:
+    return running(admission(), body, "render", "job-1", headers, b"[]", "application/json", "utf-8")
+
+
+def by_name(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
+    return {span.name: span for span in exporter.get_finished_spans()}
+
+
+def id_of(span: ReadableSpan) -> int:
+    assert span.context is not None
+    return int(span.context.span_id)
+
+
+def parent_of(span: ReadableSpan) -> int | None:
+    return span.parent and span.parent.span_id
+
+
+def test_submission_writes_its_context_and_leaves_the_callers_headers(exporter: InMemorySpanExporter) -> None:
+    original = message(traceparent=CALLER)
+    with sending(original, "render", "send", None, in_body=False) as sent:
+        carried = sent["headers"]["traceparent"]
+    span = by_name(exporter)["send render"]
+    assert carried == f"00-{TRACE}-{id_of(span):016x}-01"
+    assert original == message(traceparent=CALLER)
+    assert (parent_of(span), span.kind) == (0xB7AD6B7169203331, SpanKind.PRODUCER)
+
+
+def test_submission_of_a_body_continues_its_run(exporter: InMemorySpanExporter) -> None:
+    inherited = message(traceparent=CALLER, tracestate="a=1")
+    with (
+        trace.get_tracer("test").start_as_current_span("run") as current,
+        sending(inherited, "render", "send", None, in_body=True) as sent,
+    ):
+        assert "tracestate" not in sent["headers"]
+    assert parent_of(by_name(exporter)["send render"]) == current.get_span_context().span_id
+
+
+def test_refused_submission_is_an_error_without_secrets(exporter: InMemorySpanExporter) -> None:
+    with pytest.raises(ValueError, match="hunter2"), sending(message(), "render", "send", None, in_body=False):
+        raise ValueError("no: password=hunter2")
+    span = by_name(exporter)["send render"]
+    assert span.status.status_code is StatusCode.ERROR
+    assert [event.name for event in span.events] == ["exception"]
+    assert "hunter2" not in span.to_json()
+
+
+def test_run_without_a_context_is_the_root_of_the_time_before_it(exporter: InMemorySpanExporter) -> None:
+    headers: Any = {"traceparent": 7, HEADER: {"shape": "no shape"}}
+    assert run(**headers) == (0, 7, 0.1)
+    exported = by_name(exporter)
+    assert exported.keys() == {"run render", "admitted"}
+    assert parent_of(exported["run render"]) is None
+    assert parent_of(exported["admitted"]) == id_of(exported["run render"])
+    assert [event.name for event in exported["admitted"].events] == ["claimed"]
+
+
+@pytest.mark.parametrize("redelivered", [False, True])
+def test_wait_begins_at_the_time_that_the_job_was_put_off_to(exporter: InMemorySpanExporter, redelivered: bool) -> None:
+    accepted = time.time_ns() // 1_000_000 - 60_000
+    due = "2026-12-01T00:00:00+00:00" if redelivered else "2001-01-01T00:00:00+00:00"
+    headers: Any = {ACCEPTED: accepted, HEADER: {ETA: due}, "delivery_info": {"redelivered": redelivered}}
+    run(traceparent=CALLER, **headers)
+    waiting = by_name(exporter).get("waiting")
+    assert (waiting is None) == redelivered
+    assert waiting is None or waiting.start_time == accepted * 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "events"),
+    [
+        (ValueError("password=hunter2"), StatusCode.ERROR, 1),
+        (Reject("unwanted"), StatusCode.ERROR, 1),
+        (Retry("later", exc=OSError("busy")), StatusCode.UNSET, 1),
+        (Ignore(), StatusCode.UNSET, 0),
+    ],
+    ids=["failure", "reject", "retry", "ignore"],
+)
+def test_run_tells_how_its_body_ended(
+    exporter: InMemorySpanExporter, error: Exception, status: StatusCode, events: int
+) -> None:
+    ended = (1, SimpleNamespace(exception=error, traceback="in render, password=hunter2"), 0.1)
+    assert run(lambda *_: ended, traceparent=CALLER) == ended
+    span = by_name(exporter)["run render"]
+    assert (span.status.status_code, len(span.events)) == (status, events)
+    assert "hunter2" not in span.to_json()
+
+
+def test_run_that_is_broken_off_is_an_error(exporter: InMemorySpanExporter) -> None:
+    def body(*_: Any) -> Any:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        run(body, traceparent=CALLER)
+    assert by_name(exporter)["run render"].status.status_code is StatusCode.ERROR
+
+
+def test_instrumentation_has_the_spans_of_the_call_and_of_the_body(
+    exporter: InMemorySpanExporter, instrumented: None
+) -> None:
+    headers = {**message()["headers"], "task": inner.name}
+    signals.before_task_publish.send(sender=inner.name, body=[], headers=headers, exchange="", routing_key="celery")
+    with sending({"headers": headers, "routing_key": "celery"}, inner.name, "send", None, in_body=False) as sent:
+        assert sent["headers"]["traceparent"] == headers["traceparent"]
+    signals.after_task_publish.send(sender=inner.name, body=[], headers=headers, exchange="", routing_key="celery")
+    tracer = build_tracer(inner.name, inner, app=inner.app)
+
+    def body(_: Any, job: str, request: Any, *__: Any) -> Any:
+        tracer(job, (7,), {}, request)
+        return 0, "7", 0.1
+
+    running(admission(), body, inner.name, "job-1", headers, b"[]", "application/json", "utf-8")
+    exported = by_name(exporter)
+    call, mine, theirs = (exported[f"{name}{inner.name}"] for name in ("apply_async/", "run ", "run/"))
+    assert (call.kind, mine.kind, theirs.kind) == (SpanKind.PRODUCER, SpanKind.INTERNAL, SpanKind.CONSUMER)
+    assert (parent_of(mine), parent_of(theirs)) == (id_of(call), id_of(mine))
+    assert f"send {inner.name}" not in exported
