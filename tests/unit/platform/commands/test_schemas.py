@@ -15,6 +15,7 @@ from celery_capacity.platform.web.http import problems
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.model.reasons import EXPLAINED, Refusal
 from celery_capacity.routing.model.states import State
+from celery_capacity.routing.policy.pauses import Kind
 from tests.fixtures.documents.shapes import SCHEMAS, assert_shape, commands, prints_json, schema
 from tests.fixtures.processes.platforms import ROOT
 
@@ -87,6 +88,13 @@ def test_the_words_of_the_schemas_are_those_of_the_code() -> None:
     reasons = schema("jobs")["$defs"]["quarantine"]["properties"]["reasons"]["items"]["properties"]["reason"]
     assert reasons["enum"] == [refusal.word for refusal in Refusal if refusal.startswith("set_aside.")]
     assert schema("job")["properties"]["why"]["properties"]["why"]["enum"] == [why.value for why in EXPLAINED]
+
+
+@pytest.mark.parametrize("name", ["backlog", "cluster", "job", "pause", "resume", "top"])
+def test_schema_knows_each_kind_of_pause(name: str) -> None:
+    kinds = [part["enum"] for _, part in parts(schema(name)) if Kind.PLATFORM in part.get("enum", [])]
+    assert kinds
+    assert all(words == [kind.value for kind in Kind] for words in kinds)
 
 
 def documented() -> Iterator[tuple[str, str]]:
