@@ -303,3 +303,37 @@ def test_bar_ends_though_its_end_is_written_late(history: History, visitor: Visi
     history.stage.submit(cpus=4000)
     expect(page.locator("#chart")).to_have_attribute("data-runs", "2")
     expect(page.locator("#chart")).to_have_attribute("data-open", "1")
+
+
+#: Draw 10,000 short runs of a worker, then a little later, then far later; return how many rectangles each time took.
+DRAWN = """async () => {
+  const { AXIS, GAP, draw, palette } = await import("/static/draw.js");
+  const { rowsOf, stack } = await import("/static/layout.js");
+  const runs = Array.from({ length: 10000 }, (_, n) => (
+    { job: `job-${n}`, task: "task", worker: "a", cpus: 1, outcome: "succeeded", start: n * 100, end: n * 100 + 90 }));
+  const rows = rowsOf(runs, [{ name: "a", cpus: 4 }], "");
+  stack(rows, 300 - AXIS, GAP);
+  const canvas = Object.assign(document.createElement("canvas"), { width: 1100, height: 300 });
+  const context = canvas.getContext("2d");
+  const colours = palette();
+  const view = { begin: 0, end: 1e6, now: 2e6, scroll: 0 };
+  const size = { width: 1100, height: 300, gutter: 100, ratio: 1, cpus: "CPUs",
+    x: (time) => 100 + ((time - view.begin) * 1000) / (view.end - view.begin) };
+  let drawn = 0;
+  const fillRect = CanvasRenderingContext2D.prototype.fillRect;
+  CanvasRenderingContext2D.prototype.fillRect = function (...box) { drawn += 1; fillRect.apply(this, box); };
+  return [0, 1e5, 9e5].map((later) => {
+    Object.assign(view, { begin: later, end: later + 1e6 });
+    drawn = 0;
+    draw(context, size, rows, view, null, colours);
+    return drawn;
+  });
+}"""
+
+
+def test_chart_joins_thin_bars_and_moves_what_it_has_drawn(visitor: Visitor) -> None:
+    first, moved, beyond = visitor.visit("/tasks").evaluate(DRAWN)
+    # A rectangle for each column of pixels, and the row itself.
+    assert 1000 <= first <= 1002
+    assert moved == 0
+    assert 100 <= beyond < first

@@ -48,8 +48,9 @@ function redraw() {
 function measure() {
   const { width, height } = canvas.getBoundingClientRect();
   const ratio = window.devicePixelRatio || 1;
-  canvas.width = Math.round(width * ratio);
-  canvas.height = Math.round(height * ratio);
+  const [wide, high] = [Math.round(width * ratio), Math.round(height * ratio)];
+  // A canvas that gets a size loses its picture, even where that is its size.
+  if (canvas.width !== wide || canvas.height !== high) Object.assign(canvas, { width: wide, height: high });
   const gutter = gutterOf(context, rows, width, colours.font);
   const x = (time) => gutter + ((time - view.begin) * (width - gutter)) / (view.end - view.begin);
   if (height !== size.height) view.whole = stack(rows, height - AXIS, GAP);
