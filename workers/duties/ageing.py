@@ -13,14 +13,16 @@ from celery_capacity.routing.database import ageing
 from celery_capacity.routing.store import controls
 from celery_capacity.workers.process.stores import Stores, transactions
 
+#: Seconds between two passes where ageing is off. Each runner makes one as it begins, and there is nothing more to do.
+OFF: Final = 86400.0
 #: Seconds after which a pass ends, though more jobs have come to a step. The next pass goes on there.
 SECONDS: Final = 1.0
 
 
 def pause(settings: Settings) -> float:
-    """Return the seconds between two passes: a tenth of a step, within those of other duties."""
+    """Return the seconds between two passes: a tenth of a step, within those of other duties, or `OFF`."""
     lowest, highest = settings.due_interval, settings.sweep_interval
-    return min(highest, max(lowest, settings.ageing / ageing.MARKS)) if settings.ageing else highest
+    return min(highest, max(lowest, settings.ageing / ageing.MARKS)) if settings.ageing else OFF
 
 
 def run_once(app: Celery, stores: Stores) -> dict[str, int]:

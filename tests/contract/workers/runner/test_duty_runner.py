@@ -134,6 +134,14 @@ def test_duty_that_fails_is_tried_again_sooner_than_its_interval(stage: Stage, r
     assert first < runner._next_at[reconcile.name] - time.monotonic() <= interval
 
 
+def test_ageing_that_is_off_is_looked_at_once_by_each_runner(runner: Runner) -> None:
+    runner._begin()
+    assert "ageing" in {duty.name for duty in runner._due()}
+    runner._next_at = {name: at - 3600 for name, at in runner._next_at.items()}
+    names = {duty.name for duty in runner._due()}
+    assert ("ageing" in names, "sweep" in names) == (False, True)
+
+
 @pytest.mark.parametrize("alive", [True, False])
 def test_runner_is_asked_to_compare_where_a_book_was_lost(stage: Stage, runner: Runner, alive: bool) -> None:
     job = stage.submit(cpus=1000)
