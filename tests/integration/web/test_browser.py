@@ -179,6 +179,19 @@ def test_page_has_no_fault_in_language_and_scheme(
     assert visitor.troubles == []
 
 
+def test_wide_screen_has_more_columns_and_lines_that_stay_readable(stage: Stage, visitor: Visitor) -> None:
+    for name in "abcdef":
+        stage.worker(name, cpus=1000)
+    visitor.page.set_viewport_size({"width": 3840, "height": 2160})
+    page = visitor.visit("/")
+    lefts = "[...document.querySelectorAll('.worker')].map(card => card.getBoundingClientRect().x)"
+    page.wait_for_function(f"new Set({lefts}).size >= 5")
+    page = visitor.visit("/runs")
+    width = "element => element.getBoundingClientRect().width"
+    assert page.locator("#chart").evaluate(width) > 3500
+    assert page.locator("#keys").evaluate(width) < 1500
+
+
 def test_page_of_unknown_job_is_live_once_it_was_read_again(stage: Stage, visitor: Visitor) -> None:
     visitor.page.add_init_script(
         "addEventListener('live', () => { document.documentElement.dataset.read = 'yes'; }, true)"

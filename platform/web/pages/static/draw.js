@@ -16,11 +16,14 @@ const STEPS = [1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 4320
 export function palette() {
   const style = getComputedStyle(document.documentElement);
   const colour = (name) => style.getPropertyValue(`--${name}`).trim();
+  // Text grows with that of the page, which is larger on a wide screen.
+  const text = Math.max(12, Math.round(0.75 * parseFloat(style.fontSize)));
   const tasks = Array.from({ length: COLOURS }, (_, number) => colour(`c${number}`));
   return {
     tasks: tasks.map((task) => SHADES.map((share) => mixed(task, colour("track"), share))),
     ...Object.fromEntries(["ink", "soft", "line", "track", "card", "alarm", "busy"].map((name) => [name, colour(name)])),
-    font: `12px ${getComputedStyle(document.body).fontFamily}`,
+    text,
+    font: `${text}px ${getComputedStyle(document.body).fontFamily}`,
   };
 }
 
@@ -37,7 +40,7 @@ export function gutterOf(context, rows, width, font) {
     context.font = font;
     measured = { rows, font, longest: rows.reduce((most, row) => Math.max(most, context.measureText(row.name).width), 52) };
   }
-  return Math.min(measured.longest + 14, 200, width * 0.25);
+  return Math.min(measured.longest + 14, Math.max(200, width * 0.08), width * 0.25);
 }
 
 function clock(time, step) {
@@ -56,7 +59,7 @@ function shortened(context, text, width) {
 }
 
 function axis(context, view, colours, size) {
-  const wide = (seconds) => (seconds * 1000 * (size.width - size.gutter)) / (view.end - view.begin) >= 76;
+  const wide = (seconds) => (seconds * 1000 * (size.width - size.gutter)) / (view.end - view.begin) >= 6.4 * colours.text;
   const step = STEPS.find(wide) ?? STEPS.at(-1);
   const zone = new Date(view.begin).getTimezoneOffset() * 60000;
   const every = step * 1000;
@@ -205,7 +208,7 @@ export function draw(context, size, rows, view, cursor, colours) {
     context.fillStyle = colours.ink;
     context.fillText(shortened(context, row.name, size.gutter - 12), 2, y + Math.min(height / 2, 10) + 2);
     context.fillStyle = colours.soft;
-    if (row.cpus && height >= 28) context.fillText(`${row.cpus} ${size.cpus}`, 2, y + Math.min(height / 2, 10) + 16);
+    if (row.cpus && height >= colours.text + 16) context.fillText(`${row.cpus} ${size.cpus}`, 2, y + Math.min(height / 2, 10) + colours.text + 4);
   }
   if (cursor) crosshair(context, rows, view, cursor, colours, size);
   context.restore();
