@@ -42,6 +42,11 @@ WITH taken AS (
   RETURNING key
 ) SELECT count(*), array_agg(DISTINCT key) FROM taken
 """)
+#: True if a job waits for its keys, or its time has come.
+_ANY_WAITS: Final = text("""
+SELECT EXISTS (SELECT FROM job_keys WHERE phase = 'waits' AND number = 1)
+  OR EXISTS (SELECT FROM job_keys WHERE phase = 'later' AND number = 1 AND not_before <= clock_timestamp())
+""")
 # A locked row is left for the next pass. Its writer files it anew.
 _COME: Final = text("""
 UPDATE job_keys SET phase = 'waits' WHERE phase = 'later' AND job = ANY(ARRAY(
@@ -86,6 +91,9 @@ def open_all(engine: Engine, burst: float) -> list[str]:
     from a random one on.
     """
     went = open_noted(engine, burst)
+    with engine.connect() as connection:
+        if not connection.execute(_ANY_WAITS).scalar_one():
+            return went
     transactions = engine.execution_options(isolation_level="READ COMMITTED")
     with transactions.begin() as connection:
         lines = set(connection.execute(_COME, {"most": CHUNK}).scalars())

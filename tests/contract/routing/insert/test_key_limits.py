@@ -12,7 +12,7 @@ from typing import Any, Final
 import pytest
 from celery import Celery
 from hypothesis import HealthCheck, given, settings, strategies
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, event, text
 from sqlalchemy.orm import Session
 
 from celery_capacity.routing.errors import InvalidRequest
@@ -312,6 +312,20 @@ def test_notes_that_a_crash_left_are_found_by_the_duty(cluster: Authority) -> No
     cluster.stage.sql("UPDATE jobs SET due_at = NULL, state = 'scheduled' WHERE id = :id AND attempt = 0", id=second)
     cluster.duty()
     assert started(cluster) == [second]
+
+
+def test_pass_without_jobs_that_wait_for_keys_makes_two_statements(engine: Engine) -> None:
+    statements: list[str] = []
+
+    def note(_: Any, __: Any, statement: str, *___: Any) -> None:
+        statements.append(statement)
+
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        assert key_limits.open_all(engine, 1.0) == []
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
+    assert len(statements) == 2
 
 
 def test_deleted_job_holds_no_key(cluster: Authority) -> None:
