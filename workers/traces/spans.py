@@ -32,6 +32,7 @@ from celery_capacity.routing.model.message import ACCEPTED, ETA, HEADER
 from celery_capacity.routing.model.request import TENANT, Request
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.policy.tenants import DEFAULT_TENANT
+from celery_capacity.workers.traces.guard import guarded
 
 #: Name of the scope of all spans, and prefix of their attributes.
 SCOPE: Final = "celery_capacity"
@@ -106,7 +107,7 @@ def injected() -> dict[str, str]:
 @contextmanager
 def continuing(headers: Headers) -> Iterator[None]:
     """Give this thread the context that headers carry, within the block."""
-    token = attach(propagate.extract(headers, Context(), _GETTER))
+    token = attach(guarded(propagate.extract, headers, Context(), _GETTER) or Context())
     try:
         yield
     finally:
@@ -127,31 +128,44 @@ def sending(
     `operation`: `send`, or `create` for a job that is stored with others later. `parent`: the context to continue where
     this thread has none. `in_body`: a job publishes the message.
     """
+    begun = guarded(_begin_sending, message, name, operation, parent, in_body)
+    if begun is None:
+        yield message
+        return
+    span, headers = begun
+    try:
+        with trace.use_span(span, record_exception=False, set_status_on_exception=False):
+            yield {**message, "headers": headers}
+    except Exception as error:
+        guarded(_failed, span, error)
+        raise
+    finally:
+        guarded(span.end)
+
+
+def _begin_sending(
+    message: Mapping[str, Any], name: str, operation: str, parent: Context | None, in_body: bool
+) -> tuple[Span, dict[str, Any]] | None:
+    """Begin the span of a submission; return it with the headers that carry its context.
+
+    None where OpenTelemetry's instrumentation has begun its span of this call just now.
+    """
     headers, brought = dict(message["headers"]), extracted(message["headers"])
     current = trace.get_current_span().get_span_context()
     is_current = brought is not None and trace.get_current_span(brought).get_span_context().span_id == current.span_id
     if is_current and is_instrumented(signals.before_task_publish):
-        # The instrumentation has begun its span of this call just now.
-        yield message
-        return
+        return None
     if current.is_valid:
         # A retry has the headers of the attempt that publishes it, and so the context from before that attempt.
         parent = None if in_body else brought
     elif parent is None:
         parent = brought
     attributes = _attributes(headers, name, message.get("routing_key"), operation)
-    options: Any = {"record_exception": False, "set_status_on_exception": False}
-    with _tracer().start_as_current_span(
-        f"{operation} {name}", parent, kind=SpanKind.PRODUCER, attributes=attributes, **options
-    ) as span:
-        for field in carried(headers):
-            del headers[field]
-        propagate.inject(headers)
-        try:
-            yield {**message, "headers": headers}
-        except Exception as error:
-            _failed(span, error)
-            raise
+    span = _tracer().start_span(f"{operation} {name}", parent, kind=SpanKind.PRODUCER, attributes=attributes)
+    for field in carried(headers):
+        del headers[field]
+    propagate.inject(headers, trace.set_span_in_context(span))
+    return span, headers
 
 
 def running(admission: Admission, body: Callable[..., Returned], *args: Any) -> Returned:
@@ -160,9 +174,30 @@ def running(admission: Admission, body: Callable[..., Returned], *args: Any) -> 
     `args`: as Celery gives them: the task's name, the job's id, the headers, and the rest.
     """
     name, job, headers, *rest = args
+    span = guarded(_begin_run, admission, name, job, headers)
+    if span is None:
+        return body(*args)
+    try:
+        with trace.use_span(span, record_exception=False, set_status_on_exception=False):
+            if is_instrumented(signals.task_prerun):
+                # Its span reads its parent from the headers, of which a pool of threads has no copy.
+                headers = dict(headers)
+                guarded(propagate.inject, headers)
+            returned = body(name, job, headers, *rest)
+        if returned[0]:
+            guarded(_note_exception, span, returned[1])
+        return returned
+    except BaseException as error:
+        guarded(_failed, span, error)
+        raise
+    finally:
+        guarded(span.end)
+
+
+def _begin_run(admission: Admission, name: str, job: str, headers: Headers) -> Span:
+    """Begin the span of a body's run, and make those of the time before it."""
     began = time.time_ns()
     parent = extracted(headers)
-    instrumented = is_instrumented(signals.task_prerun)
     queue = (headers.get("delivery_info") or {}).get("routing_key")
     attributes = {
         **_attributes({**headers, "id": job}, name, queue, "process"),
@@ -170,28 +205,11 @@ def running(admission: Admission, body: Callable[..., Returned], *args: Any) -> 
         f"{SCOPE}.worker": admission.worker,
         f"{SCOPE}.attempt": admission.attempt,
     }
-    span = _tracer().start_span(
-        f"run {name}",
-        parent,
-        kind=SpanKind.INTERNAL if instrumented else SpanKind.CONSUMER,
-        attributes=attributes,
-        start_time=began,
-    )
+    kind = SpanKind.INTERNAL if is_instrumented(signals.task_prerun) else SpanKind.CONSUMER
+    span = _tracer().start_span(f"run {name}", parent, kind=kind, attributes=attributes, start_time=began)
     if span.is_recording():
-        _steps_before(admission, headers, parent or trace.set_span_in_context(span), began)
-    with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
-        if instrumented:
-            # Its span reads its parent from the headers, of which a pool of threads has no copy.
-            headers = dict(headers)
-            propagate.inject(headers)
-        try:
-            returned = body(name, job, headers, *rest)
-        except BaseException as error:
-            _failed(span, error)
-            raise
-        if returned[0]:
-            _note_exception(span, returned[1])
-    return returned
+        guarded(_steps_before, admission, headers, parent or trace.set_span_in_context(span), began)
+    return span
 
 
 def _steps_before(admission: Admission, headers: Headers, parent: Context, began: int) -> None:
@@ -216,11 +234,12 @@ def _waits_since(headers: Headers) -> int | None:
     carried_request = headers.get(HEADER)
     capacity = carried_request if isinstance(carried_request, Mapping) else {}
     accepted = headers.get(ACCEPTED)
-    if type(accepted) is not int or (headers.get("delivery_info") or {}).get("redelivered"):
+    # An exporter writes no time before the epoch, and may drop all spans of its batch.
+    if type(accepted) is not int or accepted < 0 or (headers.get("delivery_info") or {}).get("redelivered"):
         return None
     try:
         due = datetime.fromisoformat(str(capacity.get(ETA))).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         due = 0.0
     return max(accepted, round(due * 1000)) * _MS
 
@@ -282,7 +301,15 @@ def _note_exception(span: Span, info: Any) -> None:
 
 def _failed(span: Span, error: BaseException, traceback: str = "") -> None:
     _add_exception(span, error, traceback)
-    span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {hidden_lines(str(error))}"))
+    span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {_text_of(error)}"))
+
+
+def _text_of(error: BaseException) -> str:
+    """Return the text of an exception without secrets; "" where a task's own exception cannot make one."""
+    try:
+        return hidden_lines(str(error))
+    except Exception:
+        return ""
 
 
 def _add_exception(span: Span, error: BaseException, traceback: str) -> None:
@@ -290,7 +317,7 @@ def _add_exception(span: Span, error: BaseException, traceback: str) -> None:
     kind = type(error)
     attributes = {
         "exception.type": kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}",
-        "exception.message": hidden_lines(str(error)),
+        "exception.message": _text_of(error),
         **({"exception.stacktrace": hidden_lines(traceback)} if traceback else {}),
     }
     span.add_event("exception", attributes)

@@ -17,7 +17,8 @@ from celery_capacity.routing.ledger.replies import Ended
 from celery_capacity.routing.model.message import parse_tag
 from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.process.attempts import Attempt
-from celery_capacity.workers.process.holdings import Holdings
+from celery_capacity.workers.process.holdings import Holding, Holdings
+from celery_capacity.workers.traces.guard import guarded
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -50,12 +51,15 @@ class WorkerTraces:
 
     def around(self, tag: str, trace: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
         """Return Celery's trace function with the spans of an attempt around it, for a call with these arguments."""
-        from celery_capacity.workers.traces import spans
-
         parsed = parse_tag(tag)
         holding = None if parsed is None else self._holdings.find(parsed.job, parsed.token)
         if holding is None:
             return trace
+        return guarded(self._around, holding, trace, args) or trace
+
+    def _around(self, holding: Holding, trace: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
+        from celery_capacity.workers.traces import spans
+
         # The times of a holding are by the store's clock, those of a span by the clock of its process.
         now = time.time_ns()
         ahead = self._now_ms() * _MS - now
@@ -78,14 +82,14 @@ class WorkerTraces:
             from celery_capacity.workers.traces import spans
 
             times = attempt.over_ns, time.time_ns()
-            spans.ended(attempt.headers, attempt.admission, end.outcome, end.error, times)
+            guarded(spans.ended, attempt.headers, attempt.admission, end.outcome, end.error, times)
 
     def context_of(self, job: str, token: Token) -> Context | None:
         """Return the context that the message of an attempt brought."""
         from celery_capacity.workers.traces import spans
 
         attempt = self._open.get((job, token))
-        return None if attempt is None else spans.extracted(attempt.headers)
+        return None if attempt is None else guarded(spans.extracted, attempt.headers)
 
 
 #: Traces of the workers of this process, by incarnation. A process of the pool has them from its parent.
@@ -119,7 +123,7 @@ def injected() -> dict[str, str]:
         return {}
     from celery_capacity.workers.traces import spans
 
-    return spans.injected()
+    return guarded(spans.injected) or {}
 
 
 def continuing(headers: object) -> AbstractContextManager[None]:
@@ -136,4 +140,4 @@ def flush_traces(**_: Any) -> None:
     if _workers:
         from celery_capacity.workers.traces import spans
 
-        spans.flush(LAST_WITHIN)
+        guarded(spans.flush, LAST_WITHIN)

@@ -14,13 +14,19 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry
 from opentelemetry import trace
 from opentelemetry.instrumentation.celery import CeleryInstrumentor
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from celery_capacity.routing.model.message import ACCEPTED, ETA, HEADER
+from celery_capacity.routing.ledger.replies import Ended
+from celery_capacity.routing.model.message import ACCEPTED, ETA, HEADER, Tag
+from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.states import Outcome
+from celery_capacity.routing.model.token import Token
+from celery_capacity.workers.process.holdings import Holding, Holdings
 from celery_capacity.workers.traces.spans import Admission, running, sending
+from celery_capacity.workers.traces.worker import WorkerTraces
 from tests.tasks.spanned import inner
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -53,6 +59,35 @@ def instrumented() -> Iterator[None]:
     instrumentor().instrument()
     yield
     instrumentor().uninstrument()
+
+
+class BrokenProcessor(SpanProcessor):
+    """Processor of an operator that fails at the start or at the end of each span."""
+
+    def __init__(self, moment: str) -> None:
+        self._moment = moment
+
+    def on_start(self, span: Any, parent_context: Any = None) -> None:
+        if self._moment == "start":
+            raise RuntimeError("no spans today")
+
+    def on_end(self, span: Any) -> None:
+        if self._moment == "end":
+            raise RuntimeError("no spans today")
+
+
+@pytest.fixture(params=["start", "end"])
+def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(BrokenProcessor(request.param))
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", provider)
+
+
+class Mute(Exception):
+    """Error of a task whose text cannot be made."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
 
 
 def message(**headers: Any) -> dict[str, Any]:
@@ -158,6 +193,50 @@ def test_run_that_is_broken_off_is_an_error(exporter: InMemorySpanExporter) -> N
     with pytest.raises(SystemExit):
         run(body, traceparent=CALLER)
     assert by_name(exporter)["run render"].status.status_code is StatusCode.ERROR
+
+
+def test_run_keeps_the_end_of_a_body_whose_error_has_no_text(exporter: InMemorySpanExporter) -> None:
+    ended = (1, SimpleNamespace(exception=Mute(), traceback=""), 0.1)
+    assert run(lambda *_: ended, traceparent=CALLER) == ended
+    assert by_name(exporter)["run render"].status.status_code is StatusCode.ERROR
+
+
+def test_body_runs_once_where_spans_fail(broken: None) -> None:
+    runs: list[str] = []
+
+    def body(name: str, *_: Any) -> Any:
+        runs.append(name)
+        return 0, 7, 0.1
+
+    assert (run(body, traceparent=CALLER), runs) == ((0, 7, 0.1), ["render"])
+
+
+def test_submission_goes_on_where_spans_fail(broken: None) -> None:
+    sent: list[Any] = []
+    with sending(message(), "render", "send", None, in_body=False) as traced:
+        sent.append(traced["headers"]["id"])
+    assert sent == ["job-1"]
+
+
+def test_end_is_stored_where_spans_fail(broken: None) -> None:
+    holdings = Holdings({"cpus": 2000})
+    holdings.add(Holding("job-1", Token(1, 1), Request.of({"cpus": 1000}), "nonce"))
+    traces = WorkerTraces("a", holdings, lambda: time.time_ns() // 1_000_000)
+
+    def body(*_: Any) -> Any:
+        return 0, 7, 0.1
+
+    call = ("render", "job-1", {"traceparent": CALLER}, b"[]", "application/json", "utf-8")
+    assert traces.around(str(Tag("job-1", Token(1, 1))), body, call)(*call) == (0, 7, 0.1)
+    traces.over("job-1", Token(1, 1))
+    traces.stored(Ended("job-1", Token(1, 1), Outcome.SUCCEEDED))
+    assert traces.context_of("job-1", Token(1, 1)) is None
+
+
+def test_wait_is_not_told_from_a_time_before_the_epoch(exporter: InMemorySpanExporter) -> None:
+    headers: Any = {ACCEPTED: -1}
+    run(traceparent=CALLER, **headers)
+    assert "waiting" not in by_name(exporter)
 
 
 def test_instrumentation_has_the_spans_of_the_call_and_of_the_body(
