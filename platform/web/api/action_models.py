@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from celery_capacity.platform.web.api.models import Closed, Problem
 from celery_capacity.routing.model.identifiers import MAX_JOB_ID, MAX_QUEUE_NAME, MAX_TENANT_NAME, MAX_WORKER_NAME
@@ -19,6 +19,14 @@ WorkerName = Annotated[str, Field(max_length=MAX_WORKER_NAME)]
 Queue = Annotated[str, Field(max_length=MAX_QUEUE_NAME)]
 Tenant = Annotated[str, Field(max_length=MAX_TENANT_NAME)]
 Seconds = Annotated[float, Field(ge=0, le=31_536_000, allow_inf_nan=False)]
+
+
+def _whole(value: Any) -> Any:
+    """Return the integer of a number such as 1.0: JSON has one kind of number, and some languages write the point."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_whole)]
 
 
 class Body(Closed):
@@ -51,7 +59,7 @@ class CancelMany(Cancel):
     task: Name | None = None
     group: Name | None = None
     state: Literal["accepted", "waiting", "scheduled", "admitted", "running", "replaced"] | None = None
-    confirm: int | None = Field(None, ge=0, description="the number of these jobs, as the answer without it has it")
+    confirm: Integer | None = Field(None, ge=0, description="the number of these jobs, as the answer without it has it")
 
 
 class RetryMany(Retry):
@@ -59,13 +67,13 @@ class RetryMany(Retry):
 
     task: Name | None = None
     since_seconds: Seconds | None = Field(None, description="ended in the last so many seconds")
-    confirm: int | None = Field(None, ge=0, description="the number of these jobs, as the answer without it has it")
+    confirm: Integer | None = Field(None, ge=0, description="the number of these jobs, as the answer without it has it")
 
 
 class Priority(Reason):
     """The new priority of a job."""
 
-    priority: Annotated[int, Field(ge=0, le=9)]
+    priority: Annotated[Integer, Field(ge=0, le=9)]
 
 
 class Drain(Reason):
@@ -89,7 +97,7 @@ class Pause(Part, Reason):
 class Drop(Body):
     """Messages to delete."""
 
-    ids: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(min_length=1, max_length=MAX_MANY)
+    ids: list[Annotated[Integer, Field(ge=0, lt=2**31)]] = Field(min_length=1, max_length=MAX_MANY)
 
 
 class Submit(Body):
@@ -100,9 +108,9 @@ class Submit(Body):
     kwargs: dict[str, Any] = Field(default_factory=dict)
     id: JobId | None = None
     cpus: int | float | str | None = None
-    memory: int | str | None = None
-    gpus: int | None = None
-    resources: dict[str, int] | None = None
+    memory: Integer | str | None = None
+    gpus: Integer | None = None
+    resources: dict[str, Integer] | None = None
     requests: list[dict[str, Any]] | None = Field(default=None, description="alternatives in order")
     expected: int | float | str | None = None
     where: dict[str, str] | None = None
@@ -111,12 +119,12 @@ class Submit(Body):
     placement: Literal["pack", "spread"] | None = None
     queue: Queue | None = None
     tenant: Tenant | None = None
-    priority: Annotated[int, Field(ge=0, le=9)] | None = None
+    priority: Annotated[Integer, Field(ge=0, le=9)] | None = None
     countdown: Seconds | None = None
     expires: Seconds | None = None
     unique: bool | None = None
     after: list[JobId] | None = None
-    limit: dict[str, int] | None = None
+    limit: dict[str, Integer] | None = None
     rate: dict[str, str] | None = None
 
 

@@ -66,6 +66,15 @@ def test_job_is_submitted_once_by_its_id(client: httpx.Client, submitter: Submit
     assert (other.status_code, "its task is" in other.json()["detail"]) == (400, True)
 
 
+def test_whole_numbers_may_have_a_decimal_point(client: httpx.Client, submitter: Submitter) -> None:
+    body = {"task": ADD, "args": [1, 2], "id": "with-points", "gpus": 0.0, "limit": {"points": 1.0}, "priority": 3.0}
+    answer = client.post("/api/v1/jobs", json=body)
+    assert answer.status_code == 200, answer.text
+    assert submitter.value("with-points") == 3
+    refused = [client.post("/api/v1/jobs", json={**body, "priority": value}) for value in (3.5, "3", True, 10.0)]
+    assert [answer.status_code for answer in refused] == [400] * 4
+
+
 def test_submission_names_its_sender_and_is_no_action(
     client: httpx.Client, platform: Platform, submitter: Submitter
 ) -> None:
