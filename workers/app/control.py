@@ -104,7 +104,7 @@ class PlatformControl:
         if not isinstance(name, str) or not name:
             raise InvalidRequest(f"task name {show(name)} is not valid", value=name, advice="It must be text.")
         if destination is not None:
-            advice = "Leave destination out."
+            advice = "Leave destination out, as `celery control rate_limit TASK RATE` does."
             raise InvalidRequest("a rate limit holds for the whole cluster", value=destination, advice=advice)
         rate = rate_of(value, "rate_limit") or Rate(0.0, "0")
         with translated(f"the rate limit of {name} was not set: "), self.stores.engine.connect() as connection:

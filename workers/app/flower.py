@@ -1,5 +1,7 @@
 """Flower on an app of the platform: it listens on this machine alone, and has a tab that leads to the dashboard.
 
+Its buttons work, or say why the platform refuses. A rate limit, for one, is of the cluster, and not of a worker.
+
 Flower is a plug-in of Celery, which imports it for every command if it is installed. So it is imported already when an
 app is made, and nothing here imports it: a program that submits pays nothing.
 """
@@ -8,10 +10,11 @@ from __future__ import annotations
 
 import sys
 from html import escape
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
-from celery_capacity.routing.errors import SettingsError
+from celery_capacity.routing.errors import PlatformError, SettingsError
 from celery_capacity.workers.process.stores import Stores
 
 #: Address where Flower listens unless FLOWER_ADDRESS, its file or --address say another.
@@ -19,6 +22,10 @@ LOOPBACK: Final = "127.0.0.1"
 #: Template of Flower with its tabs, and the end of their list.
 NAVBAR: Final = "navbar.html"
 END_OF_TABS: Final = "      </ul>"
+#: Template of the page of a task, and the condition of its button Revoke: Flower knows no jobs that wait.
+TASK: Final = "task.html"
+REVOCABLE: Final = 'task.state == "RECEIVED"'
+ALSO_WAITING: Final = 'task.state in ("WAITING", "ADMITTED", "RECEIVED")'
 #: Setting of Tornado for the loader of templates.
 LOADER: Final = "template_loader"
 
@@ -30,25 +37,59 @@ def prepare(stores: Stores) -> None:
         return
     command.options.address = LOOPBACK
     command.settings.setdefault(LOADER, _loader(command.settings["template_path"], stores))
+    explain_refusals(sys.modules["flower.api"].BaseApiHandler)
 
 
 def _loader(folder: str, stores: Stores) -> Any:
-    """Return the loader of Flower's templates that adds the tab. Without its place in the template there is no tab."""
+    """Return the loader of Flower's templates that adds the tab, and a button for jobs that wait.
+
+    A template of another Flower, without the places of these, stays as it is.
+    """
     from tornado.template import Loader, Template
 
-    class WithTab(Loader):
-        navbar: Template | None = None
+    edits = {
+        NAVBAR: lambda source: source.replace(END_OF_TABS, tab(page_of(stores)) + END_OF_TABS, 1),
+        TASK: lambda source: source.replace(REVOCABLE, ALSO_WAITING, 1),
+    }
 
+    edited: dict[str, Template] = {}
+
+    class Edited(Loader):
         def load(self, name: str, parent_path: str | None = None) -> Template:
-            if name != NAVBAR:
+            if name not in edits:
                 return super().load(name, parent_path)
-            if self.navbar is None:
-                source = (Path(folder) / NAVBAR).read_text(encoding="utf-8")
-                source = source.replace(END_OF_TABS, tab(page_of(stores)) + END_OF_TABS, 1)
-                self.navbar = Template(source, name=NAVBAR, loader=self)
-            return self.navbar
+            if name not in edited:
+                source = (Path(folder) / name).read_text(encoding="utf-8")
+                edited[name] = Template(edits[name](source), name=name, loader=self)
+            return edited[name]
 
-    return WithTab(folder)
+    return Edited(folder)
+
+
+def explain_refusals(handler: Any) -> None:
+    """Have Flower's buttons show why the platform refuses an action. Flower alone shows an empty message.
+
+    `handler`: the class of Flower that answers the buttons.
+    """
+    flowers_own = handler.write_error
+    if flowers_own.__module__ == __name__:
+        return
+
+    def write_error(request: Any, status_code: int, **options: Any) -> None:
+        if status_code == HTTPStatus.UNAUTHORIZED and request.application.options.basic_auth:
+            # A browser that opened the page of a worker first shows its login for the buttons only when it is asked.
+            request.set_header("WWW-Authenticate", 'Basic realm="flower"')
+        # Flower raises an error of HTTP from the one that the action raised.
+        _, error, _ = options.get("exc_info") or (None, None, None)
+        refusal = getattr(error, "__cause__", None)
+        if not isinstance(refusal, PlatformError):
+            flowers_own(request, status_code, **options)
+            return
+        request.set_status(refusal.status)
+        request.set_header("Content-Type", "text/plain; charset=UTF-8")
+        request.finish(str(refusal))
+
+    handler.write_error = write_error
 
 
 def page_of(stores: Stores) -> str:

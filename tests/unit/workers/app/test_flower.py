@@ -13,7 +13,7 @@ import pytest
 from tornado.options import options
 
 from celery_capacity.routing.config.settings import Settings
-from celery_capacity.workers.app.flower import END_OF_TABS, LOADER, NAVBAR, page_of, prepare, tab
+from celery_capacity.workers.app.flower import END_OF_TABS, LOADER, NAVBAR, REVOCABLE, TASK, page_of, prepare, tab
 
 
 def stores(dashboard: tuple[str, int] = ("127.0.0.1", 8000)) -> Any:
@@ -70,6 +70,11 @@ def test_tab_stands_once_behind_those_of_flower() -> None:
 )
 def test_page_is_at_an_address_that_a_browser_can_open(dashboard: tuple[str, int], url: str) -> None:
     assert page_of(stores(dashboard)) == url
+
+
+def test_page_of_a_task_has_the_condition_that_is_widened() -> None:
+    source = (Path(flower.command.settings["template_path"]) / TASK).read_text(encoding="utf-8")
+    assert source.count(REVOCABLE) == 1
 
 
 def test_tab_escapes_the_address() -> None:
