@@ -301,7 +301,9 @@ def staying_numbers(connection: Connection, noted: Mapping[str, int]) -> dict[st
     """
     until, before, counted = _marked.get(connection.engine, (float("-inf"), {}, {}))
     begin = time.monotonic()
-    if begin >= until:
+    # More jobs went than there were: a correction or a loss of the ledger's numbers is no change of the rows.
+    is_corrected = any(counted.get(shape, 0) + noted.get(shape, 0) < number for shape, number in before.items())
+    if begin >= until or is_corrected:
         before, counted = noted, staying_rows.numbers(connection)
         end = time.monotonic()
         _marked[connection.engine] = end + (end - begin) / COUNTED_SHARE, before, counted

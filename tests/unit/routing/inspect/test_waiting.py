@@ -1,13 +1,16 @@
-"""The reasons that block a line of the backlog: each kind of worker is judged once."""
+"""Lines of the backlog: each kind of worker is judged once, and the numbers of jobs that stay in Postgres."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from celery_capacity.routing.database import staying_rows
 from celery_capacity.routing.inspect import waiting
 from celery_capacity.routing.inspect.waiting import BLOCKING, BacklogLine, blocked_first
 from celery_capacity.routing.model.request import Request, alternatives_term
@@ -49,3 +52,20 @@ def test_line_of_jobs_with_alternatives_shows_them_in_order() -> None:
     assert line.request_text == "1 CPU, 1 gpu, or 3 CPUs"
     assert line.to_json()["alternatives"] == [gpu.to_people(), wide.to_people()]
     assert BacklogLine(gpu, 2, None).to_json()["alternatives"] == []
+
+
+class Engine:
+    """Database of which a reader keeps its newest count."""
+
+
+@pytest.mark.parametrize("corrected", [{"cpus=1": 400}, {}], ids=["corrected", "lost"])
+def test_rows_are_counted_again_where_the_ledger_drops_its_number(
+    monkeypatch: pytest.MonkeyPatch, corrected: Mapping[str, int]
+) -> None:
+    monkeypatch.setattr(staying_rows, "numbers", lambda _: {"cpus=1": 400})
+    monkeypatch.setattr(waiting, "COUNTED_SHARE", 1e-9)
+    connection: Any = SimpleNamespace(engine=Engine())
+    # The ledger still counts 600 cancelled jobs.
+    assert waiting.staying_numbers(connection, {"cpus=1": 1000}) == {"cpus=1": 400}
+    assert waiting.staying_numbers(connection, {"cpus=1": 999}) == {"cpus=1": 399}
+    assert waiting.staying_numbers(connection, corrected) == {"cpus=1": 400}
