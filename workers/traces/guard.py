@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
+from billiard.exceptions import SoftTimeLimitExceeded
+
 Value = TypeVar("Value")
 
 logger = logging.getLogger(__name__)
@@ -15,9 +17,14 @@ _logged: Final = set[str]()
 
 
 def guarded(call: Callable[..., Value], *args: Any) -> Value | None:
-    """Return the value of a call. Return None if it raises an exception: the first one of a call is logged."""
+    """Return the value of a call. Return None if it raises an exception: the first one of a call is logged.
+
+    Raises `SoftTimeLimitExceeded`: it comes between any two steps of a body's process, and is of the body.
+    """
     try:
         return call(*args)
+    except SoftTimeLimitExceeded:
+        raise
     except Exception:
         name = getattr(call, "__qualname__", repr(call))
         if name not in _logged:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from billiard.exceptions import SoftTimeLimitExceeded
 from celery import signals
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry
@@ -25,6 +26,7 @@ from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.workers.process.holdings import Holding, Holdings
+from celery_capacity.workers.traces.guard import guarded
 from celery_capacity.workers.traces.spans import Admission, running, sending
 from celery_capacity.workers.traces.worker import WorkerTraces
 from tests.tasks.spanned import inner
@@ -231,6 +233,14 @@ def test_end_is_stored_where_spans_fail(broken: None) -> None:
     traces.over("job-1", Token(1, 1))
     traces.stored(Ended("job-1", Token(1, 1), Outcome.SUCCEEDED))
     assert traces.context_of("job-1", Token(1, 1)) is None
+
+
+def test_soft_time_limit_that_comes_within_a_span_call_is_raised() -> None:
+    def interrupted() -> None:
+        raise SoftTimeLimitExceeded
+
+    with pytest.raises(SoftTimeLimitExceeded):
+        guarded(interrupted)
 
 
 def test_wait_is_not_told_from_a_time_before_the_epoch(exporter: InMemorySpanExporter) -> None:
