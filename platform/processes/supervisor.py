@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -110,7 +110,6 @@ class ProcessEvent:
     """An event: `what` is "ready" or "ended" of a child, "signal" to this process, "done" of work beside it, or "lost".
 
     Lost is the reader of this process's output, and `signum` the signal that other programs would get for it.
-    "woken", which only lets the main thread run the handler of a signal, stays inside.
     """
 
     what: str
@@ -152,7 +151,8 @@ class Supervisor:
         self._events: queue.SimpleQueue[ProcessEvent] = queue.SimpleQueue()
         self._readers: dict[int, threading.Thread] = {}
         self._unheard: float | None = None
-        self._last_signal = -SAME_SIGNAL
+        #: Times of the newest signal, as the thread heard it and as the handler had it.
+        self._last_heard = self._last_signal = -SAME_SIGNAL
         self.children: list[Child] = []
 
     def start(
@@ -244,27 +244,30 @@ class Supervisor:
         heard = [signum for signum in ENDING if not (signum == signal.SIGHUP and ignored(signum))]
         before = {signum: signal.signal(signum, self._on_signal) for signum in heard}
         try:
-            with self._woken_by_signals():
+            with self._hearing(frozenset(heard)):
                 yield
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 
     @contextmanager
-    def _woken_by_signals(self) -> Iterator[None]:
-        """Put an event into the queue at each signal, from a thread.
+    def _hearing(self, heard: Collection[int]) -> Iterator[None]:
+        """Put an event into the queue at each of these signals, from a thread.
 
         Python runs handlers in the main thread between two instructions. A signal that comes just before that thread
-        blocks in the queue would have to wait for the next event: nobody would hear a Ctrl-C.
+        blocks in the queue would have to wait for the next event: nobody would hear a Ctrl-C. The byte of a signal is
+        in the pipe before its handler runs, and whether or not it runs soon.
         """
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
 
-        def wake() -> None:
-            while os.read(reading, 64):
-                self._events.put(ProcessEvent("woken"))
+        def hear() -> None:
+            while signums := os.read(reading, 64):
+                for signum in signums:
+                    if signum in heard:
+                        self._hear(signum)
 
-        thread = threading.Thread(target=wake, name="signals", daemon=True)
+        thread = threading.Thread(target=hear, name="signals", daemon=True)
         thread.start()
         before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         try:
@@ -275,16 +278,21 @@ class Supervisor:
             thread.join()
             os.close(reading)
 
-    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+    def _hear(self, signum: int) -> None:
+        now = time.monotonic()
+        repeated = now - self._last_heard < SAME_SIGNAL
+        self._last_heard = now
+        if not repeated:
+            self._unheard = self._unheard or now
+            self._events.put(ProcessEvent("signal", signum=signum))
+
+    def _on_signal(self, _signum: int, _frame: FrameType | None) -> None:
+        """Break a command that is stuck: it took no event since an earlier signal."""
         now = time.monotonic()
         repeated = now - self._last_signal < SAME_SIGNAL
         self._last_signal = now
-        if repeated:
-            return
-        if self._unheard is not None and now - self._unheard > UNHEARD:
+        if not repeated and self._unheard is not None and now - self._unheard > UNHEARD:
             raise KeyboardInterrupt
-        self._unheard = self._unheard or now
-        self._events.put(ProcessEvent("signal", signum=signum))
 
     def lost(self, signum: int) -> None:
         """Note that nobody reads this process's output any more. From any thread."""
@@ -292,16 +300,13 @@ class Supervisor:
 
     def next(self, timeout: float | None = None) -> ProcessEvent | None:
         """Return the next event, or None after `timeout` seconds. Without a timeout, wait for ever."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            try:
-                event = self._events.get(timeout=None if deadline is None else max(deadline - time.monotonic(), 0.0))
-            except queue.Empty:
-                return None
-            if event.what == "signal":
-                self._unheard = None
-            if event.what != "woken":
-                return event
+        try:
+            event = self._events.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        if event.what == "signal":
+            self._unheard = None
+        return event
 
     def beside(self, work: Callable[[], T], name: str) -> Future[T]:
         """Start work in a thread, and return its future result. Its end is the event "done"."""

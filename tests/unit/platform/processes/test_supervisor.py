@@ -185,6 +185,7 @@ def test_a_command_that_hears_nothing_is_broken_by_the_next_signal(
     monkeypatch.setattr("celery_capacity.platform.processes.supervisor.SAME_SIGNAL", 0.0)
     with supervisor.interruptible():
         os.kill(os.getpid(), signal.SIGINT)
+        until(lambda: supervisor._unheard is not None, "the thread has the first signal")
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
