@@ -76,8 +76,8 @@ def test_tab_leads_to_the_dashboard(page: Page) -> None:
 
 def test_pool_buttons_change_the_slots_or_say_why_not(page: Page, submitter: Submitter) -> None:
     open_worker(page, "Pool")
-    for button, slots in (("#worker-pool-grow", "3"), ("#worker-pool-shrink", "2")):
-        click(page, button, says="worker's pool by 1")
+    for button, says, slots in (("#worker-pool-grow", "Growing", "3"), ("#worker-pool-shrink", "Shrinking", "2")):
+        click(page, button, says=says)
         _until_published(submitter, slots)
     page.get_by_label("Minimum autoscale pool size").fill("1")
     page.get_by_label("Maximum autoscale pool size").fill("2")
