@@ -66,3 +66,9 @@ class DashboardSettings:
         unit="on or off",
         shown="off",
     )
+    worker_metrics: tuple[str, int] | None = _setting(
+        "PLATFORM_WORKER_METRICS",
+        "Where a worker serves its own metrics for Prometheus, at /metrics. Each worker needs an address of its own.",
+        setting_values.address,
+        unit="host:port",
+    )

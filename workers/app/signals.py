@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from types import FrameType
 from typing import Any, Final
@@ -36,6 +37,7 @@ from celery_capacity.workers.process.fork_safety import guard_children
 from celery_capacity.workers.process.identity import Identity, name_of, nodename_of
 from celery_capacity.workers.process.stores import stores_of
 from celery_capacity.workers.results import running_workers
+from celery_capacity.workers.supervision.metrics_server import WorkerMetrics
 from celery_capacity.workers.traces import worker as traces
 
 #: Given by name, as Celery finds it: a process that only submits never loads it.
@@ -151,14 +153,38 @@ def on_worker_init(sender: Any = None, **_: Any) -> None:
 
 
 def _run(worker: Any, runtime: Runtime, start: Any) -> None:
+    metrics = _metrics_of(runtime)
     try:
         runtime.run(start)
     finally:
+        if metrics is not None:
+            metrics.stop()
         kept_lines.end(runtime.identity.incarnation)
         traces.end(runtime.identity.incarnation)
         # A worker in a thread of a test process ends without its process.
         if abandoned(worker.pool) and threading.current_thread() is threading.main_thread():
             end_process(worker, EX_OK)
+
+
+def _metrics_of(runtime: Runtime) -> WorkerMetrics | None:
+    """Return the metrics of a worker, which are served already; None where no address is set for them."""
+    address = runtime.stores.settings.worker_metrics
+    if address is None:
+        return None
+
+    def resources() -> tuple[Mapping[str, int], Mapping[str, int]]:
+        book = runtime.holdings.book()
+        return book.capacity, book.allocated
+
+    decides, heartbeat = runtime.confirmation, runtime.heartbeat
+    metrics = WorkerMetrics(
+        runtime.identity.name,
+        resources,
+        lambda: heartbeat.reached_at,
+        lambda: (decides.authority, decides.epoch),
+    )
+    metrics.start(address)
+    return metrics
 
 
 def _is_taken(nodename: str) -> bool:

@@ -46,8 +46,8 @@ def _counter(name: str, labels: str, meaning: str) -> MetricName:
     return MetricName(f"platform_{name}_total", Kind.COUNTER, tuple(labels.split()), meaning)
 
 
-def _histogram(name: str, labels: str, meaning: str, worker: bool = False) -> MetricName:
-    return MetricName(f"platform_{name}", Kind.HISTOGRAM, tuple(labels.split()), meaning, worker)
+def _histogram(name: str, labels: str, meaning: str) -> MetricName:
+    return MetricName(f"platform_{name}", Kind.HISTOGRAM, tuple(labels.split()), meaning)
 
 
 CAPACITY: Final = _gauge(
@@ -57,7 +57,7 @@ ALLOCATED: Final = _gauge("resource_allocated", "resource worker", "allocated am
 HEARTBEAT_AGE: Final = _gauge("heartbeat_age_seconds", "worker", "seconds since the last heartbeat of a worker", True)
 AUTHORITY: Final = _gauge("authority", "store", "1 for the store that decides, ledger or postgres; else 0", True)
 EPOCH: Final = _gauge("epoch", "", "epoch of the authority, which grows with each opening of the ledger", True)
-RUN: Final = _histogram("run_seconds", "task", "seconds from the start of a job's body to its end", True)
+RUN: Final = _histogram("run_seconds", "task", "seconds from the start of a job's body to its end")
 WAIT: Final = _histogram("wait_seconds", "", "seconds from the time a job was submitted or due to its admission")
 JOBS: Final = _gauge("jobs", "state", "jobs in each state that is not final")
 ENDED: Final = _counter("jobs_ended", "state", "jobs that ended, by their final state")
