@@ -34,7 +34,7 @@ _GROUPS: Final = text(r"""
 SELECT alike.*, jobs.id AS first FROM (
   SELECT shape, name, queue, priority, count(*) AS waiting, min(seq) AS seq,
     extract(epoch FROM clock_timestamp() - min(submitted_at))::float AS oldest
-  FROM jobs WHERE state IN ('accepted', 'waiting')
+  FROM jobs WHERE state IN ('accepted', 'waiting') AND revoked_at IS NULL
     AND (CAST(:task AS text) IS NULL OR name LIKE :task ESCAPE '\')
     AND (CAST(:queue AS text) IS NULL OR queue LIKE :queue ESCAPE '\')
     AND (CAST(:tenant AS text) IS NULL OR CASE WHEN :tenant = :default THEN shape NOT LIKE '%,$%'

@@ -288,25 +288,28 @@ def with_left(client: redispy.Redis, engine: Engine, head: snapshot.Head) -> sna
     return replace(head, staying=staying, shapes=tuple(dict.fromkeys([*head.shapes, *staying])))
 
 
-#: The newest count of marked rows of each database: until when it is used, the ledger's numbers of then, and the count.
-_marked: WeakKeyDictionary[Engine, tuple[float, Mapping[str, int], Mapping[str, int]]] = WeakKeyDictionary()
+#: The newest count of marked rows of each database: until when it is used, epoch and numbers of the ledger then, and
+#: the count.
+_marked: WeakKeyDictionary[Engine, tuple[float, int | None, Mapping[str, int], Mapping[str, int]]] = WeakKeyDictionary()
 
 
-def staying_numbers(connection: Connection, noted: Mapping[str, int]) -> dict[str, int]:
-    """Return the number of jobs that stay in Postgres in marked rows, by shape. `noted`: their numbers by the ledger.
+def staying_numbers(connection: Connection, noted: Mapping[str, int], epoch: int | None) -> dict[str, int]:
+    """Return the number of jobs that stay in Postgres in marked rows, by shape.
+
+    `noted`: their numbers by the ledger. `epoch`: that of the ledger, None where it is cold.
 
     The ledger notes at once which rows are marked and fetched. It does not note a row whose job is cancelled there. So
     all rows are counted from time to time, and the changes since then are the ledger's. Frequent readers cost Postgres
     at most `COUNTED_SHARE` of a core: 100,000 rows are counted once in some seconds.
     """
-    until, before, counted = _marked.get(connection.engine, (float("-inf"), {}, {}))
+    until, opened, before, counted = _marked.get(connection.engine, (float("-inf"), epoch, {}, {}))
     begin = time.monotonic()
     # More jobs went than there were: a correction or a loss of the ledger's numbers is no change of the rows.
     is_corrected = any(counted.get(shape, 0) + noted.get(shape, 0) < number for shape, number in before.items())
-    if begin >= until or is_corrected:
+    if begin >= until or is_corrected or opened != epoch:
         before, counted = noted, staying_rows.numbers(connection)
         end = time.monotonic()
-        _marked[connection.engine] = end + (end - begin) / COUNTED_SHARE, before, counted
+        _marked[connection.engine] = end + (end - begin) / COUNTED_SHARE, epoch, before, counted
     numbers = Counter(counted)
     numbers.update(noted)
     numbers.subtract(before)
@@ -372,7 +375,8 @@ class LedgerReading:
     def staying(self, connection: Connection) -> Mapping[str, Staying]:
         """Return the jobs that stay in Postgres, by shape."""
         if self._staying is None:
-            self._staying = staying_rows.ends(connection, staying_numbers(connection, self.head.staying))
+            numbers = staying_numbers(connection, self.head.staying, self.head.epoch)
+            self._staying = staying_rows.ends(connection, numbers)
         return self._staying
 
     def staying_before(self, connection: Connection, priority: int, seq: int) -> dict[str, int]:

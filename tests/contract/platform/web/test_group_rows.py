@@ -97,6 +97,8 @@ def test_ledger_gives_the_groups_that_postgres_counts(stage: Head, monkeypatch: 
     stage.refill()
     on_its_way, alone = stage.insert({"cpus": 1000}), stage.insert({"cpus": 7000}, priority=3)
     assert {stage.row(job).state for job in (on_its_way, alone)} == {"accepted"}
+    revoked = stage.insert({"cpus": 8000})
+    stage.sql("UPDATE jobs SET revoked_at = now() WHERE id = :id", id=revoked)
     by_ledger, by_postgres = (rows(stage, monkeypatch, many) for many in (1, 10**9))
     assert by_ledger == by_postgres
     assert sum(row.waiting for row in by_ledger) == 26

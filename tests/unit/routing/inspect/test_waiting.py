@@ -66,6 +66,15 @@ def test_rows_are_counted_again_where_the_ledger_drops_its_number(
     monkeypatch.setattr(waiting, "COUNTED_SHARE", 1e-9)
     connection: Any = SimpleNamespace(engine=Engine())
     # The ledger still counts 600 cancelled jobs.
-    assert waiting.staying_numbers(connection, {"cpus=1": 1000}) == {"cpus=1": 400}
-    assert waiting.staying_numbers(connection, {"cpus=1": 999}) == {"cpus=1": 399}
-    assert waiting.staying_numbers(connection, corrected) == {"cpus=1": 400}
+    assert waiting.staying_numbers(connection, {"cpus=1": 1000}, 1) == {"cpus=1": 400}
+    assert waiting.staying_numbers(connection, {"cpus=1": 999}, 1) == {"cpus=1": 399}
+    assert waiting.staying_numbers(connection, corrected, 1) == {"cpus=1": 400}
+
+
+def test_rows_are_counted_again_where_the_ledger_was_opened_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staying_rows, "numbers", lambda _: {"cpus=1": 400})
+    monkeypatch.setattr(waiting, "COUNTED_SHARE", 1e-9)
+    connection: Any = SimpleNamespace(engine=Engine())
+    # A cold ledger has no numbers. Those of the new books are no jobs that came since.
+    assert waiting.staying_numbers(connection, {}, None) == {"cpus=1": 400}
+    assert waiting.staying_numbers(connection, {"cpus=1": 400}, 2) == {"cpus=1": 400}
