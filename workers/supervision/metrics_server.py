@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from socketserver import TCPServer
+from functools import cache
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -23,17 +23,20 @@ logger = logging.getLogger(__name__)
 #: Seconds for the last scrape when the worker ends.
 END_WITHIN: Final = 2.0
 #: Servers of this process. A process of the pool must not keep their ports when the worker has ended.
-_listening: Final[WeakSet[TCPServer]] = WeakSet()
+_listening: Final[WeakSet[Any]] = WeakSet()
 
 
-def _close_in_child() -> None:
+@cache
+def _close_in_children() -> None:
+    """Have each process that forks from this one close the servers, from now on. Safe to call again."""
+    os.register_at_fork(after_in_child=_close_all)
+
+
+def _close_all() -> None:
     for server in list(_listening):
         # Not `server_close`, which would wait for threads that the child does not have.
         server.socket.close()
     _listening.clear()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
 
 
 class WorkerMetrics:
@@ -86,6 +89,7 @@ class WorkerMetrics:
                 *(host, port, reason),
             )
             return None
+        _close_in_children()
         _listening.add(server)
         self._serving, self._pid = (server, thread), os.getpid()
         used = int(server.server_address[1])
