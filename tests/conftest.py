@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections.abc import Generator
 
 import pytest
 from hypothesis import settings
@@ -45,16 +46,21 @@ for _signal, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
         signal.signal(_signal, _handler)
 
 
-# Thousands of items are made while tests are collected, and all of them stay. Each search for garbage among them would
-# only cost time: a third of the collection, and a fifth of short tests.
-gc.disable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Search for no garbage while tests are collected, and leave out of later searches what stays to the end.
 
-
-def pytest_collection_finish() -> None:
-    """Leave what stays to the end out of the searches for garbage that follow."""
-    gc.collect()
-    gc.freeze()
-    gc.enable()
+    Thousands of items are made, and all of them stay. Searches among them would only cost time: a third of the
+    collection, and a fifth of short tests.
+    """
+    gc.disable()
+    try:
+        collected = yield
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+    return collected
 
 
 #: Folders whose tests wait for real processes. Tests of the other folders are short, and fill the gaps at the end.
