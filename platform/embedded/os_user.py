@@ -5,6 +5,7 @@ Postgres refuses to run as root. For an ordinary user no function here changes a
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
 import shutil
@@ -41,23 +42,40 @@ def owner() -> Owner | None:
     """
     if os.geteuid() != 0:
         return None
-    end = time.monotonic() + USER_SECONDS
-    reason = "neither useradd nor adduser is there"
-    while (entry := _user()) is None:
-        for command in _MAKE_USER:
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-            except FileNotFoundError:
-                continue
-            # The command also fails if another process makes the same user at this moment. Then the user exists soon.
-            reason = done.stderr.strip() or reason
-            break
-        if _user() is None and time.monotonic() > end:
-            raise CannotStart(
-                f"Postgres does not run as root, and the user {USER!r} cannot be made ({reason})",
-                advice="Start this as an ordinary user, or set REDIS_URL and DATABASE_URL.",
-            )
+    entry = _user() or _make_user()
     return Owner(USER, entry.pw_uid, entry.pw_gid)
+
+
+def _make_user() -> pwd.struct_passwd:
+    """Make the user, in one process at a time.
+
+    Of several `useradd` at once one may write back the list that it read before another added the user.
+    """
+    SYSTEM_FOLDER.mkdir(parents=True, exist_ok=True, mode=0o755)
+    lock = os.open(SYSTEM_FOLDER, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        end = time.monotonic() + USER_SECONDS
+        reason = "neither useradd nor adduser is there"
+        while (entry := _user()) is None:
+            for command in _MAKE_USER:
+                try:
+                    done = subprocess.run(
+                        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+                    )
+                except FileNotFoundError:
+                    continue
+                # The command also fails if a program beside this one makes the user at this moment.
+                reason = done.stderr.strip() or reason
+                break
+            if _user() is None and time.monotonic() > end:
+                raise CannotStart(
+                    f"Postgres does not run as root, and the user {USER!r} cannot be made ({reason})",
+                    advice="Start this as an ordinary user, or set REDIS_URL and DATABASE_URL.",
+                )
+        return entry
+    finally:
+        os.close(lock)
 
 
 def _user() -> pwd.struct_passwd | None:
