@@ -77,6 +77,17 @@ def quick_client(client: redis.Redis, patience: float = PATIENCE) -> redis.Redis
     return redis.Redis(connection_pool=redis.ConnectionPool(pool.connection_class, **options))
 
 
+def tombstone_ms(settings: Settings) -> int:
+    """Return the milliseconds for which the ledger remembers an ended job."""
+    return max(2, round(settings.tombstone * 1000))
+
+
+def scripts_for(settings: Settings, *, flags: bool) -> dict[str, Script]:
+    """Return the scripts with these settings in them. `flags`: see `load`."""
+    start_ms = round(settings.start_timeout * 1000)
+    return load(start_ms, tombstone_ms(settings), settings.max_ledger_backlog, flags, settings.share_halves_in)
+
+
 class LedgerServer:
     """Calls scripts on one server, in the epoch that this process has confirmed in Postgres."""
 
@@ -99,11 +110,10 @@ class LedgerServer:
         self.client = client if client is not None else connect(str(settings.redis_url), settings.store_timeout)
         pool = self.client.connection_pool
         pool.connection_kwargs["redis_connect_func"] = self._on_connect
-        self._tombstone_ms = max(2, round(settings.tombstone * 1000))
         #: The most milliseconds from reading a row to its submit: half of the time for which an ended job is
         #: remembered. So the ledger still remembers a job that ended after its row was read.
-        self.submit_limit_ms = self._tombstone_ms // 2
-        self._scripts = self._load(flags=True)
+        self.submit_limit_ms = tombstone_ms(settings) // 2
+        self._scripts = scripts_for(settings, flags=True)
 
     def _on_connect(self, connection: Any) -> None:
         """Ask on each new connection for the run of the server, and for the difference between its clock and ours."""
@@ -121,17 +131,12 @@ class LedgerServer:
         if version < OLDEST:
             connection.disconnect()
             raise self._too_old(about["redis_version"].strip())
-        self._scripts = self._load(flags=version >= WITH_FLAGS)
+        self._scripts = scripts_for(self.settings, flags=version >= WITH_FLAGS)
         before = time.time()
         connection.send_command("TIME")
         seconds, micros = connection.read_response()
         after = time.time()
         self._clock_offset_ms = (int(seconds) + int(micros) / 1e6 - (before + after) / 2) * 1000
-
-    def _load(self, *, flags: bool) -> dict[str, Script]:
-        start_ms = round(self.settings.start_timeout * 1000)
-        halves_in = self.settings.share_halves_in
-        return load(start_ms, self._tombstone_ms, self.settings.max_ledger_backlog, flags, halves_in)
 
     @property
     def ttl_ms(self) -> int:

@@ -200,12 +200,19 @@ def body(name: str) -> str:
     return code
 
 
-def _functions() -> dict[str, str]:
+@lru_cache(maxsize=1)
+def _functions() -> Mapping[str, str]:
     """Return the functions of the library by name, in their order."""
     return {match.group(1): match.group(0) for match in _FUNCTION.finditer(library())}
 
 
-def _used(code: str, functions: dict[str, str]) -> list[str]:
+@lru_cache(maxsize=1)
+def _bare_functions() -> Mapping[str, str]:
+    """Return the functions of the library without their comments."""
+    return {name: _COMMENT.sub("", text) for name, text in _functions().items()}
+
+
+def _used(code: str, functions: Mapping[str, str]) -> list[str]:
     """Return the names of the functions that the code uses, directly or not, in the order of the library."""
     used: set[str] = set()
     texts = [code]
@@ -218,12 +225,17 @@ def _used(code: str, functions: dict[str, str]) -> list[str]:
 
 def _callees(code: str, functions: Mapping[str, str]) -> set[str]:
     """Return the names of the functions that the code calls by itself."""
-    return set(functions) & set(re.findall(r"\b(\w+)\(", code))
+    return set(_called(code) & functions.keys())
+
+
+@lru_cache(maxsize=1024)
+def _called(code: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\b(\w+)\(", code))
 
 
 def _with_library(code: str) -> str:
     """Return the code behind the functions that it uses, without comments. Functions of `LAZY` have theirs inside."""
-    functions = {name: _COMMENT.sub("", text) for name, text in _functions().items()}
+    functions = _bare_functions()
     used = _used(code, functions)
     callees = {name: _callees(functions[name].split("\n", 1)[1], functions) - {name} for name in used}
     callees[""] = _callees(code, functions)
@@ -243,14 +255,11 @@ def _with_library(code: str) -> str:
 
 def _only_used_by(name: str, callees: Mapping[str, set[str]]) -> set[str]:
     """Return the functions that no code but that of this function calls, directly or not."""
-    only = set(callees) - {"", name}
-    while True:
-        outside = {
-            called for caller, called_by_it in callees.items() if caller not in only | {name} for called in called_by_it
-        }
-        if not only & outside:
-            return only
-        only -= outside
+    reached, new = {"", name}, callees[""] - {name}
+    while new:
+        reached |= new
+        new = {called for caller in new for called in callees[caller]} - reached
+    return set(callees) - reached
 
 
 @lru_cache(maxsize=8)
