@@ -22,11 +22,11 @@ def _table(name: str, columns: str) -> TableClause:
 #: Columns that a job and an archived job have in common.
 _JOB: Final = (
     "seq id name state epoch attempt losses worker incarnation priority request declared queue retries nesting root_id "
-    "parent_id submitted_at due_at expires_at admitted_at started_at finished_at error"
+    "parent_id submitted_at due_at expires_at admitted_at started_at finished_at error shape expected_ms"
 )
 _ATTEMPT: Final = "epoch attempt worker incarnation admitted_at started_at ended_at outcome error"
 
-jobs: Final = _table("jobs", f"{_JOB} shape message needs not_before progress expected_ms")
+jobs: Final = _table("jobs", f"{_JOB} message needs not_before progress")
 attempts: Final = _table("attempts", f"job_id {_ATTEMPT}")
 jobs_archive: Final = _table("jobs_archive", f"{_JOB} message_bytes archived_at")
 attempts_archive: Final = _table("attempts_archive", f"job_seq {_ATTEMPT}")

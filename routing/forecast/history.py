@@ -1,7 +1,7 @@
 """Jobs that ended lately, as a trace: from the rows of jobs and from the archive.
 
-The archive has no shape, so an archived job may run anywhere and belongs to the default tenant. Reads are bounded, the
-newest jobs first.
+A job that was archived before revision 0028 has no shape: it may run anywhere, and belongs to the default tenant. Reads
+are bounded, the newest jobs first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SELECT * FROM (
   FROM jobs WHERE finished_at > now() - make_interval(secs => :span) AND started_at IS NOT NULL
     AND greatest(submitted_at, due_at) > now() - make_interval(secs => :span)
   UNION ALL
-  SELECT name, priority, queue, request, NULL, 0,
+  SELECT name, priority, queue, request, shape, expected_ms,
     (extract(epoch FROM greatest(submitted_at, due_at)) * 1000)::bigint,
     (extract(epoch FROM finished_at - started_at) * 1000)::bigint
   FROM jobs_archive WHERE archived_at > now() - make_interval(secs => :span) AND started_at IS NOT NULL

@@ -120,7 +120,7 @@ def find(connection: Connection, job: str) -> JobFile | None:
         return file
     row = connection.execute(select(func.max(gone.c.seq)).where(gone.c.id == job)).scalar_one()
     kept = gone.c.message_bytes if readable else null()
-    query = select(*columns(gone), *_links(gone), kept.label("message_bytes")).where(gone.c.seq == row)
+    query = select(*columns(gone), *_links(gone), kept.label("message_bytes"), gone.c.shape).where(gone.c.seq == row)
     return _file(connection, query, schema.attempts_archive, schema.attempts_archive.c.job_seq == row)
 
 
@@ -145,12 +145,10 @@ _PROGRESS: Final[ColumnElement[Any]] = literal_column(
 def columns(table: TableClause, names: Sequence[str] = (*SHOWN, *_DETAILS)) -> list[ColumnElement[Any]]:
     """Return columns of the jobs or of the archive by their names, and of the progress what is true of the attempt.
 
-    Columns that the archive does not keep are null.
+    The archive keeps no progress.
     """
-    special: dict[str, ColumnElement[Any]] = {"progress": _PROGRESS.label("progress")}
-    if table is not schema.jobs:
-        special = {name: null().label(name) for name in ("progress", "expected_ms")}
-    return [special[name] if name in special else table.c[name] for name in names]
+    progress = _PROGRESS if table is schema.jobs else null()
+    return [progress.label(name) if name == "progress" else table.c[name] for name in names]
 
 
 def _links(table: TableClause) -> list[ColumnElement[Any]]:
@@ -171,7 +169,7 @@ def _file(
     if row is None:
         return None
     values = dict(row._mapping)
-    now, shape = values.pop("now"), values.pop("shape", "")
+    now, shape = values.pop("now"), values.pop("shape") or ""
     tries = select(*(attempts.c[name] for name in _TRIES)).where(own).order_by(attempts.c.epoch, attempts.c.attempt)
     lines = [_line(row) for row in connection.execute(tries)]
     return JobFile(JobLine(values), lines, now, alternatives_to_show(shape))

@@ -259,7 +259,7 @@ def test_upgrade_and_downgrade_keep_all_rows_and_grants(database_url: str) -> No
 
     def content() -> str:
         with engine.connect() as connection:
-            query = "SELECT to_jsonb(t) - 'archived_at' FROM {} t ORDER BY 1"
+            query = "SELECT to_jsonb(t) - ARRAY['archived_at', 'shape', 'expected_ms'] FROM {} t ORDER BY 1"
             rows = [connection.execute(text(query.format(table))).all() for table in TABLES]
             grants = connection.execute(
                 text("SELECT relname, relacl::text FROM pg_class WHERE relname = ANY(:tables) ORDER BY 1"),
@@ -279,3 +279,26 @@ def test_upgrade_and_downgrade_keep_all_rows_and_grants(database_url: str) -> No
     with engine.connect() as connection:
         assert months(connection) == [name_of(datetime.now(UTC))]
     engine.dispose()
+
+
+def test_archive_works_on_through_upgrade_and_downgrade_of_shapes(stage: Stage, database_url: str) -> None:
+    kept = "SELECT shape, expected_ms FROM jobs_archive ORDER BY seq"
+
+    def move() -> None:
+        end_job(stage)
+        with stage.engine.connect() as connection:
+            assert archive.archive_finished(connection, 0, 10) == 1
+
+    move()
+    migrations.downgrade(database_url, "0027")
+    move()
+    migrations.upgrade(database_url)
+    move()
+    with stage.engine.connect() as connection:
+        rows = [tuple(row) for row in connection.execute(text(kept))]
+        assert rows == [(None, None), (None, None), ("cpus=1000,slots=1", 0)]
+        # A month that is made later has the columns too.
+        without_months(connection)
+    move()
+    with stage.engine.connect() as connection:
+        assert [tuple(row) for row in connection.execute(text(kept))] == [("cpus=1000,slots=1", 0)]
