@@ -118,7 +118,7 @@ GRANT SELECT ON alembic_version TO platform_worker;
 -- Submitters. Of a row they see what tells whether a publish is the same again, and nothing that it carries.
 GRANT INSERT ON jobs TO platform_submitter;
 GRANT SELECT (id, seq, state, epoch, attempt, step, retries, nesting) ON jobs TO platform_submitter;
-GRANT SELECT ON authority, rates, run_times TO platform_submitter;
+GRANT SELECT ON authority, declarations, rates, run_times TO platform_submitter;
 
 -- Constraints are made by functions with their owner's rights: whoever submits may hold its own new job back, and has
 -- no say in others.

@@ -96,7 +96,8 @@ def command(context: click.Context, /, **options: Any) -> None:
     proposed = uuid()
     if as_json:
         _check_readable(stores, proposed)
-    call = {**_declared(app, stores, task), **call, "headers": sent_by(commanding())}
+    _warn_of_undeclared(app, stores, task)
+    call = {**call, "headers": sent_by(commanding())}
     job = str(app.send_task(task, args, kwargs, task_id=proposed, **call).id)
     # The process ends soon, and the ledger is to know the job before.
     stores.sending.flush()
@@ -203,17 +204,16 @@ def _of_key(option: str, value: str) -> tuple[str, str]:
     return key, bound
 
 
-def _declared(app: Celery, stores: Stores, task: str) -> dict[str, Any]:
-    """Return the declared request of a task as options. A task that nobody declared gives a warning."""
+def _warn_of_undeclared(app: Celery, stores: Stores, task: str) -> None:
+    """Print a warning for a task that nobody declared."""
     from celery_capacity.platform.console.render import WITH_ITS_CODE
-    from celery_capacity.platform.operations.declared import read_declared
+    from celery_capacity.platform.operations.declared import read_undeclared
 
-    declared = read_declared(app, stores, [task])
+    declared = read_undeclared(app, stores, [task])
     if declared.unknown:
         near = get_close_matches(task, declared.names, n=1)
         advice = f"Did you mean {near[0]}?" if near else WITH_ITS_CODE
         talk().print(f"Warning: no worker has declared the task {task}; it waits for one that does. {advice}")
-    return declared.of(task)
 
 
 def _check_readable(stores: Stores, job: str) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 from kombu.utils.uuid import uuid
 from sqlalchemy import text
 
-from celery_capacity.platform.operations.declared import read_declared
 from celery_capacity.routing.database.audit import Actor
 from celery_capacity.routing.database.postgres_errors import translated
 from celery_capacity.routing.errors import InvalidRequest, PlatformError
@@ -68,11 +67,10 @@ def submit_all(app: Celery, stores: Stores, actor: Actor, submissions: Sequence[
     ids = [submission.id or uuid() for submission in submissions]
     with translated("no job was submitted: "), stores.engine.connect() as connection:
         valid = [job for job in ids if _is_valid(job)]
-        declared = read_declared(app, stores, {submission.task for submission in submissions})
         tasks: dict[str, str] = {row.id: row.name for row in connection.execute(_EXISTING, {"ids": valid})}
     results: list[Submitted] = []
     for job, submission in zip(ids, submissions, strict=True):
-        result = _submit(app, actor, job, submission, tasks.get(job), declared.of(submission.task))
+        result = _submit(app, actor, job, submission, tasks.get(job))
         if result.refused is None and result.id == job:
             tasks.setdefault(job, submission.task)
         results.append(result)
@@ -87,10 +85,8 @@ def _is_valid(job: str) -> bool:
         return False
 
 
-def _submit(
-    app: Celery, actor: Actor, job: str, submission: Submission, existing: str | None, declared: dict[str, Any]
-) -> Submitted:
-    """Submit one job. `existing`: the task of the job that has its id already. `declared`: options of the task."""
+def _submit(app: Celery, actor: Actor, job: str, submission: Submission, existing: str | None) -> Submitted:
+    """Submit one job. `existing`: the task of the job that has its id already."""
     if existing is not None:
         if existing == submission.task:
             return Submitted(job)
@@ -98,7 +94,7 @@ def _submit(
         return Submitted(
             job, refused=InvalidRequest(f"job {job} exists, and its task is {existing}", value=job, advice=advice)
         )
-    options = {"task_id": job, "headers": sent_by(actor), **declared, **submission.options}
+    options = {"task_id": job, "headers": sent_by(actor), **submission.options}
     try:
         sent = app.send_task(submission.task, submission.args, submission.kwargs, **options)
     except PlatformError as error:

@@ -33,7 +33,7 @@
 | `ledger:allocated` | string | millicores allocated in all |
 | `ledger:counters` | hash | counters for people: admissions, refusals, stale writes, ... |
 | `ledger:declarations` | hash | task name, request as JSON in people's units |
-| `ledger:declared_times` | hash | task name, `{"expected_ms": ..., "limits_ms": [hard, soft]}` where it declares them |
+| `ledger:declared_times` | hash | task name, its run time, limits, tenant, place and alternatives as JSON |
 | `ledger:tasks:<catalogue>` | set | names of the tasks that workers with this catalogue have registered |
 | `ledger:runner` | hash | `incarnation` of the worker that runs the duties, `fence` and `until` (ms) of its lease |
 | `ledger:asked` | set | duties that others ask the runner for |

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, text
 
@@ -224,22 +224,37 @@ def live_on_machine(connection: Connection, boot_id: str, name: str, seen_for: f
     return [str(row[0]) for row in rows]
 
 
-def declare(connection: Connection, requests: Mapping[str, Mapping[str, Any]]) -> None:
-    """Store the requests that tasks declare, by task name, in people's units."""
+_DECLARE: Final = text("""
+INSERT INTO declarations (name, request, options, seen_at)
+SELECT name, CAST(request AS jsonb), CAST(options AS jsonb), now()
+FROM unnest(CAST(:names AS text[]), CAST(:requests AS text[]), CAST(:options AS text[])) AS d (name, request, options)
+ON CONFLICT (name) DO UPDATE SET request = excluded.request, options = excluded.options, seen_at = now()
+""")
+
+
+class DeclarationRow(NamedTuple):
+    """The declaration of a task: its request in people's units, and its other options, None where it has none."""
+
+    request: dict[str, Any]
+    options: dict[str, Any] | None
+
+
+def declare(
+    connection: Connection, requests: Mapping[str, Mapping[str, Any]], options: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Store the requests that tasks declare, by task name, in people's units, and the options of some of them."""
+    names = sorted(requests)
     connection.execute(
-        text(
-            "INSERT INTO declarations (name, request, seen_at) "
-            "SELECT name, CAST(request AS jsonb), now() "
-            "FROM unnest(CAST(:names AS text[]), CAST(:requests AS text[])) AS d (name, request) "
-            "ON CONFLICT (name) DO UPDATE SET request = excluded.request, seen_at = now()"
-        ),
+        _DECLARE,
         {
-            "names": sorted(requests),
-            "requests": [json.dumps(dict(requests[name])) for name in sorted(requests)],
+            "names": names,
+            "requests": [json.dumps(dict(requests[name])) for name in names],
+            "options": [json.dumps(dict(options[name])) if name in options else None for name in names],
         },
     )
 
 
-def declarations(connection: Connection) -> dict[str, dict[str, Any]]:
-    """Return all declarations: task name -> request in people's units."""
-    return {row[0]: row[1] for row in connection.execute(text("SELECT name, request FROM declarations"))}
+def declarations(connection: Connection) -> dict[str, DeclarationRow]:
+    """Return all declarations, by task name."""
+    rows = connection.execute(text("SELECT name, request, options FROM declarations"))
+    return {row[0]: DeclarationRow(row[1], row[2]) for row in rows}

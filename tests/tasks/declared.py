@@ -52,6 +52,24 @@ def an_hour_at_most() -> None:
     """Declare Celery's hard limit alone."""
 
 
+@shared_task(
+    cpus=1,
+    requests=[{"gpus": 1}, {"cpus": 2}],
+    where={"arch": "aarch64"},
+    tenant="physics",
+    expected="10m",
+    time_limit=3600,
+    rerun=False,
+)
+def placed() -> None:
+    """Declare alternatives, a place, a tenant, a run time and a limit."""
+
+
+@shared_task(exclusive=True)
+def alone() -> None:
+    """Declare a worker of its own."""
+
+
 @shared_task
 def echo(value: Any) -> Any:
     """Return the argument."""

@@ -9,6 +9,7 @@ from typing import Any
 from celery_capacity.routing.config.machine import Machine, describe, exceeding
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.model.message import PLATFORM_PREFIX
+from celery_capacity.workers.dispatch.published_declarations import Declarations
 from celery_capacity.workers.execute.pool import slots_of
 from celery_capacity.workers.execute.runtime import Runtime
 from celery_capacity.workers.membership.preflight import neighbours, whole_machine
@@ -16,7 +17,7 @@ from celery_capacity.workers.process.exit_codes import Exit, code_of
 from celery_capacity.workers.process.stores import Stores, stores_of
 from celery_capacity.workers.process.waiting_for_stores import when_stores_answer
 from celery_capacity.workers.submit.constraints import declare_rates
-from celery_capacity.workers.submit.router import Declarations, declaration
+from celery_capacity.workers.submit.router import declaration
 
 logger = logging.getLogger(__name__)
 #: Logger of the line with the capacity, which people look for, and which is no warning.

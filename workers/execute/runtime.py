@@ -37,6 +37,7 @@ from celery_capacity.routing.wake import Wake
 from celery_capacity.workers.broker import beat_messages, transport
 from celery_capacity.workers.broker.decompression import TIMES
 from celery_capacity.workers.broker.ledger_queue import LedgerQueue
+from celery_capacity.workers.dispatch.published_declarations import Declarations
 from celery_capacity.workers.execute.enroll import Intake
 from celery_capacity.workers.execute.outcome_check import JUDGED, Ambiguous, BodyEnd, gone_back, judge
 from celery_capacity.workers.execute.rejected import attempt_of, refusing, take_raw
@@ -66,7 +67,6 @@ from celery_capacity.workers.runner.duty_runner import OUTBOX, Runner
 from celery_capacity.workers.settle.postgres_ends import PostgresEnds
 from celery_capacity.workers.settle.pull_thread import Puller
 from celery_capacity.workers.settle.settle_thread import LedgerThread
-from celery_capacity.workers.submit.router import Declarations
 from celery_capacity.workers.supervision.drain import Drain
 from celery_capacity.workers.supervision.health import Health
 

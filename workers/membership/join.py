@@ -13,6 +13,7 @@ from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model.capacity import Capacity
 from celery_capacity.routing.model.states import Store
+from celery_capacity.workers.dispatch.published_declarations import Declarations
 from celery_capacity.workers.membership.authority_check import Confirmation
 from celery_capacity.workers.membership.cold_ledger import open_ledger
 from celery_capacity.workers.membership.failover import Reachability
@@ -20,7 +21,6 @@ from celery_capacity.workers.membership.preflight import check_stores
 from celery_capacity.workers.membership.registration import Membership
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.process.waiting_for_stores import may_pass, when_stores_answer
-from celery_capacity.workers.submit.router import Declarations
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
@@ -26,6 +26,7 @@ from celery_capacity.routing.recovery import transition_log
 from celery_capacity.routing.recovery.reclaim import take_back
 from celery_capacity.routing.store import fencing, worker_rows
 from celery_capacity.routing.store.worker_rows import WorkerRow
+from celery_capacity.workers.dispatch.published_declarations import TIMES, Declarations
 from celery_capacity.workers.membership import orphans
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.lifetime import Lifetime
@@ -34,7 +35,6 @@ from celery_capacity.workers.process.claim_writer import running
 from celery_capacity.workers.process.holdings import Holdings
 from celery_capacity.workers.process.identity import is_known_dead
 from celery_capacity.workers.results.outcome_writer import Recorder
-from celery_capacity.workers.submit.router import TIMES, Declarations
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ class Membership:
         self._capacity, self._measured, self.declared = capacity, capacity, declared
         self._told_lost = ledger_lost
         self._write_seen(WorkerStatus.READY)
+        self._later(self._write_declarations)
         self._end_former_incarnations()
 
     def _register(self, epoch: int, status: WorkerStatus, challenge: Callable[[], None]) -> int:
@@ -202,23 +203,25 @@ class Membership:
     def _declare(self) -> None:
         if not self.declared:
             return
-        people = {name: {k: v for k, v in fields.items() if k != TIMES} for name, fields in self.declared.items()}
-        times: dict[Any, Any] = {
-            name: json.dumps(fields[TIMES]) for name, fields in self.declared.items() if TIMES in fields
-        }
+        people, times = self._declared_parts()
         timeless = people.keys() - times
         try:
             pipe = self._ledger.client.pipeline(transaction=False)
             pipe.hset(keys.DECLARATIONS, mapping={name: json.dumps(people[name]) for name in people})
             if times:
-                pipe.hset(keys.DECLARED_TIMES, mapping=times)
+                pipe.hset(keys.DECLARED_TIMES, mapping={name: json.dumps(times[name]) for name in times})
             if timeless:
                 pipe.hdel(keys.DECLARED_TIMES, *timeless)
             pipe.execute()
         except OutOfMemoryError as error:
             # Meanwhile senders that do not know a task ask for the default. Its jobs run all the same.
             logger.warning("the declarations of this worker's tasks are not published: %s", error)
-        self._later(lambda: self._write_declarations(people))
+        self._later(self._write_declarations)
+
+    def _declared_parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the requests of the declared tasks, and the other options of those that have some, by name."""
+        people = {name: {k: v for k, v in fields.items() if k != TIMES} for name, fields in self.declared.items()}
+        return people, {name: fields[TIMES] for name, fields in self.declared.items() if TIMES in fields}
 
     # -- Postgres ------------------------------------------------------------------------------------------------
 
@@ -257,9 +260,9 @@ class Membership:
             raise
         return True
 
-    def _write_declarations(self, people: Mapping[str, Mapping[str, Any]]) -> None:
+    def _write_declarations(self) -> None:
         with self._engine.connect() as connection:
-            worker_rows.declare(connection, people)
+            worker_rows.declare(connection, *self._declared_parts())
 
     def _end_former_incarnations(self) -> None:
         with self._engine.connect() as connection:

@@ -6,18 +6,13 @@ into the message's headers and so survives retries and canvas.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
 from celery_capacity.routing.config.task_rules import NO_RULES, RERUN, RequestRules
-from celery_capacity.routing.errors import InvalidRequest, PlatformError, show
+from celery_capacity.routing.errors import InvalidRequest, show
 from celery_capacity.routing.insert import key_options
-from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.ledger.client import Ledger
-from celery_capacity.routing.ledger.snapshot import text
 from celery_capacity.routing.model.amounts import CPUS, DEFAULT_QUEUE
 from celery_capacity.routing.model.expected import EXPECTED, EXPECTED_MS, LIMITS, NO_LIMITS, Limits, parse_duration
 from celery_capacity.routing.model.identifiers import check_tenant
@@ -35,15 +30,12 @@ from celery_capacity.routing.model.request import (
 )
 from celery_capacity.routing.policy.labels import ANYWHERE, SPREAD, Place, place_of, place_of_options
 from celery_capacity.routing.policy.tenants import DEFAULT_TENANT
+from celery_capacity.workers.dispatch.published_declarations import PLACE, TIMES, PublishedDeclarations
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.submit import constraints
 from celery_capacity.workers.submit.canvas import COORDINATING, UNLOCKING, called_by, mark_of
 from celery_capacity.workers.submit.validation import limits_of
 
-#: Task name -> its declaration, as workers publish it (`declaration`).
-Declarations = Mapping[str, Mapping[str, Any]]
-#: Seconds for which a sender trusts the declarations that it read.
-DECLARATIONS_FOR: Final = 10.0
 #: Wrong names of a request's options that people write -> the right ones.
 MISSPELT: Final = {
     "cpu": "cpus",
@@ -53,14 +45,9 @@ MISSPELT: Final = {
     "resource": "resources",
     "expect": EXPECTED,
 }
-#: Key of a declaration in this process: its `EXPECTED_MS`, `LIMITS` and `PLACE`. They have a key of Redis of their own,
-#: because an older release reads each declaration as a request.
-TIMES: Final = "times"
 #: Options of a called task that hold for the map which calls it.
 _OF_CALLED: Final = (*REQUEST_OPTIONS, REQUESTS, *PLACE_OPTIONS)
 _SPREAD: Final = Place(spread=True)
-#: Key of the terms that say where the jobs of a task may run, beside its times.
-PLACE: Final = "place"
 
 
 class Router:
@@ -77,15 +64,7 @@ class Router:
     ) -> None:
         self._stores = stores
         self._tasks = tasks
-        self._published: dict[str, Request] = {}
-        #: Published tasks that run only until their first loss.
-        self._never_again: set[str] = set()
-        #: Expected run times (ms) and time limits of published tasks that have some.
-        self._published_times: dict[str, tuple[int, Limits]] = {}
-        self._published_places: dict[str, Place] = {}
-        #: Alternatives of published tasks that have some.
-        self._published_alternatives: dict[str, tuple[Request, ...]] = {}
-        self._published_until = 0.0
+        self.published = PublishedDeclarations(stores)
 
     def __call__(self, name: str, args: Any, kwargs: Any, options: dict[str, Any], task: Any = None, **_: Any) -> None:
         if name.startswith(PLATFORM_PREFIX):
@@ -171,16 +150,17 @@ class Router:
         if registered is not None:
             before = alternatives_by(registered, declared)
         else:
-            before = self._published_alternatives.get(name) or (declared,)
+            published = self.published.of(name)
+            before = (published and published.alternatives) or (declared,)
         return alternatives_from(call, self._stores.requests.alternatives(name, before, declared), base)
 
     def _declared(self, name: str, task: Any) -> tuple[Request, bool]:
         registered = task if task is not None else self._tasks().get(name)
         if registered is not None:
             return declared_by(registered, self._stores.settings.default_cpus), True
-        published = self.published().get(name)
+        published = self.published.of(name)
         if published is not None:
-            return published, True
+            return published.request, True
         return Request.from_options({}, self._stores.settings.default_cpus), False
 
     def _reruns(self, name: str, called: Any, carried: Any, task: Any) -> bool:
@@ -199,12 +179,14 @@ class Router:
         registered = task if task is not None else self._tasks().get(name)
         if registered is not None:
             return reruns(registered)
-        return name not in self._never_again
+        published = self.published.of(name)
+        return published is None or published.reruns
 
     def _tenant(self, name: str, carried: Any, task: Any, called: Any) -> dict[str, str]:
         """Return the key of the header that names the tenant, none for the default tenant.
 
-        The first of these that has an answer decides: the call, the header of a retry, the task, `PLATFORM_TENANT`.
+        The first of these that has an answer decides: the call, the header of a retry, the task, the published
+        declaration, `PLATFORM_TENANT`.
         """
         registered = task if task is not None else self._tasks().get(name)
         if called is not None:
@@ -214,7 +196,9 @@ class Router:
         elif (declared := getattr(registered, TENANT, None)) is not None:
             tenant = check_tenant(declared, f"the declaration of task {name}: tenant")
         else:
-            tenant = self._stores.settings.tenant
+            published = self.published.of(name) if registered is None else None
+            named = published.tenant if published is not None else None
+            tenant = self._stores.settings.tenant if named is None else check_tenant(named)
         return {} if tenant == DEFAULT_TENANT else {TENANT: tenant}
 
     def _times(self, name: str, carried: Any, task: Any, called: Any) -> dict[str, Any]:
@@ -233,8 +217,8 @@ class Router:
         if registered is not None:
             declared, limits = expected_by(registered), limits_of(registered)
         else:
-            self.published()
-            declared, limits = self._published_times.get(name, (0, NO_LIMITS))
+            published = self.published.of(name)
+            declared, limits = (0, NO_LIMITS) if published is None else (published.expected_ms, published.limits)
         rule = self._stores.requests.of(name)
         expected = expected or (rule is not None and rule.expected_ms) or declared
         return _times_of(expected, limits)
@@ -249,38 +233,10 @@ class Router:
         if registered is not None:
             declared = place_by(registered)
         else:
-            self.published()
-            declared = self._published_places.get(name, ANYWHERE)
+            published = self.published.of(name)
+            declared = ANYWHERE if published is None else published.place
         place = called.over(declared if rule is None else rule.location.over(declared))
         return place.over(_SPREAD) if self._stores.settings.placement == SPREAD else place
-
-    def published(self) -> dict[str, Request]:
-        """Return the requests that workers published, read at most every `DECLARATIONS_FOR` seconds from the ledger."""
-        now = time.monotonic()
-        if now >= self._published_until:
-            self._published_until = now + DECLARATIONS_FOR
-            try:
-                reply: Any = self._stores.sending.ask(_read_declarations)
-            except PlatformError:
-                # The submit itself reports the error.
-                return self._published
-            if reply is None:
-                # No answer: the declarations that were read before stay in use.
-                return self._published
-            declared, times = ({text(key): json.loads(value) for key, value in part.items()} for part in reply)
-            self._never_again = {name for name, fields in declared.items() if fields.pop(RERUN, True) is False}
-            self._published_times = {
-                name: (int(fields.get(EXPECTED_MS) or 0), Limits(*fields.get(LIMITS) or NO_LIMITS))
-                for name, fields in times.items()
-            }
-            self._published_places = {
-                name: place_of(fields[PLACE]) for name, fields in times.items() if PLACE in fields
-            }
-            self._published_alternatives = {
-                name: alternatives_of(fields[REQUESTS]) for name, fields in times.items() if REQUESTS in fields
-            }
-            self._published = {name: Request.from_people(fields) for name, fields in declared.items()}
-        return self._published
 
 
 def check_rerun(value: Any, what: str) -> bool:
@@ -306,6 +262,8 @@ def declaration(task: Any, default_cpus: int, rules: RequestRules = NO_RULES) ->
     again = reruns(task) if rule is None or rule.rerun is None else rule.rerun
     times = _times_of((rule is not None and rule.expected_ms) or expected_by(task), limits)
     place = place_by(task) if rule is None else rule.location.over(place_by(task))
+    if (tenant := getattr(task, TENANT, None)) is not None:
+        times[TENANT] = check_tenant(tenant, f"the declaration of task {task.name}: tenant")
     if place.terms:
         times[PLACE] = place.terms
     declared = declared_by(task, default_cpus)
@@ -354,13 +312,6 @@ def place_by(task: Any) -> Place:
 def _times_of(expected: int, limits: Limits) -> dict[str, Any]:
     times: dict[str, Any] = {EXPECTED_MS: expected} if expected else {}
     return {**times, LIMITS: list(limits)} if any(limits) else times
-
-
-def _read_declarations(ledger: Ledger) -> list[Any]:
-    pipe = ledger.client.pipeline(transaction=False)
-    pipe.hgetall(keys.DECLARATIONS)
-    pipe.hgetall(keys.DECLARED_TIMES)
-    return list(pipe.execute())
 
 
 def declared_by(task: Any, default_cpus: int) -> Request:

@@ -98,6 +98,7 @@ def test_declared_request_holds_where_the_ledger_tells_none(
         declared = """{"cpus": 0.5, "memory": 1048576, "slots": 1, "licence": 2}"""
         connection.exec_driver_sql("INSERT INTO declarations (name, request) VALUES (%s, %s)", (task, declared))
     monkeypatch.setattr(submitter.app.platform.sending, "ask", lambda _: None)
+    submitter.app.amqp.routes[0].published.forget()
     answer = client.post("/api/v1/jobs", json={"task": task, "id": job, "memory": "2MiB"})
     assert answer.status_code == 200, answer.text
     expected = {"cpus": 0.5, "memory": 2 * 1024**2, "slots": 1, "licence": 2}

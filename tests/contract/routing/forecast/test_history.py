@@ -70,7 +70,7 @@ _GPU_OR_CPUS = alternatives_term([Request.of({"cpus": 1000, "gpus": 1}), Request
         *("alternatives", "tenant-and-alternatives", "expected", "limited"),
     ],
 )
-def test_job_has_one_trace_before_and_after_its_archiving(stage: Stage, terms: Any, amounts: dict[str, int]) -> None:
+def test_job_has_one_trace_before_and_after_its_archiving(stage: Stage, terms: Any, amounts: Any) -> None:
     stage.worker("a", cpus=4000, licence=1, labels={"arch": "aarch64", "disk": "ssd"})
     job = stage.submit(priority=3, **terms, **amounts)
     stage.start(job)

@@ -11,7 +11,8 @@ from celery import Celery
 from celery_capacity.routing.config.task_rules import NO_RULES, RequestRules, Rule
 from celery_capacity.routing.model.message import HEADER
 from celery_capacity.routing.model.request import holding
-from celery_capacity.workers.submit.router import TIMES, Router, declaration
+from celery_capacity.workers.dispatch.published_declarations import TIMES
+from celery_capacity.workers.submit.router import Router, declaration
 
 GPU: Final = "cpus=1000,gpus=1,slots=1"
 WIDE: Final = "cpus=32000,slots=1"
