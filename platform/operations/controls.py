@@ -16,10 +16,13 @@ from celery_capacity.routing.recovery.drift import Reconciled, jobs_to_compare
 from celery_capacity.routing.recovery.rebuild import Rebuilt
 from celery_capacity.routing.store import quarantine
 from celery_capacity.routing.store.controls import target_of
-from celery_capacity.workers.client import controls
+from celery_capacity.workers.client import controls, requeue
 from celery_capacity.workers.client.controls import PauseOrder, WorkerOrder
+from celery_capacity.workers.client.requeue import Requeued
 
 if TYPE_CHECKING:
+    from celery import Celery
+
     from celery_capacity.workers.process.stores import Stores
 
 
@@ -99,3 +102,15 @@ def drop_quarantined(stores: Stores, actor: Actor, ids: Sequence[int]) -> int:
             dropped = quarantine.drop(connection, ids)
         note.count(["dropped"] * dropped + ["unknown"] * (len(ids) - dropped), len(ids) - dropped)
         return dropped
+
+
+def requeue_quarantined(app: Celery, stores: Stores, actor: Actor, ids: Sequence[int]) -> list[Requeued]:
+    """Put messages that were set aside back where they came from, as `workers.client.requeue`."""
+    with audited(stores, actor, "requeue", [str(message) for message in ids]) as note:
+        results: list[Requeued] = []
+        try:
+            results.extend(requeue.requeue(app, stores, ids))
+        finally:
+            # Also where a store went away between two messages: `extend` keeps those before the error.
+            note.count([result.became.value for result in results], sum(not result.done for result in results))
+        return results

@@ -1,7 +1,8 @@
 """Messages that nobody can read, set aside as they came, in the table `quarantine`.
 
-Nothing in them is trusted or looked at again. They are kept for a person who asks where they came from. Only the newest
-`MAX_KEPT` are kept, so that a flood of such messages does not fill the database.
+Nothing in them is trusted. They are kept for a person who asks where they came from, and who drops them or has them
+read again (`workers.client.requeue`). Only the newest `MAX_KEPT` are kept, so that a flood of such messages does not
+fill the database.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from sqlalchemy import Connection, delete, insert, text
 
 from celery_capacity.routing.database.schema import quarantine
 from celery_capacity.routing.errors import storable
+from celery_capacity.routing.model.amounts import QUEUES
 from celery_capacity.routing.model.reasons import Refusal
+from celery_capacity.routing.model.states import WorkerStatus
 
 #: Bytes of a message that are kept.
 MAX_BYTES: Final = 1024**2
@@ -138,3 +141,26 @@ def newest(connection: Connection, limit: int, before: int) -> list[dict[str, An
 def drop(connection: Connection, ids: Sequence[int]) -> int:
     """Delete messages by their ids; return the number of those that were there."""
     return connection.execute(delete(quarantine).where(quarantine.c.id.in_(ids))).rowcount
+
+
+_TAKE: Final = text("DELETE FROM quarantine WHERE id = :id RETURNING raw, queue, reason, worker")
+
+
+def take(connection: Connection, message: int) -> SetAside | None:
+    """Delete a message in the caller's transaction, and return it; None where there is none.
+
+    Until the end of the transaction nobody else takes it. After a rollback it is there as before.
+    """
+    row = connection.execute(_TAKE, {"id": message}).one_or_none()
+    return None if row is None else SetAside(bytes(row.raw), row.queue, row.reason, row.worker)
+
+
+_SERVED: Final = text(f"""
+SELECT EXISTS (SELECT 1 FROM workers WHERE status IN ('{WorkerStatus.READY.value}', '{WorkerStatus.DRAINING.value}')
+  AND jsonb_exists(CAST(capacity AS jsonb) -> '{QUEUES}', :queue))
+""")
+
+
+def is_served(connection: Connection, queue: str) -> bool:
+    """Return True if a worker that has not left serves this queue, besides the default one."""
+    return bool(connection.execute(_SERVED, {"queue": queue}).scalar_one())

@@ -21,10 +21,12 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Final
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, StatementError
 
 from celery_capacity.routing.database.postgres_errors import is_locked
+from celery_capacity.routing.errors import storable
+from celery_capacity.routing.insert import successors
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model import outbox
 from celery_capacity.routing.model.outbox import Outbox
@@ -45,6 +47,9 @@ STORE_WIDE: Final = ("08", "0A", "25", "28", "3D", "40", "42", "53", "55", "57",
 _MAX_EPOCH: Final = 2**63 - 1
 _MAX_ATTEMPT: Final = 2**31 - 1
 
+#: Beginning of the error in a row whose transition was written as a mark.
+MARK: Final = "a transition was set aside: "
+
 _MARK: Final = text(f"""
 UPDATE jobs SET error = :error WHERE id = :job
 AND state NOT IN ({", ".join(f"'{state.value}'" for state in sorted(FINAL))}) AND (epoch, attempt) <= (:epoch, :attempt)
@@ -54,6 +59,15 @@ UPDATE jobs SET state = :state, step = {Step.DROPPED.value}, epoch = :epoch, att
   error = :error, outbox = '{outbox.UNTOLD}'
 WHERE id = :job AND state NOT IN ({", ".join(f"'{state.value}'" for state in sorted(FINAL))})
   AND (epoch, attempt) <= (:epoch, :attempt)
+""")
+_RESTORE: Final = text(f"""
+UPDATE jobs SET error = nullif(:error, ''), outbox = nullif(:outbox, '')
+WHERE id = :job AND state = :state AND state IN ({", ".join(f"'{state.value}'" for state in sorted(FINAL))})
+  AND step = {Step.DROPPED.value} AND (epoch, attempt) = (:epoch, :attempt) AND error LIKE :mark
+""")
+_LEAVE: Final = text(f"""
+UPDATE jobs SET outbox = :outbox WHERE id = :job AND outbox IS NULL
+AND state IN ({", ".join(f"'{state.value}'" for state in sorted(FINAL))})
 """)
 _AWAITED: Final = text("SELECT awaited FROM jobs WHERE id = :job")
 
@@ -101,6 +115,37 @@ def set_aside(
         quarantine.write(connection, [SetAside.of(raw, keys.STREAM, reason, _ascii(detail), worker)])
     tally.add(reason)
     logger.error("set aside: %s", detail)
+
+
+def read_back(kept: Mapping[str, Any]) -> Transition:
+    """Return the transition that `set_aside` kept. Raises `ValueError`, `TypeError` and `LookupError` for others."""
+    return Transition(**{**kept, "token": Token.parse(kept["token"])})
+
+
+def apply_again(connection: Connection, transition: Transition) -> bool:
+    """Write a transition that was set aside, in the caller's transaction; return True if it changed something.
+
+    State and token guard it like any other: a transition that the job has overtaken changes nothing. An end that was
+    written as a mark gets its error and its outbox. Raises the errors of Postgres.
+    """
+    applied = job_transitions.apply(connection, [transition])
+    values = {"job": transition.job, "state": transition.state, **transition.token.columns()}
+    error = storable(transition.error, job_transitions.ERROR_LENGTH)
+    restored = connection.execute(_RESTORE, {**values, "error": error, "outbox": transition.outbox, "mark": MARK + "%"})
+    return bool(applied or restored.rowcount)
+
+
+def deliver_again(connection: Connection, job: str, left: str) -> bool:
+    """Put an outbox that was set aside back into the row of its ended job; return True if it stands there now.
+
+    A row with another outbox is left as it is. Publishes are inserted first, as at the end of an attempt. Raises
+    `ValueError`, `TypeError` and `LookupError` for a text that is no outbox.
+    """
+    outbox.parse(left)
+    if not connection.execute(_LEAVE, {"job": job, "outbox": left}).rowcount:
+        return False
+    successors.publish_left(connection, left)
+    return True
 
 
 def _write_alone(
@@ -156,7 +201,7 @@ def _apply_without_outbox(engine: Engine, tally: Tally, transition: Transition, 
 def _mark(engine: Engine, tally: Tally, transition: Transition, why: str) -> list[Applied]:
     """Note in the row that a transition was set aside. An end still ends the job, with this note as its error."""
     token = Token(_clamped(transition.token.epoch, _MAX_EPOCH), _clamped(transition.token.attempt, _MAX_ATTEMPT))
-    words = _ascii(f"a transition was set aside: {why}")[: job_transitions.ERROR_LENGTH]
+    words = _ascii(f"{MARK}{why}")[: job_transitions.ERROR_LENGTH]
     values = {"job": transition.job, "error": words, **token.columns()}
     ended = transition.state in FINAL
     applied = []

@@ -94,8 +94,8 @@ class Pause(Part, Reason):
     """A part of the backlog to pause, and why."""
 
 
-class Drop(Body):
-    """Messages to delete."""
+class Messages(Body):
+    """Messages that were set aside, to delete or to put back."""
 
     ids: list[Annotated[Integer, Field(ge=0, lt=2**31)]] = Field(min_length=1, max_length=MAX_MANY)
 

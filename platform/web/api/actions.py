@@ -180,10 +180,16 @@ def _add_parts(router: APIRouter, sources: Sources) -> None:
         return json_answer({"results": [{**done.to_json(), "all_repaired": done.all_repaired}]})
 
     @router.post("/quarantine/drop", **answers(models.Results))
-    def drop(by: Operator, body: models.Drop) -> Response:
+    def drop(by: Operator, body: models.Messages) -> Response:
         """Delete messages that were set aside."""
         ids = list(dict.fromkeys(body.ids))
         return json_answer({"results": [{"dropped": controls.drop_quarantined(sources.acting()[1], by, ids)}]})
+
+    @router.post("/quarantine/requeue", **answers(models.Results))
+    def requeue(by: Operator, body: models.Messages) -> Response:
+        """Put messages that were set aside back where they came from. Why another one stays is in its result."""
+        app, stores = sources.acting()
+        return _results(controls.requeue_quarantined(app, stores, by, list(dict.fromkeys(body.ids))))
 
 
 def _submission(body: models.Submit) -> Submission:

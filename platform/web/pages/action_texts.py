@@ -96,6 +96,18 @@ ACTION_TEXTS: Final = {
     "The ledger is compared with Postgres, and made equal to it.": "将账本与 Postgres 比较，并使其一致。",
     "Drop the messages": "删除消息",
     "They are deleted, with their bytes.": "消息及其内容将被删除。",
+    "Put the messages back": "放回消息",
+    "Each goes into its queue again. A worker that still cannot read it sets it aside once more.": (
+        "每条消息将重新进入其队列。仍无法读取该消息的工作节点会再次将其隔离存放。"
+    ),
+    "requeued": "已放回",
+    "cut": "内容不完整",
+    "parts-only": "仅保留部分内容",
+    "worker-gone": "工作节点已结束",
+    "unknown-queue": "队列无人服务",
+    "still-unreadable": "仍无法读取",
+    "still-refused": "Postgres 仍然拒绝",
+    "out-of-date": "已过时",
     "Messages were set aside.": "有消息被隔离存放。",
     "Messages that were set aside": "被隔离存放的消息",
     "No worker could read these messages. The newest 1,000 are kept.": (

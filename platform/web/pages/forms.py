@@ -19,6 +19,7 @@ from celery_capacity.platform.web.api.filters import filter_of_query
 from celery_capacity.platform.web.http.problems import wrong_parameter
 from celery_capacity.platform.web.sources import Sources
 from celery_capacity.routing.database.audit import Actor
+from celery_capacity.routing.errors import InvalidRequest
 from celery_capacity.routing.model.states import FINAL, State
 from celery_capacity.routing.policy.pauses import Scope
 from celery_capacity.routing.store.controls import MAX_REASON, target_of
@@ -125,6 +126,15 @@ def _drop(sources: Sources, actor: Actor, order: Order) -> None:
     controls.drop_quarantined(sources.acting()[1], actor, order.ids)
 
 
+def _requeue(sources: Sources, actor: Actor, order: Order) -> None:
+    """Put messages back. Raises the refusal of a message that is put back alone."""
+    app, stores = sources.acting()
+    results = controls.requeue_quarantined(app, stores, actor, order.ids)
+    if len(results) == 1 and not results[0].done:
+        detail = results[0].detail or "there is no such message"
+        raise InvalidRequest(f"message {results[0].message} was not put back: {detail}", value=results[0].message)
+
+
 #: The forms, by the last part of their paths.
 FORMS: Final = {
     "cancel": Form(
@@ -178,6 +188,12 @@ FORMS: Final = {
     "resume": Form("Resume", "This starts again.", Kind.PART, _resume),
     "reconcile": Form(
         "Reconcile", "The ledger is compared with Postgres, and made equal to it.", Kind.PLATFORM, _reconcile
+    ),
+    "requeue": Form(
+        "Put the messages back",
+        "Each goes into its queue again. A worker that still cannot read it sets it aside once more.",
+        Kind.MESSAGES,
+        _requeue,
     ),
     "drop": Form("Drop the messages", "They are deleted, with their bytes.", Kind.MESSAGES, _drop, alarm=True),
 }

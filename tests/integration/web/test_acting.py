@@ -154,7 +154,7 @@ def test_parts_are_paused_and_resumed_and_stores_reconciled(stage: Stage, visito
     act(page, "Reconcile")
 
 
-def test_messages_that_were_set_aside_are_dropped(stage: Stage, visitor: Visitor) -> None:
+def test_messages_that_were_set_aside_are_dropped_and_put_back(stage: Stage, visitor: Visitor) -> None:
     for payload in PAYLOADS[:3]:
         stage.sql("INSERT INTO quarantine (raw, queue, reason) VALUES ('x', :said, :said)", said=payload)
     page = log_in(visitor)
@@ -166,8 +166,14 @@ def test_messages_that_were_set_aside_are_dropped(stage: Stage, visitor: Visitor
     page.get_by_role("button", name="Drop the messages").click()
     page.get_by_role("button", name="Drop the messages").click()
     expect(page.locator("h1 .state")).to_have_text("done")
+    stage.sql("UPDATE quarantine SET queue = 'celery'")
     page.goto("/quarantine")
     expect(page.get_by_role("checkbox")).to_have_count(1)
+    page.get_by_role("checkbox").check()
+    for _ in range(2):
+        page.get_by_role("button", name="Put the messages back").click()
+    expect(page.locator("h1 .state")).to_have_text("done")
+    assert stage.redis.lpop("celery") == b"x"
 
 
 def test_keyboard_alone_drains_a_worker(stage: Stage, visitor: Visitor) -> None:

@@ -164,6 +164,22 @@ def test_wrong_form_is_refused_on_a_page(stage: Stage, client: httpx.Client) -> 
     assert {action["outcome"] for action in actions(client)} == {"refused"}
 
 
+def test_form_puts_messages_back_and_says_why_one_stays(stage: Stage, client: httpx.Client) -> None:
+    for queue in ("celery", "nobodys"):
+        stage.sql("INSERT INTO quarantine (raw, queue, reason) VALUES ('x', :queue, 'not_json: x')", queue=queue)
+    log_in(client)
+    assert 'formaction="/act/requeue"' in client.get("/quarantine").text
+    unserved, served = (message["id"] for message in client.get("/api/v1/quarantine").json()["messages"])
+    token = {"form_token": form_token(client)}
+    refused = client.post(f"/act/requeue?id={unserved}", data=token)
+    assert (refused.status_code, "start a worker with -Q nobodys" in refused.text) == (400, True)
+    assert client.post(f"/act/requeue?id={unserved}&id={served}", data=token).status_code == 303
+    both, alone = actions(client)
+    assert (both["outcome"], both["details"]) == ("partly", {"unknown-queue": 1, "requeued": 1})
+    assert (alone["outcome"], alone["details"]) == ("refused", {"unknown-queue": 1})
+    assert stage.redis.lpop("celery") == b"x"
+
+
 def test_action_names_the_user_of_the_proxy_and_the_page(stage: Stage, client: httpx.Client) -> None:
     stage.worker("a", cpus=1000)
     log_in(client)

@@ -66,6 +66,7 @@ def test_refused_method_names_all_methods_of_the_path(path: str, methods: str | 
         ("retry", {"confirm": False}),
         ("workers/a/drain", {"deadline_seconds": False}),
         ("quarantine/drop", {"ids": [False]}),
+        ("quarantine/requeue", {"ids": [False]}),
         ("jobs", {"task": "t", "limit": {"key": False}}),
     ],
 )

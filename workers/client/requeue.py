@@ -1,0 +1,202 @@
+"""Put messages that were set aside back where they came from, once something has changed that made them unreadable.
+
+For example workers were upgraded, a task was added, or a constraint in Postgres was mended. A message goes back into
+its queue as it came. A transition is written again by the code that writes all others. No harm comes of an old message.
+A job is identified by its id and its retries, and an attempt by its token. A worker that still cannot read the message
+sets it aside once more.
+
+A message leaves the quarantine in the transaction around its way back, and the transaction is committed last. If a
+store fails between the two, the message is in both places. It is never in none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+from kombu.transport import redis as kombu_redis
+from redis.exceptions import RedisError
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from celery_capacity.routing.database.postgres_errors import one_line, translated
+from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable
+from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.recovery import transition_log
+from celery_capacity.routing.store import quarantine, refused_transitions
+from celery_capacity.routing.store.quarantine import MAX_BYTES, SetAside
+from celery_capacity.workers.process.stores import Stores, transactions
+
+#: Members of a message that `transport.raw_of` kept only in part: no worker can read it.
+_PARTS: Final = {"headers", "body"}
+#: Members of an outbox that was set aside.
+_OUTBOX: Final = {"job", "outbox"}
+#: Errors in data that this release cannot read.
+_UNREADABLE: Final = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
+
+class Became(StrEnum):
+    """Result for one message; the value is the word in JSON."""
+
+    #: it is in its queue, or its transition is written
+    REQUEUED = "requeued"
+    #: there is no such message
+    UNKNOWN = "unknown"
+    #: it may lack its end
+    CUT = "cut"
+    #: only its headers and its body were kept
+    PARTS = "parts-only"
+    #: it came by the private queue of a worker that has ended
+    WORKER_GONE = "worker-gone"
+    #: it came by a queue that nobody serves
+    NO_QUEUE = "unknown-queue"
+    #: it is no transition for this release
+    UNREADABLE = "still-unreadable"
+    #: Postgres refuses it still
+    REFUSED = "still-refused"
+    #: its job has gone on, so it changes nothing
+    OVERTAKEN = "out-of-date"
+
+
+@dataclass(frozen=True, slots=True)
+class Requeued:
+    """A message that was to be put back, and what became of it. `detail`: why it stays in the quarantine, else ''."""
+
+    message: int
+    became: Became
+    detail: str = ""
+
+    @property
+    def done(self) -> bool:
+        return self.became is Became.REQUEUED
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.message, "result": self.became.value, "detail": self.detail or None}
+
+
+class _Stays(Exception):
+    """A message stays in the quarantine. It ends the transaction that took the message out."""
+
+    def __init__(self, became: Became, detail: str) -> None:
+        super().__init__(detail)
+        self.became = became
+
+
+def requeue(app: Celery, stores: Stores, messages: Sequence[int]) -> Iterator[Requeued]:
+    """Put messages back where they came from, and yield what became of each.
+
+    Raises `StoreUnavailable` where a store does not answer. That message and those behind it stay in the quarantine.
+    The message that was on its way may be in its queue as well.
+    """
+    for message in dict.fromkeys(messages):
+        try:
+            with (
+                translated(f"message {message} was not put back: "),
+                transactions(stores.engine).begin() as connection,
+            ):
+                became = _put_back(app, stores, connection, message)
+        except _Stays as stays:
+            yield Requeued(message, stays.became, str(stays))
+        else:
+            yield Requeued(message, became)
+
+
+def _put_back(app: Celery, stores: Stores, connection: Connection, message: int) -> Became:
+    kept = quarantine.take(connection, message)
+    if kept is None:
+        return Became.UNKNOWN
+    if len(kept.raw) >= MAX_BYTES:
+        raise _Stays(Became.CUT, f"only its first {MAX_BYTES} bytes were kept: let its program send it again")
+    if kept.queue == keys.STREAM:
+        _write_again(connection, kept)
+    elif _is_served(app, connection, kept.queue):
+        _to_broker(app, kept)
+    elif fnmatchcase(kept.queue, keys.PRIVATE_QUEUES):
+        _to_worker(stores, kept)
+    else:
+        raise _Stays(Became.NO_QUEUE, f"nobody serves its queue: start a worker with -Q {kept.queue}")
+    return Became.REQUEUED
+
+
+# -- messages
+
+
+def _is_served(app: Celery, connection: Connection, queue: str) -> bool:
+    configured = queue == app.conf.task_default_queue or queue in app.amqp.queues
+    return configured or quarantine.is_served(connection, queue)
+
+
+def _to_broker(app: Celery, kept: SetAside) -> None:
+    """Push a message into its queue at Celery's broker, behind all others, with the bytes that came."""
+    with app.connection_for_write() as broker:
+        if not isinstance(broker.transport, kombu_redis.Transport) or _has_parts_alone(kept.raw):
+            detail = "only its headers and its body were kept: let its program send it again"
+            raise _Stays(Became.PARTS, detail)
+        errors = (*broker.connection_errors, *broker.channel_errors, OperationalError, OSError, RedisError)
+        try:
+            with broker.channel() as channel, channel.conn_or_acquire() as client:
+                client.lpush(kept.queue, kept.raw)
+        except errors as error:
+            raise StoreUnavailable(f"the broker does not take the message: {error}") from error
+
+
+def _has_parts_alone(raw: bytes) -> bool:
+    try:
+        content = json.loads(raw)
+    except _UNREADABLE:
+        return False
+    return isinstance(content, dict) and content.keys() == _PARTS
+
+
+def _to_worker(stores: Stores, kept: SetAside) -> None:
+    """Push a message into the private queue of a worker that still has it.
+
+    The worker may end at this moment. Then a duty removes the queue (`workers.retention.former_workers`).
+    """
+    name = kept.queue.removeprefix("worker.").rpartition(".")[0]
+    client = stores.ledger.client
+    try:
+        queue: Any = client.hget(keys.book(name), "queue")
+        if queue != kept.queue.encode():
+            detail = "its worker has ended, and its queue with it: a job is delivered again from its row, so drop this"
+            raise _Stays(Became.WORKER_GONE, detail)
+        client.lpush(kept.queue, kept.raw)
+    except InvalidRequest as error:
+        raise _Stays(Became.NO_QUEUE, str(error)) from error
+    except RedisError as error:
+        raise StoreUnavailable(f"Redis does not take the message: {error}") from error
+
+
+# -- transitions
+
+
+def _write_again(connection: Connection, kept: SetAside) -> None:
+    """Write a transition or an outbox into the row of its job."""
+    try:
+        changed = _write(connection, json.loads(kept.raw))
+    except DBAPIError as error:
+        if refused_transitions.concerns_data(error):
+            raise _Stays(Became.REFUSED, f"Postgres refuses it still: {one_line(error)}") from error
+        raise
+    except _UNREADABLE as error:
+        raise _Stays(Became.UNREADABLE, f"this release cannot read it: {error!r}") from error
+    if not changed:
+        detail = "its job has gone on without it, and it changes nothing: drop it, or retry the job"
+        raise _Stays(Became.OVERTAKEN, detail)
+
+
+def _write(connection: Connection, fields: Any) -> bool:
+    if fields.keys() == _OUTBOX:
+        return refused_transitions.deliver_again(connection, fields["job"], fields["outbox"])
+    if "token" in fields:
+        transition = refused_transitions.read_back(fields)
+    else:
+        entry = {name.encode(): str(value).encode() for name, value in fields.items()}
+        transition = transition_log.parse(b"", entry)
+    return refused_transitions.apply_again(connection, transition)
