@@ -6,6 +6,7 @@ interpreter: 33 times for a call that brings 100 jobs. Here a command is one pie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from redis.exceptions import DataError
@@ -35,6 +36,12 @@ class CommandPacker:
             pieces += (b"\r\n$%d\r\n" % len(data), data)
         pieces.append(b"\r\n")
         return [b"".join(pieces)]
+
+
+def packed_reading(command: Sequence[str]) -> bytes:
+    """Return the text of a command of words that are text, as those that read many keys at once are."""
+    words = [word.encode() for word in command]
+    return b"*%d\r\n" % len(words) + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
 
 
 def _bytes(value: Any) -> bytes:

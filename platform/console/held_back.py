@@ -28,7 +28,7 @@ by_option: Final = click.option("--by", metavar="NAME", type=Text(), help="Who d
 
 def lines(overview: Overview) -> list[str]:
     """Return a line for each pause, each cordon and each key that jobs wait for, as `cluster` shows them."""
-    live = {worker.name for worker in overview.workers}
+    live = overview.live
     cordons = [f"{cordoned(order)}{'' if order.worker in live else ', is down'}" for order in overview.orders.cordons]
     more = [f"and {len(cordons) - MAX_CORDONS} more workers"] if len(cordons) > MAX_CORDONS else []
     return [*map(paused, overview.orders.pauses), *cordons[:MAX_CORDONS], *more, *map(waited_for, overview.keys)]

@@ -79,7 +79,7 @@ def cluster(console: Console, overview: Overview, silent_after: float = SILENT_A
     decides = overview.why.startswith("Postgres decides")
     cold = "from Postgres, which decides" if decides else "from Postgres: the ledger does not answer or is cold"
     source = {Store.LEDGER: "from the ledger", Store.POSTGRES: cold}
-    workers = len(overview.workers)
+    workers = len(overview.live)
     if not workers and overview.is_new:
         console.print("no workers yet")
     else:

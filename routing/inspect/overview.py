@@ -35,13 +35,14 @@ from celery_capacity.routing.inspect.waiting import (
 )
 from celery_capacity.routing.inspect.worker_lines import (
     SEEN,
-    UNSEEN,
     WHOLE,
+    LedgerWorkers,
+    Others,
     Page,
     WorkerLine,
-    ledger_line,
     named_amounts,
     row_line,
+    without_collection,
 )
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model import amounts
@@ -49,7 +50,6 @@ from celery_capacity.routing.model.amounts import CPUS, MEMORY, SLOTS, is_named
 from celery_capacity.routing.model.request import Request, terms_of
 from celery_capacity.routing.model.states import State, Store
 from celery_capacity.routing.policy.labels import named_worker
-from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.store import quarantine
 from celery_capacity.routing.store.controls import Orders
 from celery_capacity.routing.store.quarantine import Quarantined
@@ -62,7 +62,10 @@ COLD: Final = "the ledger is cold"
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """The cluster at the time `at`. `source`: the store that gave the values, ledger or postgres."""
+    """The cluster at the time `at`. `source`: the store that gave the values, ledger or postgres.
+
+    `workers`: the live workers on the page, or all of them. `others`: the live ones that are left out.
+    """
 
     source: Store
     at: datetime
@@ -87,25 +90,32 @@ class Overview:
     memory_short: bool = False
     #: The workers to show. The sums are over all workers.
     page: Page = WHOLE
+    others: Others = field(default_factory=Others)
 
     @property
     def shown(self) -> tuple[tuple[WorkerLine, ...], str | None]:
         """Return the lines on the page, and the name behind which the next page begins; None where there is none."""
         by_name = {worker.name: worker for worker in self.workers}
-        names, last = self.page.of(by_name)
+        names, last = self.page.of([*by_name, *self.others.names])
         return tuple(by_name[name] for name in names), last
 
     @property
     def resources(self) -> list[str]:
         """Return the resources that a worker has and not every worker must have, such as GPUs and licences, by name."""
         names = {name for worker in self.workers for name in (*worker.capacity, *worker.allocated)}
+        names.update(self.others.capacity, self.others.allocated)
         return sorted(name for name in names if is_named(name))
 
+    @property
+    def live(self) -> set[str]:
+        """Return the names of all live workers."""
+        return {worker.name for worker in self.workers} | self.others.names
+
     def total(self, name: str) -> int:
-        return sum(worker.capacity.get(name, 0) for worker in self.workers)
+        return sum(worker.capacity.get(name, 0) for worker in self.workers) + self.others.capacity.get(name, 0)
 
     def allocated(self, name: str) -> int:
-        return sum(worker.allocated.get(name, 0) for worker in self.workers)
+        return sum(worker.allocated.get(name, 0) for worker in self.workers) + self.others.allocated.get(name, 0)
 
     def available(self, name: str) -> int:
         """Return the free amount, never negative: capacity may shrink below the present allocations."""
@@ -114,7 +124,7 @@ class Overview:
     @property
     def is_new(self) -> bool:
         """Return whether nothing has run yet: there is no ledger, no worker and no job that waits."""
-        return self.why == COLD and not self.workers and not self.backlog
+        return self.why == COLD and not self.live and not self.backlog
 
     @property
     def waiting(self) -> int:
@@ -127,8 +137,8 @@ class Overview:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `cluster --json` prints and `/api/v1/dashboard` answers with."""
-        totals = amounts.add_up(worker.capacity for worker in self.workers)
-        used = amounts.add_up(worker.allocated for worker in self.workers)
+        totals = amounts.add_up([*(worker.capacity for worker in self.workers), self.others.capacity])
+        used = amounts.add_up([*(worker.allocated for worker in self.workers), self.others.allocated])
         free = {name: max(0, totals[name] - used.get(name, 0)) for name in totals}
         shown, last = self.shown
         return {
@@ -137,7 +147,7 @@ class Overview:
                 "allocated_cpus": amounts.cpus_number(used.get(CPUS, 0)),
                 "available_cpus": amounts.cpus_number(free.get(CPUS, 0)),
                 "utilization_percent": self.utilization_percent,
-                "active_workers": len(self.workers),
+                "active_workers": len(self.live),
                 "total_memory": totals.get(MEMORY, 0),
                 "allocated_memory": used.get(MEMORY, 0),
                 "available_memory": free.get(MEMORY, 0),
@@ -212,7 +222,7 @@ def from_ledger(client: redispy.Redis, page: Page = WHOLE, engine: Engine | None
     Only the workers of the page have the fields that a heartbeat tells. `engine`: Postgres, which counts the waiting
     jobs that stay there while their rows are not marked.
     """
-    with snapshot.without_collection():
+    with without_collection():
         head = snapshot.read_head(client)
         if head.epoch is None:
             raise Cold(COLD)
@@ -224,32 +234,17 @@ def from_ledger(client: redispy.Redis, page: Page = WHOLE, engine: Engine | None
         books = (("HGETALL", keys.book(worker)) for worker in head.leases)
         replies = iter(snapshot.read_many(client, (*views, *books, *queue_reads(head.shapes))))
         seen = {worker: next(replies) for worker in on_page}
-        lines, silent, lapsed = [], list[Book](), 0
-        for worker in head.leases:
-            book = snapshot.parse_book(worker, next(replies))
-            if book is not None and head.is_live(book):
-                lines.append(ledger_line(head.now, book, seen.get(worker, UNSEEN)))
-            elif book is not None:
-                lapsed += book.allocated.get(CPUS, 0)
-                silent += [book.to_policy(head.now)] if head.is_registered(book) else []
-        backlog = read_backlog(client, head, replies, {line.catalogue for line in lines})
-        # Empty workers are judged, so one of each capacity is enough, and the workers that a line names.
-        named = {named_worker(line.terms) for line in backlog}
-        kinds = {
-            (
-                tuple(line.capacity.items()),
-                tuple(line.labels.items()),
-                line.status,
-                line.name if line.name in named else "",
-            ): line
-            for line in lines
-        }
+        workers = LedgerWorkers(head, page, {worker: next(replies) for worker in head.leases}, seen)
+        backlog = read_backlog(client, head, replies, workers.catalogues)
+        # Empty workers are judged, so one of each kind is enough, and the workers that a line names.
+        kinds = workers.kinds({named_worker(line.terms) for line in backlog})
         return Overview(
             source=Store.LEDGER,
             at=datetime.fromtimestamp(head.now / 1000, UTC),
-            workers=tuple(sorted(lines, key=lambda line: line.name)),
-            backlog=blocked_first(backlog, (*(line.to_policy() for line in kinds.values()), *silent)),
-            lapsed_cpus=lapsed,
+            workers=workers.lines,
+            others=workers.others,
+            backlog=blocked_first(backlog, (*(line.to_policy() for line in kinds), *workers.silent)),
+            lapsed_cpus=workers.lapsed,
             counters=head.counters,
             memory_short=head.tight,
             unapplied=head.unapplied,

@@ -7,11 +7,10 @@ store to ask.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, Final
 
 import redis
@@ -22,6 +21,7 @@ from celery_capacity.routing.model.token import NO_ATTEMPT, Token
 from celery_capacity.routing.policy.labels import labels_of_text
 from celery_capacity.routing.policy.placement import Book
 from celery_capacity.routing.policy.reservation import Reservation
+from celery_capacity.routing.redis_commands import packed_reading
 
 #: Statuses of a running worker.
 LIVE: Final = frozenset({WorkerStatus.READY, WorkerStatus.DRAINING})
@@ -38,7 +38,7 @@ def read_many(client: redis.Redis, commands: Iterable[Sequence[str]]) -> list[An
     Only for commands that read: an interrupted call may have been carried out. Raises `RedisError`, also where the
     server refuses a single command.
     """
-    packed = [_pack(command) for command in commands]
+    packed = [packed_reading(command) for command in commands]
     if not packed:
         return []
     pool = client.connection_pool
@@ -52,27 +52,6 @@ def read_many(client: redis.Redis, commands: Iterable[Sequence[str]]) -> list[An
         raise
     finally:
         pool.release(connection)
-
-
-def _pack(command: Sequence[str]) -> bytes:
-    words = [word.encode() for word in command]
-    return b"*%d\r\n" % len(words) + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Put the cyclic garbage collection off while many objects are made that all stay.
-
-    It would run again and again over all of them, and find nothing: a third of the time for 10,000 workers.
-    """
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,18 +187,11 @@ def read_books(client: redis.Redis, workers: Iterable[str]) -> dict[str, WorkerB
 
 
 def parse_book(worker: str, reply: Any) -> WorkerBook | None:
-    """Read a book from the reply to HGETALL: a mapping, or a flat list in the older protocol.
-
-    Return None where the book is missing or torn (COLD for that worker, never 0).
-    """
-    if isinstance(reply, Mapping):
-        fields, values = tuple(reply), list(reply.values())
-    else:
-        fields, values = tuple(reply[::2]), reply[1::2]
-    layout = _book_layout(fields)
-    rest = {name: values[at] for name, at in layout.rest}
-    if "epoch" not in rest or "lease" not in rest:
+    """Read a book from the reply to HGETALL; None where it is missing or torn (COLD for that worker, never 0)."""
+    layout, values = _layout_and_values(reply)
+    if layout.lease is None:
         return None
+    rest = {name: values[at] for name, at in layout.rest}
     return WorkerBook(
         worker=worker,
         epoch=int(rest["epoch"]),
@@ -237,6 +209,17 @@ def parse_book(worker: str, reply: Any) -> WorkerBook | None:
         labels=labels_of_text(text(rest["labels"])) if "labels" in rest else {},
         reservation=_reservation(worker, rest) if "kept_at" in rest else None,
     )
+
+
+def part_book(reply: Any) -> BookParts | None:
+    """Return the kind of a book, its allocations as they came, and the end of its lease; None for no whole book.
+
+    Books of one kind differ in their worker, its end, its allocations and the jobs that it is kept for.
+    """
+    layout, values = _layout_and_values(reply)
+    if layout.lease is None:
+        return None
+    return (layout, layout.kind_of(values)), (layout, layout.allocated_of(values)), int(values[layout.lease])
 
 
 def _reservation(worker: str, fields: Mapping[str, Any]) -> Reservation:
@@ -261,33 +244,52 @@ def read_catalogues(
     return {catalogue: frozenset(task for task in tasks if (catalogue, task) in members) for catalogue in catalogues}
 
 
-@dataclass(frozen=True, slots=True)
-class _BookLayout:
-    """Places of the values in a book: of the capacity, of the allocations, and of the other fields that are read."""
+@dataclass(frozen=True, slots=True, eq=False)
+class BookLayout:
+    """Places of the values in a book. `lease`: None in a torn one. `kind_of`, `allocated_of`: for `part_book`."""
 
     capacity: tuple[tuple[str, int], ...]
     allocated: tuple[tuple[str, int], ...]
     rest: tuple[tuple[str, int], ...]
+    lease: int | None
+    kind_of: Callable[[Sequence[Any]], tuple[Any, ...]]
+    allocated_of: Callable[[Sequence[Any]], tuple[Any, ...]]
 
 
-#: Fields of a book that are read, beside amounts.
-_BOOK_FIELDS: Final = frozenset(
-    {
-        *("epoch", "incarnation", "status", "cordoned", "queue", "lease", "shrunk", "tasks", "ends", "labels"),
-        *("kept", "kept_at", "kept_since", "kept_order", "beside"),
-    }
+#: Kind of a book, its allocations, and the end of its lease, as `part_book` returns them.
+BookParts = tuple[Hashable, tuple[BookLayout, tuple[Any, ...]], int]
+#: Fields of a book that are read, beside amounts: those that many workers have alike, and a worker's own.
+_KIND_FIELDS: Final = frozenset({"epoch", "status", "cordoned", "shrunk", "tasks", "labels"})
+_OWN_FIELDS: Final = frozenset(
+    {"incarnation", "queue", "lease", "ends", "kept", "kept_at", "kept_since", "kept_order", "beside"}
 )
 
 
+def _layout_and_values(reply: Any) -> tuple[BookLayout, Sequence[Any]]:
+    """Return the parts of a reply to HGETALL: a mapping, or a flat list in the older protocol."""
+    if isinstance(reply, dict):
+        return _book_layout(tuple(reply)), list(reply.values())
+    return _book_layout(tuple(reply[::2])), reply[1::2]
+
+
 @lru_cache(maxsize=1024)
-def _book_layout(fields: tuple[bytes | str, ...]) -> _BookLayout:
+def _book_layout(fields: tuple[bytes | str, ...]) -> BookLayout:
     """Return the layout of a book with these fields. Books of a cluster have few, so a book is read by places alone."""
-    names = [(text(field), at) for at, field in enumerate(fields)]
-    return _BookLayout(
+    positions = {text(field): at for at, field in enumerate(fields)}
+    names = positions.items()
+    return BookLayout(
         capacity=tuple((name[2:], at) for name, at in names if name.startswith("c.")),
         allocated=tuple((name[2:], at) for name, at in names if name.startswith("a.")),
-        rest=tuple((name, at) for name, at in names if name in _BOOK_FIELDS),
+        rest=tuple((name, at) for name, at in names if name in _KIND_FIELDS | _OWN_FIELDS),
+        lease=positions["lease"] if "epoch" in positions and "lease" in positions else None,
+        kind_of=_picker([at for name, at in names if name in _KIND_FIELDS or name.startswith("c.")]),
+        allocated_of=_picker([at for name, at in names if name.startswith("a.")]),
     )
+
+
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Return a function that gives the values at these positions."""
+    return itemgetter(*positions) if len(positions) > 1 else lambda values: tuple(values[at] for at in positions)
 
 
 @dataclass(frozen=True, slots=True)

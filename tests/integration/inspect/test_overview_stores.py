@@ -113,6 +113,49 @@ def test_a_page_of_workers_has_the_totals_of_all(stage: Stage) -> None:
     assert (names, after) == (["a", "b", "c"], "b")
 
 
+def test_every_page_has_the_sums_and_reasons_of_the_whole(stage: Stage) -> None:
+    for number in range(6):
+        stage.worker(f"w{number}", cpus=4000 + number % 2 * 1000, memory=2**30)
+    stage.worker("w6", cpus=1000, licence=2)
+    stage.worker("w7", cpus=8000)
+    for cpus, memory in ((4500, 1024), (1500, 4096), (3000, 0), (1000, 0)):
+        stage.submit(cpus=cpus, memory=memory)
+    stage.submit(cpus=500, licence=1)
+    for amount in (9000, 7000):
+        stage.submit(cpus=amount)
+    stage.submit(licence=3)
+    for worker in ("w0", "w3"):
+        stage.submit(cpus=4800, place=f",?@{worker}")
+    stage.ledger.drain("w1", "w1-life")
+    stage.ledger.expire_lease("w7", "w7-life")
+    closed, torn = keys.book("w5"), keys.book("w4")
+    stage.redis.hset(closed, "status", "closed")
+    stage.redis.hdel(torn, "epoch")
+    whole = _ledger(stage)
+    assert whole["resources"]["active_workers"] == 5
+    for limit in range(5):
+        for after in ("", "w1", "w3", "w9"):
+            page = Page(limit, after)
+            shown = overview.from_ledger(stage.redis, page)
+            behind = [line for line in whole["workers"] if line["name"] > after]
+            document = shown.to_json()
+            assert [line["name"] for line in document["workers"]] == [line["name"] for line in behind[:limit]]
+            assert document["next_after"] == (behind[limit - 1]["name"] if 0 < limit < len(behind) else None)
+            for part in ("resources", "backlog"):
+                assert _without_ages(document[part]) == _without_ages(whole[part])
+            assert (shown.resources, shown.total("cpus")) == (["licence"], 19_000)
+            assert shown.utilization_percent == whole["resources"]["utilization_percent"]
+            assert len(shown.workers) == min(limit, len(behind))
+    stage.redis.hset(closed, "status", "ready")
+    stage.redis.hset(torn, "epoch", stage.ledger.epoch)
+
+
+def _without_ages(part: Any) -> Any:
+    if isinstance(part, list):
+        return [{name: value for name, value in line.items() if name != "oldest_seconds"} for line in part]
+    return part
+
+
 def test_a_draining_worker_counts_and_says_so(stage: Stage) -> None:
     stage.worker("a", cpus=4000)
     stage.ledger.drain("a", "a-life")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import redis
 
-from celery_capacity.routing.ledger.snapshot import parse_book, read_many, without_collection
+from celery_capacity.routing.ledger.snapshot import parse_book, part_book, read_many
 
 
 class Connection:
@@ -87,15 +86,17 @@ def test_book_is_read_in_either_protocol_and_order() -> None:
 def test_torn_book_is_no_book(torn: bytes) -> None:
     assert parse_book("w", {field: value for field, value in BOOK.items() if field != torn}) is None
     assert parse_book("w", []) is None
+    assert part_book({field: value for field, value in BOOK.items() if field != torn}) is None
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_collection_goes_on_as_before(enabled: bool) -> None:
-    was = gc.isenabled()
-    (gc.enable if enabled else gc.disable)()
-    try:
-        with without_collection():
-            assert not gc.isenabled()
-        assert gc.isenabled() is enabled
-    finally:
-        (gc.enable if was else gc.disable)()
+def test_parts_of_a_book_have_its_kind_allocations_and_lease() -> None:
+    other = BOOK | {b"a.cpus": b"3000", b"incarnation": b"another", b"lease": b"99"}
+    parts, others = part_book(BOOK), part_book(other)
+    assert parts is not None
+    assert others is not None
+    assert parts[0] == others[0]
+    assert (parts[1][1], parts[2], others[1][1], others[2]) == ((b"1000",), 77, (b"3000",), 99)
+    for field in (b"c.cpus", b"epoch", b"status"):
+        changed = part_book(BOOK | {field: b"5"})
+        assert changed is not None
+        assert changed[0] != parts[0]
