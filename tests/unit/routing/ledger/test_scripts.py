@@ -6,7 +6,11 @@ import re
 
 import pytest
 
+from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.ledger import scripts
+from celery_capacity.routing.ledger.client import Ledger
+from tests.fixtures.processes import nursery
+from tests.fixtures.servers.tenth import TENTH
 
 TEXTS = {name: script.text for name, script in scripts.load(15_000, 60_000, max_ledger_backlog=0, flags=True).items()}
 
@@ -42,3 +46,12 @@ def test_no_parameter_has_the_name_of_a_function() -> None:
 
 def test_lazy_functions_are_those_of_the_library() -> None:
     assert set(scripts._functions()) >= scripts.LAZY
+
+
+def test_forked_processes_find_scripts_of_usual_intervals_ready() -> None:
+    """A process that is forked for a test would put all of them together: a fifth of its cost."""
+    nursery.put_scripts_together()
+    made = scripts.load.cache_info().misses
+    servers = {"REDIS_URL": "redis://127.0.0.1:1/0", "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none"}
+    Ledger(Settings.from_environ({**TENTH, **servers})).client.close()
+    assert scripts.load.cache_info().misses == made
