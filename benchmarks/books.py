@@ -214,8 +214,14 @@ def apart(server: int) -> Iterator[None]:
 
     On a machine with two CPUs the scheduler sometimes puts both on one CPU. Then a round trip takes 40 us instead of
     110, and numbers of two such moments cannot be compared. With a single CPU, or no way to choose, nothing is done.
+    Start all servers first: a process inherits the CPUs of the one that starts it.
     """
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    # With several servers this process is apart already. A server that was started before that has all CPUs.
+    cpus = sorted(before | os.sched_getaffinity(server))
     if len(cpus) < 2:
         yield
         return
@@ -224,4 +230,4 @@ def apart(server: int) -> Iterator[None]:
     try:
         yield
     finally:
-        os.sched_setaffinity(0, cpus)
+        os.sched_setaffinity(0, before)

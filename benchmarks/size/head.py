@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy import Connection, Engine, text
 
 from benchmarks.bench import Bench
 from benchmarks.books import message
 from benchmarks.size.scale import Scale
+from benchmarks.size.server_time import scripts_timed
 from benchmarks.size.stock import engine_of, environment, settle
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.database.authority import read_authority
@@ -57,16 +58,14 @@ def headed(bench: Bench, scale: Scale) -> dict[str, float]:
             megabytes = (_memory(ledger) - before) / 1e6
             ledger.register("large", "life", "queue.large", LARGE, {"hostname": "host"})
             transition_log.apply_all(engine, ledger)
-            client: Any = ledger.client
-            client.config_set("slowlog-log-slower-than", 1000)
-            client.slowlog_reset()
-            rate = _fetched(engine, ledger, min(FETCHED, waiting - LIMIT))
-            slow = [entry["duration"] for entry in client.slowlog_get(128) if b"EVALSHA" in entry["command"].upper()]
+            with scripts_timed(bench, ledger, pair.redis_pid) as longest:
+                rate = _fetched(engine, ledger, min(FETCHED, waiting - LIMIT))
+                slowest = longest()
             return {
                 "head_mb": megabytes,
                 "head_rebuild_s": seconds + settings.due_interval,
                 "head_fetched_s": rate,
-                "head_slowest_ms": max(slow, default=1000) / 1000,
+                "head_slowest_ms": slowest,
             }
         finally:
             ledger.client.close()

@@ -18,7 +18,7 @@ from benchmarks.bench import Bench
 from benchmarks.books import REQUEST, Books, books
 from benchmarks.rounds import percentile
 from benchmarks.size.scale import Scale
-from benchmarks.size.server_time import main_thread_seconds
+from benchmarks.size.server_time import main_thread_seconds, scripts_timed
 from celery_capacity.routing.inspect import overview
 from celery_capacity.routing.inspect.worker_lines import WHOLE, Page
 from celery_capacity.routing.recovery import workers_with_room
@@ -44,26 +44,26 @@ def alone(bench: Bench, scale: Scale) -> dict[str, float]:
     """Measure the calls of the ledger on a large cluster, beside those on a small one."""
     workers, waiting = scale.of(WORKERS), scale.of(WAITING)
     with ExitStack() as stack:
-        small = stack.enter_context(books(stack.enter_context(bench.pair()), FEW))
+        small_pair, pair = stack.enter_context(bench.pair()), stack.enter_context(bench.pair())
+        small = stack.enter_context(books(small_pair, FEW))
         begin = time.monotonic()
-        large = stack.enter_context(books(stack.enter_context(bench.pair()), workers))
+        large = stack.enter_context(books(pair, workers))
         large.fill_backlog(waiting, SHAPES)
         bench.say(f"  {workers} workers and {waiting} jobs after {time.monotonic() - begin:.0f} s")
         client: Any = large.ledger.client
         beats = _cpu(client, lambda: _beat(large, workers))
         cost = _in_turn(small, large)
-        client.config_set("slowlog-log-slower-than", 1000)
-        client.slowlog_reset()
-        with _beating(large, workers):
-            for _ in range(TURNS):
-                _cycles(large)
-        slow = [entry["duration"] for entry in client.slowlog_get(128) if b"EVALSHA" in entry["command"].upper()]
+        with scripts_timed(bench, large.ledger, pair.redis_pid) as longest:
+            with _beating(large, workers):
+                for _ in range(TURNS):
+                    _cycles(large)
+            slowest = longest()
         new_shape = _cpu(client, lambda: _lack_memory(large)) / NEW_SHAPES
         sweep = _cpu(client, lambda: workers_with_room.fill_all(large.ledger))
         page, whole = _shown(client, Page(PAGE)), _shown(client, WHOLE)
     return {
         "size_cycle": cost[1] / cost[0],
-        "size_slowest_ms": max(slow, default=1000) / 1000,
+        "size_slowest_ms": slowest,
         "size_beats_percent": 100 * beats / INTERVAL * WORKERS / workers,
         "size_new_shape_ms": new_shape * 1000,
         "size_sweep_ms": sweep * 1000,

@@ -16,6 +16,7 @@ from benchmarks.bench import Bench
 from benchmarks.books import CPUS, REQUEST, Books, books, tenant_name
 from benchmarks.rounds import percentile
 from benchmarks.size.scale import Scale
+from benchmarks.size.server_time import scripts_timed
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.policy.reservation import Reservation
 from celery_capacity.routing.policy.tenants import Rule as TenantRule
@@ -96,20 +97,18 @@ def ruled(bench: Bench, scale: Scale) -> Mapping[str, float]:
                 plain.fill_backlog(waiting, SHAPES)
                 opened.fill_backlog(waiting, SHAPES, TENANTS)
                 bench.say(f"  {workers} workers, {waiting} waiting")
-                figures[f"rules_{name}{suffix}"], most = _measured(bench, plain, opened)
+                figures[f"rules_{name}{suffix}"], most = _measured(bench, plain, opened, ruled_pair.redis_pid)
                 slowest.append(most)
     return figures | {"rules_slowest_ms": max(slowest)}
 
 
-def _measured(bench: Bench, plain: Books, opened: Books) -> tuple[float, float]:
+def _measured(bench: Bench, plain: Books, opened: Books, server: int) -> tuple[float, float]:
     """Return the ratio of the costs, and the milliseconds of the slowest script with the rules."""
-    client: Any = opened.ledger.client
-    client.config_set("slowlog-log-slower-than", 1000)
-    client.slowlog_reset()
     ratio = _ratio(bench, plain, opened)
-    entries = [entry for entry in client.slowlog_get(128) if b"EVALSHA" in entry["command"].upper()]
-    # The slow log has only scripts above 1 ms.
-    return ratio, max([1.0, *(entry["duration"] / 1000 for entry in entries)])
+    with scripts_timed(bench, opened.ledger, server) as longest:
+        for _ in range(TURNS):
+            _cycles(opened, OF_TENANTS)
+        return ratio, longest()
 
 
 def _ratio(bench: Bench, plain: Books, opened: Books) -> float:
