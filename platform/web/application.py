@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 from celery_capacity.platform.web.api.actions import add_actions
 from celery_capacity.platform.web.api.feed import Feed
 from celery_capacity.platform.web.api.routes import Values, add_routes
+from celery_capacity.platform.web.api.security_schemes import add_security_schemes
 from celery_capacity.platform.web.http.login import Access, Login
 from celery_capacity.platform.web.http.problems import add_handlers
 from celery_capacity.platform.web.http.security import Guard, Rates
@@ -50,6 +51,7 @@ class Application:
         add_handlers(app)
         add_routes(app, values, self._feed)
         add_actions(app, sources, login, access.user_header)
+        add_security_schemes(app, open_reading=login is None or access.open_reading, user_header=access.user_header)
         add_pages(app, values, login)
         names = frozenset({"localhost", name.lower(), socket.gethostname().lower()})
         self._guard = Guard(app, names, login, rates)

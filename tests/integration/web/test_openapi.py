@@ -15,9 +15,12 @@ from typing import Any
 import httpx
 import pytest
 
+from celery_capacity.platform.web.application import Application
+from celery_capacity.platform.web.http.login import Access
+from celery_capacity.platform.web.sources import Sources
 from tests.fixtures.servers.web import serving
 from tests.fixtures.stores.staged import Stage
-from tests.integration.web.test_forms import OPERATOR, acting, app, client
+from tests.integration.web.test_forms import OPERATOR, VIEWER, acting, app, client
 
 __all__ = ["app", "client"]
 
@@ -57,6 +60,32 @@ def test_generated_requests_are_answered_as_documented(stage: Stage, app: Any, t
 def test_refused_method_names_all_methods_of_the_path(path: str, methods: str | None, client: httpx.Client) -> None:
     answer = client.request("OPTIONS", f"/api/v1/{path}")
     assert (answer.status_code, answer.headers.get("allow")) == (405 if methods else 404, methods)
+
+
+def test_document_names_the_role_of_each_operation(client: httpx.Client) -> None:
+    document = client.get("/api/v1/openapi.json").json()
+    schemes = document["components"]["securitySchemes"]
+    assert {name: scheme.get("name", scheme["type"]) for name, scheme in schemes.items()} == {
+        "bearer": "http",
+        "session": "capacity_session",
+        "proxyUser": "x-forwarded-user",
+    }
+    operations = [(method, member) for path in document["paths"].values() for method, member in path.items()]
+    viewer, operator = ["viewer"], ["operator"]
+    assert {method: member["security"] for method, member in operations} == {
+        "get": [{"bearer": viewer}, {"session": viewer}, {}],
+        "post": [{"bearer": operator}, {"bearer": operator, "proxyUser": []}],
+    }
+
+
+def test_document_asks_for_a_login_where_reading_is_closed(stage: Stage, app: Any) -> None:
+    dashboard = Application(Sources(app.platform, lambda: app), token=OPERATOR, access=Access(VIEWER))
+    with serving(dashboard) as url, httpx.Client(base_url=url, timeout=60) as asking:
+        assert asking.get("/api/v1/openapi.json").status_code == 401
+        document = asking.get("/api/v1/openapi.json", headers=BEARER).json()
+    assert set(document["components"]["securitySchemes"]) == {"bearer", "session"}
+    assert document["paths"]["/api/v1/jobs"]["get"]["security"] == [{"bearer": ["viewer"]}, {"session": ["viewer"]}]
+    assert document["paths"]["/api/v1/jobs"]["post"]["security"] == [{"bearer": ["operator"]}]
 
 
 @pytest.mark.parametrize(
