@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("logs")
 
 
-@pytest.fixture(scope="module", params=["prefork", "gevent"])
+@pytest.fixture(scope="module", params=["prefork", "solo", "gevent"])
 def platform(request: pytest.FixtureRequest, server_pair: Pair, folder: Path) -> Iterator[Platform]:
     with standing_platform(server_pair, folder, "tests.tasks.talking") as running:
         worker = running.worker(
@@ -80,3 +80,13 @@ def test_unknown_job_is_refused_and_one_without_lines_is_not(platform: Platform,
     silent = platform.celery("logs", job)
     assert (silent.returncode, silent.stdout) == (0, "")
     assert "PLATFORM_KEEP_LOGS" in silent.stderr
+
+
+def test_beat_logs_in_json(platform: Platform) -> None:
+    beat = platform.beat("--log-format", "json")
+    beat.wait_for("Sending due task platform")
+    logged = [json.loads(line) for line in beat.lines if line.startswith("{")]
+    assert "beat: Starting..." in {line["message"] for line in logged}
+    assert {(line["level"], line["logger"]) for line in logged} == {("INFO", "celery"), ("INFO", "celery.beat")}
+    # Celery's banner comes before it sets up the logs.
+    assert not [line for line in beat.lines if "INFO" in line and not line.startswith("{")]
