@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Engine
 
 from celery_capacity.routing.config.task_rules import RERUN
 from celery_capacity.routing.database.postgres_errors import translated
@@ -21,10 +23,11 @@ from celery_capacity.routing.model.request import REQUESTS, TENANT, Request, alt
 from celery_capacity.routing.policy.labels import ANYWHERE, Place, place_of
 from celery_capacity.routing.store import queries, worker_rows
 from celery_capacity.routing.store.worker_rows import DeclarationRow
-from celery_capacity.workers.process.stores import Stores
 
 #: Task name -> its declaration, as workers publish it (`workers.submit.router.declaration`).
 Declarations = Mapping[str, Mapping[str, Any]]
+#: Question to the ledger: its answer is a list.
+Question = Callable[[Ledger], list[Any]]
 #: Seconds for which a sender trusts the declarations that it read.
 DECLARATIONS_FOR: Final = 10.0
 #: Key of a declaration in this process: its `EXPECTED_MS`, `LIMITS`, `TENANT`, `PLACE` and `REQUESTS`. They have a key
@@ -49,8 +52,10 @@ class Declared(NamedTuple):
 class PublishedDeclarations:
     """Published declarations by task name, read at most every `DECLARATIONS_FOR` seconds."""
 
-    def __init__(self, stores: Stores) -> None:
-        self._stores = stores
+    def __init__(self, ask: Callable[[Question], list[Any] | None], engine: Callable[[], Engine]) -> None:
+        """Take the way to ask the ledger, which returns None where it does not answer, and the engine for Postgres."""
+        self._ask_ledger = ask
+        self._engine = engine
         self._read: dict[str, Declared] = {}
         self._until = 0.0
 
@@ -69,7 +74,7 @@ class PublishedDeclarations:
 
     def _ask(self) -> Mapping[str, DeclarationRow]:
         try:
-            reply: Any = self._stores.sending.ask(_read_declarations)
+            reply: Any = self._ask_ledger(_read_declarations)
             if reply is None or not reply[0]:
                 return self._ask_postgres()
         except PlatformError:
@@ -79,8 +84,14 @@ class PublishedDeclarations:
         return {name: DeclarationRow(fields, options.get(name)) for name, fields in requests.items()}
 
     def _ask_postgres(self) -> Mapping[str, DeclarationRow]:
-        with translated(), self._stores.engine.connect() as connection:
+        with translated(), self._engine().connect() as connection:
             return worker_rows.declarations(connection) if queries.may_read(connection, "declarations") else {}
+
+
+def parts_of(declared: Declarations) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the requests of tasks, and the other options of those that declare some, by task name."""
+    requests = {name: {key: fields[key] for key in fields if key != TIMES} for name, fields in declared.items()}
+    return requests, {name: fields[TIMES] for name, fields in declared.items() if TIMES in fields}
 
 
 def _declared(request: Mapping[str, Any], options: Mapping[str, Any] | None) -> Declared:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from redis.exceptions import OutOfMemoryError
 
@@ -26,7 +26,7 @@ from celery_capacity.routing.recovery import transition_log
 from celery_capacity.routing.recovery.reclaim import take_back
 from celery_capacity.routing.store import fencing, worker_rows
 from celery_capacity.routing.store.worker_rows import WorkerRow
-from celery_capacity.workers.dispatch.published_declarations import TIMES, Declarations
+from celery_capacity.workers.dispatch.published_declarations import Declarations, parts_of
 from celery_capacity.workers.membership import orphans
 from celery_capacity.workers.membership.context import WorkerContext
 from celery_capacity.workers.membership.lifetime import Lifetime
@@ -203,7 +203,7 @@ class Membership:
     def _declare(self) -> None:
         if not self.declared:
             return
-        people, times = self._declared_parts()
+        people, times = parts_of(self.declared)
         timeless = people.keys() - times
         try:
             pipe = self._ledger.client.pipeline(transaction=False)
@@ -217,11 +217,6 @@ class Membership:
             # Meanwhile senders that do not know a task ask for the default. Its jobs run all the same.
             logger.warning("the declarations of this worker's tasks are not published: %s", error)
         self._later(self._write_declarations)
-
-    def _declared_parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the requests of the declared tasks, and the other options of those that have some, by name."""
-        people = {name: {k: v for k, v in fields.items() if k != TIMES} for name, fields in self.declared.items()}
-        return people, {name: fields[TIMES] for name, fields in self.declared.items() if TIMES in fields}
 
     # -- Postgres ------------------------------------------------------------------------------------------------
 
@@ -262,7 +257,7 @@ class Membership:
 
     def _write_declarations(self) -> None:
         with self._engine.connect() as connection:
-            worker_rows.declare(connection, *self._declared_parts())
+            worker_rows.declare(connection, *parts_of(self.declared))
 
     def _end_former_incarnations(self) -> None:
         with self._engine.connect() as connection:
