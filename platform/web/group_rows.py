@@ -6,17 +6,20 @@ first row of each group, so that the cost grows with the shapes and not with the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from redis.exceptions import RedisError
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Engine, text
 
+from celery_capacity.routing.database import staying_rows
 from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.database.job_conditions import like_pattern
-from celery_capacity.routing.database.staying_rows import levels
-from celery_capacity.routing.inspect.waiting import LedgerReading
+from celery_capacity.routing.database.staying_rows import Level, Staying
+from celery_capacity.routing.inspect.waiting import COUNTED_SHARE, LedgerReading
 from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.model.request import split_shape
 from celery_capacity.routing.model.states import Store
@@ -132,7 +135,7 @@ def _by_ledger(connection: Connection, reading: LedgerReading) -> list[GroupRow]
     except RedisError:
         return None
     mixed = [shape for shape, jobs in staying.items() if jobs.first // SUBMISSIONS != jobs.last // SUBMISSIONS]
-    by_level = [*((shape, staying[shape]) for shape in staying.keys() - mixed), *levels(connection, mixed)]
+    by_level = [*((shape, staying[shape]) for shape in staying.keys() - mixed), *_levels(connection, mixed)]
     parts += [(shape, _Part(jobs.number, jobs.job, jobs.first)) for shape, jobs in by_level]
     firsts = {row.id: row for row in connection.execute(_THESE, {"ids": [part.job for _, part in parts]})}
     # The job of a part may have gone meanwhile, as its jobs are about to.
@@ -140,6 +143,26 @@ def _by_ledger(connection: Connection, reading: LedgerReading) -> list[GroupRow]
     # A job without a key, or with a tombstone, is not in the ledger: it is on its way there.
     on_their_way = [row for row in accepted if (card := cards.get(row.id)) is None or card.is_tombstone]
     return _merged([*rows, *(_row(row, _Part(1, row.id, order(row.priority, row.seq))) for row in on_their_way)])
+
+
+#: The newest counts by priority of each database: until when they are used, the shapes, and the numbers.
+_counted: WeakKeyDictionary[Engine, tuple[float, frozenset[str], dict[Level, int]]] = WeakKeyDictionary()
+
+
+def _levels(connection: Connection, shapes: Sequence[str]) -> list[tuple[str, Staying]]:
+    """Return the jobs of shapes with several priorities, by priority, each with the first job of this moment.
+
+    Numbers are used again for a while, so that frequent readers cost Postgres at most `COUNTED_SHARE` of a core. A new
+    shape is counted at once. A new priority of a shape comes with the next count.
+    """
+    begin = time.monotonic()
+    until, known, numbers = _counted.get(connection.engine, (float("-inf"), frozenset[str](), {}))
+    if begin >= until or not known.issuperset(shapes):
+        numbers = staying_rows.levels(connection, shapes)
+        end = time.monotonic()
+        _counted[connection.engine] = end + (end - begin) / COUNTED_SHARE, frozenset(shapes), numbers
+    asked = set(shapes)
+    return staying_rows.firsts(connection, {level: number for level, number in numbers.items() if level[0] in asked})
 
 
 def _row(first: Any, part: _Part) -> GroupRow:

@@ -32,13 +32,15 @@ CROSS JOIN LATERAL (
 ) AS tail
 """)
 _LEVELS: Final = text(f"""
-SELECT level.behind, level.number, head.id, head.priority, head.seq FROM (
-  SELECT behind, - priority AS level, count(*) AS number FROM jobs
-  WHERE behind = ANY(CAST(:shapes AS text[])) AND {STAYS} GROUP BY behind, - priority
-) AS level
+SELECT behind, priority, count(*) FROM jobs
+WHERE behind = ANY(CAST(:shapes AS text[])) AND {STAYS} GROUP BY behind, priority
+""")
+_FIRSTS: Final = text(f"""
+SELECT asked.number, head.id, head.priority, head.seq
+FROM unnest(CAST(:shapes AS text[]), CAST(:priorities AS int[])) WITH ORDINALITY AS asked (shape, priority, number)
 CROSS JOIN LATERAL (
   SELECT id, priority, seq FROM jobs
-  WHERE behind = level.behind AND (- priority) = level.level AND {STAYS} ORDER BY seq LIMIT 1
+  WHERE behind = asked.shape AND (- jobs.priority) = (- asked.priority) AND {STAYS} ORDER BY seq LIMIT 1
 ) AS head
 """)
 _BEFORE: Final = text(f"""
@@ -92,12 +94,27 @@ def ends(connection: Connection, numbers: Mapping[str, int]) -> dict[str, Stayin
     }
 
 
-def levels(connection: Connection, shapes: Sequence[str]) -> list[tuple[str, Staying]]:
-    """Return the jobs of these shapes that stay in Postgres, by priority; `last` is not read. It counts all of them."""
+#: A shape and a priority.
+Level = tuple[str, int]
+
+
+def levels(connection: Connection, shapes: Sequence[str]) -> dict[Level, int]:
+    """Return the number of jobs of these shapes that stay in Postgres, by shape and priority. It counts all of them."""
     rows = connection.execute(_LEVELS, {"shapes": list(shapes)}) if shapes else ()
+    return {(shape, priority): int(number) for shape, priority, number in rows}
+
+
+def firsts(connection: Connection, numbers: Mapping[Level, int]) -> list[tuple[str, Staying]]:
+    """Return the first job of each of these levels that still has one. The cost grows with the levels alone.
+
+    `numbers`: how many jobs each has. `last` is not read.
+    """
+    asked = list(numbers)
+    values = {"shapes": [shape for shape, _ in asked], "priorities": [priority for _, priority in asked]}
+    rows = connection.execute(_FIRSTS, values) if asked else ()
     return [
-        (shape, Staying(number, job, order(priority, seq), order(priority, seq)))
-        for shape, number, job, priority, seq in rows
+        (asked[number - 1][0], Staying(numbers[asked[number - 1]], job, order(priority, seq), order(priority, seq)))
+        for number, job, priority, seq in rows
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import pytest
 from sqlalchemy import Engine, text
@@ -13,6 +14,7 @@ from celery_capacity.platform.web import group_rows
 from celery_capacity.platform.web.group_rows import GroupFilter, GroupRow
 from celery_capacity.platform.web.waiting_groups import WaitingGroups
 from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database import staying_rows
 from celery_capacity.routing.inspect import waiting
 from celery_capacity.routing.inspect.waiting import LedgerReading
 from celery_capacity.routing.model.request import Request, filed_shape
@@ -34,6 +36,7 @@ SELECT coalesce(sum(seq_tup_read + idx_tup_fetch), 0) FROM pg_stat_xact_user_tab
 @pytest.fixture
 def stage(short_head: None, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     monkeypatch.setattr(group_rows, "MANY", 1)
+    monkeypatch.setattr(group_rows, "_counted", WeakKeyDictionary())
     stage = Head(engine, replace(settings, max_ledger_backlog=1))
     yield stage
     stage.sql("DELETE FROM jobs")
@@ -79,6 +82,29 @@ def test_reading_fetches_no_more_rows_of_a_longer_backlog(stage: Head, monkeypat
         rows_read(stage, reader)
         fetched.append(rows_read(stage, reader))
     assert fetched[1] <= fetched[0]
+
+
+def test_priorities_of_a_shape_are_counted_once_in_a_while(stage: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_rows, "COUNTED_SHARE", 1e-9)
+    keep_in_postgres(stage, 6)
+    stage.sql("UPDATE jobs SET priority = 5 WHERE mod(seq, 2) = 0")
+    counted: list[Any] = []
+    count = staying_rows.levels
+
+    def levels(connection: Any, shapes: Any) -> Any:
+        counted.append(shapes)
+        return count(connection, shapes)
+
+    monkeypatch.setattr(staying_rows, "levels", levels)
+    before = rows(stage, monkeypatch, 1)
+    assert {(row.priority, row.waiting) for row in before} == {(0, 3), (5, 3)}
+    assert len(before) == 2 * len(SHAPES)
+    stage.sql(f"{CANCEL} id = :id", id=before[0].first)
+    after = rows(stage, monkeypatch, 1)
+    assert len(counted) == 1
+    # The first job is that of the moment.
+    assert {row.key for row in after} == {row.key for row in before}
+    assert before[0].first not in {row.first for row in after}
 
 
 def test_ledger_gives_the_groups_that_postgres_counts(stage: Head, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,9 @@ def test_numbers_before_many_places_are_those_before_each(connection: Connection
 
 
 def test_levels_have_number_and_first_job_of_each_priority(connection: Connection) -> None:
-    levels = staying_rows.levels(connection, ["a", "b"])
+    numbers = staying_rows.levels(connection, ["a", "b"])
+    assert numbers == {("a", 0): 3, ("a", 5): 2, ("b", 0): 3, ("b", 5): 2}
+    levels = staying_rows.firsts(connection, {**numbers, ("c", 7): 1})
     firsts = {shape: staying_rows.ends(connection, {shape: 5})[shape].job for shape in ("a", "b")}
     assert sorted((shape, jobs.number, jobs.job == firsts[shape]) for shape, jobs in levels) == [
         *(("a", 2, True), ("a", 3, False), ("b", 2, True), ("b", 3, False)),
