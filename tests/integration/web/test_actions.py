@@ -20,7 +20,7 @@ from celery_capacity.workers.client.controls import operator
 from tests.fixtures import tasks
 from tests.fixtures.jobs.submitting import Submitter, standing_platform
 from tests.fixtures.processes.platforms import Platform
-from tests.fixtures.servers.web import UNBOUNDED, serving
+from tests.fixtures.servers.web import UNBOUNDED, client_of, serving
 
 OPERATOR, VIEWER = "0123456789abcdef", "fedcba9876543210"
 ADD, FAIL, HOLD = (f"tests.fixtures.tasks.{name}" for name in ("add", "fail", "hold"))
@@ -39,7 +39,7 @@ def client(submitter: Submitter) -> Iterator[httpx.Client]:
     sources = Sources(submitter.app.platform, lambda: submitter.app)
     access = Access(VIEWER, user_header="x-forwarded-user")
     app = Application(sources, token=OPERATOR, rates=UNBOUNDED, access=access)
-    with serving(app) as url, httpx.Client(base_url=url, timeout=60, headers=BEARER) as asking:
+    with serving(app) as url, client_of(url, headers=BEARER) as asking:
         yield asking
 
 

@@ -20,7 +20,7 @@ from celery_capacity.routing.database import job_lines
 from celery_capacity.routing.database.job_lines import JobLine
 from celery_capacity.routing.model.request import Request, alternatives_term
 from celery_capacity.workers.process.stores import Stores
-from tests.fixtures.servers.web import serving
+from tests.fixtures.servers.web import client_of, serving
 from tests.fixtures.stores.staged import Stage
 
 
@@ -38,7 +38,7 @@ def application(
 
 @pytest.fixture
 def client(stage: Stage) -> Iterator[httpx.Client]:
-    with serving(application(stage)) as url, httpx.Client(base_url=url, timeout=60) as asking:
+    with serving(application(stage)) as url, client_of(url) as asking:
         yield asking
 
 
@@ -164,7 +164,7 @@ def test_openapi_has_every_path(client: httpx.Client) -> None:
 
 def test_client_that_asks_too_often_is_told_to_wait(stage: Stage) -> None:
     app = application(stage, rates=Rates(burst=2, rate=0, clock=lambda: 0.0))
-    with serving(app) as url, httpx.Client(base_url=url, timeout=60) as asking:
+    with serving(app) as url, client_of(url) as asking:
         answers = [asking.get("/health") for _ in range(3)]
     assert [answer.status_code for answer in answers] == [200, 200, 429]
     assert answers[2].headers["retry-after"] == "1"

@@ -19,7 +19,7 @@ from celery_capacity.platform.web.api.stream import EventStream
 from celery_capacity.routing.errors import StoreUnavailable
 from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.policy.placement import order
-from tests.fixtures.servers.web import serving
+from tests.fixtures.servers.web import client_of, serving
 from tests.fixtures.stores.staged import MESSAGE, Stage
 from tests.fixtures.waiting import until
 from tests.integration.web.test_api import application, client
@@ -79,7 +79,7 @@ def test_stream_comes_from_postgres_without_redis(stage: Stage, monkeypatch: pyt
     app._feed._client = lambda: nowhere
     with (
         serving(app) as url,
-        httpx.Client(base_url=url, timeout=60) as asking,
+        client_of(url) as asking,
         asking.stream("GET", "/api/v1/events") as answer,
     ):
         events = events_of(answer)
@@ -102,7 +102,7 @@ def test_stream_from_postgres_tells_of_the_head_of_a_long_backlog(
     app._feed._client = lambda: nowhere
     with (
         serving(app) as url,
-        httpx.Client(base_url=url, timeout=60) as asking,
+        client_of(url) as asking,
         asking.stream("GET", "/api/v1/events") as answer,
     ):
         events = events_of(answer)
@@ -122,7 +122,7 @@ def test_stream_is_refused_beyond_limit_of_clients(stage: Stage, monkeypatch: py
     monkeypatch.setattr(feeds, "MAX_CLIENTS", 1)
     with (
         serving(application(stage)) as url,
-        httpx.Client(base_url=url, timeout=60) as asking,
+        client_of(url) as asking,
         asking.stream("GET", "/api/v1/events") as answer,
     ):
         events = events_of(answer)
@@ -164,7 +164,7 @@ def test_feed_goes_on_after_a_store_that_could_not_be_reached(stage: Stage, monk
     app._feed._client = sometimes
     with (
         serving(app) as url,
-        httpx.Client(base_url=url, timeout=60) as asking,
+        client_of(url) as asking,
         asking.stream("GET", "/api/v1/events"),
     ):
         until(lambda: app._feed.source == Store.LEDGER, "events of the ledger")

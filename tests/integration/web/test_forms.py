@@ -15,7 +15,7 @@ from celery_capacity.platform.web.pages.forms import FORMS
 from celery_capacity.platform.web.pages.language import CHINESE
 from celery_capacity.platform.web.sources import Sources
 from celery_capacity.workers.app.install import create_app
-from tests.fixtures.servers.web import UNBOUNDED, serving
+from tests.fixtures.servers.web import UNBOUNDED, client_of, serving
 from tests.fixtures.stores.staged import Stage
 
 OPERATOR, VIEWER = "0123456789abcdef", "fedcba9876543210"
@@ -43,7 +43,7 @@ def app(stage: Stage) -> Iterator[Any]:
 
 @pytest.fixture
 def client(stage: Stage, app: Any) -> Iterator[httpx.Client]:
-    with serving(acting(stage, app)) as url, httpx.Client(base_url=url, timeout=60) as asking:
+    with serving(acting(stage, app)) as url, client_of(url) as asking:
         yield asking
 
 

@@ -15,7 +15,7 @@ from sqlalchemy import event
 
 from celery_capacity.platform.web.http.security import HEADERS, PAGE_POLICY
 from celery_capacity.platform.web.pages.language import CHINESE
-from tests.fixtures.servers.web import serving
+from tests.fixtures.servers.web import client_of, serving
 from tests.fixtures.stores.staged import Stage
 from tests.integration.web.test_api import application, client
 
@@ -59,7 +59,7 @@ class Elements(HTMLParser):
 
 @pytest.fixture
 def guarded(stage: Stage) -> Iterator[httpx.Client]:
-    with serving(application(stage, TOKEN)) as url, httpx.Client(base_url=url, timeout=60) as asking:
+    with serving(application(stage, TOKEN)) as url, client_of(url) as asking:
         yield asking
 
 
@@ -133,7 +133,7 @@ def test_switch_of_language_leads_back_here_and_nowhere_else(client: httpx.Clien
 def test_page_shows_who_decides_without_redis(stage: Stage, client: httpx.Client) -> None:
     assert "banner alarm" not in client.get("/").text
     app = application(stage, reachable=False)
-    with serving(app) as url, httpx.Client(base_url=url, timeout=60) as asking:
+    with serving(app) as url, client_of(url) as asking:
         page = asking.get("/").text
     assert '<p class="banner alarm" role="alert"><strong>Postgres decides.</strong>' in page
 
@@ -208,7 +208,7 @@ def test_waiting_page_costs_by_shapes_and_not_by_jobs(stage: Stage) -> None:
     stage.worker("a", cpus=1000)
     statements: list[str] = []
     app = application(stage)
-    with serving(app) as url, httpx.Client(base_url=url, timeout=60) as asking:
+    with serving(app) as url, client_of(url) as asking:
         listened = event.listens_for(stage.engine, "before_cursor_execute")
 
         @listened
