@@ -82,7 +82,13 @@ PARTS: Mapping[str, Part] = {
                 "fetched from Postgres when the heads of all requests have started",
                 at_least=2000,
             ),
-            Figure("head_slowest_ms", "ms", "the slowest script meanwhile", at_most=5),
+            Figure(
+                "head_slowest_ms",
+                "ms",
+                "the slowest script meanwhile",
+                at_most=5,
+                why="It is `refill`, which brings the jobs of one request in. The part prints its p99.",
+            ),
         ),
     ),
     "workers": Part(
@@ -97,14 +103,21 @@ PARTS: Mapping[str, Part] = {
     "ledger": Part(
         ledger_alone.alone,
         (
-            Figure("size_cycle", "×", "an admission and its release, beside a small idle cluster", at_most=1.15),
+            Figure(
+                "size_cycle",
+                "×",
+                "an admission and its release, beside a small idle cluster",
+                at_most=1.15,
+                why="It is the release where jobs wait: it looks at the first of them before it counts those that are"
+                " small enough. Beside as many workers without a backlog the cycle costs the same.",
+            ),
             Figure(
                 "size_slowest_ms",
                 "ms",
                 "the slowest script of these while all workers beat",
                 at_most=2,
-                why="Redis's slow log counts time by the clock, also while another process has the core: here the"
-                " caller, the other server and Postgres share two cores with it.",
+                why="Redis's slow log counts time by the clock. Its thread goes before other programs then, yet their"
+                " data push its own out of the caches. The part prints the three slowest scripts with their p99.",
             ),
             Figure(
                 "size_beats_percent",
@@ -141,9 +154,9 @@ PARTS: Mapping[str, Part] = {
             Figure(
                 "rules_slowest_ms",
                 "ms",
-                "the slowest script of these; 1 is the least that the slow log has",
+                "the slowest script of these; 0.2 is the least that the slow log has",
                 at_most=2,
-                why="Redis's slow log counts time by the clock, also while another process has the core.",
+                why="Redis's slow log counts time by the clock. The part prints the slowest scripts with their p99.",
             ),
         ),
     ),
