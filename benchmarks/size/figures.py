@@ -116,8 +116,8 @@ PARTS: Mapping[str, Part] = {
                 "ms",
                 "the slowest script of these while all workers beat",
                 at_most=2,
-                why="Redis's slow log counts time by the clock. Its thread goes before other programs then, yet their"
-                " data push its own out of the caches. The part prints the three slowest scripts with their p99.",
+                why="Redis's slow log counts time by the clock, also while another process has the core: here the"
+                " caller, the other server and Postgres share two cores with it.",
             ),
             Figure(
                 "size_beats_percent",
