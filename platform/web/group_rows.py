@@ -156,8 +156,8 @@ def _levels(connection: Connection, shapes: Sequence[str]) -> list[tuple[str, St
     shape is counted at once. A new priority of a shape comes with the next count.
     """
     begin = time.monotonic()
-    until, known, numbers = _counted.get(connection.engine, (float("-inf"), frozenset[str](), {}))
-    if begin >= until or not known.issuperset(shapes):
+    until, counted_shapes, numbers = _counted.get(connection.engine, (float("-inf"), frozenset[str](), {}))
+    if begin >= until or not counted_shapes.issuperset(shapes):
         numbers = staying_rows.levels(connection, shapes)
         end = time.monotonic()
         _counted[connection.engine] = end + (end - begin) / COUNTED_SHARE, frozenset(shapes), numbers
