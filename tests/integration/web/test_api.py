@@ -154,8 +154,8 @@ def test_openapi_has_every_path(client: httpx.Client) -> None:
         f"/api/v1/{path}"
         for path in (
             "dashboard", "workers", "backlog", "tasks", "jobs", "jobs/{job_id}", "jobs/{job_id}/logs", "runs",
-            "runs/hole", "events", "last-hour", "audit", "quarantine", "quarantine/drop", "cancel", "retry", "pause",
-            "resume", "reconcile", "jobs/bulk",
+            "runs/hole", "events", "last-hour", "audit", "quarantine", "quarantine/drop", "quarantine/requeue",
+            "cancel", "retry", "pause", "resume", "reconcile", "jobs/bulk",
             *(f"jobs/{{job_id}}/{action}" for action in ("cancel", "retry", "priority")),
             *(f"workers/{{name}}/{action}" for action in ("cordon", "uncordon", "drain", "shutdown")),
         )
