@@ -64,7 +64,11 @@ class Router:
     ) -> None:
         self._stores = stores
         self._tasks = tasks
-        self.published = PublishedDeclarations(lambda question: stores.sending.ask(question), lambda: stores.engine)
+        self.published = PublishedDeclarations(
+            lambda question: stores.sending.ask(question),
+            lambda: stores.engine,
+            lambda: stores.settings.store_timeout,
+        )
 
     def __call__(self, name: str, args: Any, kwargs: Any, options: dict[str, Any], task: Any = None, **_: Any) -> None:
         if name.startswith(PLATFORM_PREFIX):
