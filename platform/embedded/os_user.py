@@ -28,6 +28,11 @@ SYSTEM_FOLDER = Path("/var/lib/celery-capacity")
 #: Seconds for another process to finish making the same user.
 USER_SECONDS = 10.0
 
+#: Seconds before the second try to make the user. Each later pause is twice as long.
+FIRST_PAUSE = 0.05
+
+_ADVICE = "Start this as an ordinary user, or set REDIS_URL and DATABASE_URL."
+
 #: Commands that make the user: by the tools of most distributions, or by busybox.
 _MAKE_USER = (
     ["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent", USER],
@@ -51,31 +56,64 @@ def _make_user() -> pwd.struct_passwd:
 
     Of several `useradd` at once one may write back the list that it read before another added the user.
     """
-    SYSTEM_FOLDER.mkdir(parents=True, exist_ok=True, mode=0o755)
-    lock = os.open(SYSTEM_FOLDER, os.O_RDONLY | os.O_DIRECTORY)
+    end = time.monotonic() + USER_SECONDS
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        end = time.monotonic() + USER_SECONDS
-        reason = "neither useradd nor adduser is there"
+        SYSTEM_FOLDER.mkdir(parents=True, exist_ok=True, mode=0o755)
+        lock = os.open(SYSTEM_FOLDER, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise CannotStart(
+            f"the folder {str(SYSTEM_FOLDER)!r} for Postgres's user cannot be made or opened ({error.strerror})",
+            value=SYSTEM_FOLDER,
+            advice=_ADVICE,
+        ) from error
+    try:
+        _wait_for(lock, end)
+        pause, reason = FIRST_PAUSE, "neither useradd nor adduser is there"
         while (entry := _user()) is None:
-            for command in _MAKE_USER:
-                try:
-                    done = subprocess.run(
-                        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-                    )
-                except FileNotFoundError:
-                    continue
-                # The command also fails if a program beside this one makes the user at this moment.
-                reason = done.stderr.strip() or reason
+            reason = _run_command() or reason
+            if (entry := _user()) is not None:
                 break
-            if _user() is None and time.monotonic() > end:
-                raise CannotStart(
-                    f"Postgres does not run as root, and the user {USER!r} cannot be made ({reason})",
-                    advice="Start this as an ordinary user, or set REDIS_URL and DATABASE_URL.",
-                )
+            if time.monotonic() + pause > end:
+                raise _cannot_make(reason)
+            # Another program may be making users at this moment.
+            time.sleep(pause)
+            pause *= 2
         return entry
     finally:
         os.close(lock)
+
+
+def _wait_for(lock: int, end: float) -> None:
+    """Take the lock once no other process has it. A user that is there by then ends the wait too."""
+    pause = FIRST_PAUSE
+    while _user() is None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() + pause > end:
+                raise _cannot_make("another process is making it") from None
+        time.sleep(pause)
+        pause *= 2
+
+
+def _run_command() -> str:
+    """Run the first command that is there, and return its complaint; "" where it has none."""
+    for command in _MAKE_USER:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            return f"{command[0]}: {error.strerror}"
+        # The command also fails if a program beside this one makes the user at this moment.
+        return done.stderr.strip()
+    return ""
+
+
+def _cannot_make(reason: str) -> CannotStart:
+    message = f"Postgres does not run as root, and the user {USER!r} cannot be made ({reason})"
+    return CannotStart(message, value=USER, advice=_ADVICE)
 
 
 def _user() -> pwd.struct_passwd | None:
