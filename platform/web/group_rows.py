@@ -145,6 +145,9 @@ def _by_ledger(connection: Connection, reading: LedgerReading) -> list[GroupRow]
     return _merged([*rows, *(_row(row, _Part(1, row.id, order(row.priority, row.seq))) for row in on_their_way)])
 
 
+#: Seconds for which counts by priority are used again at most, however long the count took.
+COUNTED_FOR: Final = 30.0
+
 #: The newest counts by priority of each database: until when they are used, the shapes, and the numbers.
 _counted: WeakKeyDictionary[Engine, tuple[float, frozenset[str], dict[Level, int]]] = WeakKeyDictionary()
 
@@ -152,15 +155,16 @@ _counted: WeakKeyDictionary[Engine, tuple[float, frozenset[str], dict[Level, int
 def _levels(connection: Connection, shapes: Sequence[str]) -> list[tuple[str, Staying]]:
     """Return the jobs of shapes with several priorities, by priority, each with the first job of this moment.
 
-    Numbers are used again for a while, so that frequent readers cost Postgres at most `COUNTED_SHARE` of a core. A new
-    shape is counted at once. A new priority of a shape comes with the next count.
+    Numbers are used again for a while, at most `COUNTED_FOR` seconds. Until then frequent readers cost Postgres at most
+    `COUNTED_SHARE` of a core. A new shape is counted at once. A new priority of a shape comes with the next count.
     """
     begin = time.monotonic()
     until, counted_shapes, numbers = _counted.get(connection.engine, (float("-inf"), frozenset[str](), {}))
     if begin >= until or not counted_shapes.issuperset(shapes):
         numbers = staying_rows.levels(connection, shapes)
         end = time.monotonic()
-        _counted[connection.engine] = end + (end - begin) / COUNTED_SHARE, frozenset(shapes), numbers
+        until = end + min((end - begin) / COUNTED_SHARE, COUNTED_FOR)
+        _counted[connection.engine] = until, frozenset(shapes), numbers
     asked = set(shapes)
     return staying_rows.firsts(connection, {level: number for level, number in numbers.items() if level[0] in asked})
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -105,6 +107,17 @@ def test_priorities_of_a_shape_are_counted_once_in_a_while(stage: Head, monkeypa
     # The first job is that of the moment.
     assert {row.key for row in after} == {row.key for row in before}
     assert before[0].first not in {row.first for row in after}
+
+
+def test_new_priority_is_counted_within_half_a_minute(stage: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count of seconds, on a slow Postgres, was used again for minutes."""
+    monkeypatch.setattr(group_rows, "COUNTED_SHARE", 1e-9)
+    keep_in_postgres(stage, 6)
+    stage.sql("UPDATE jobs SET priority = 5 WHERE mod(seq, 2) = 0")
+    assert {row.priority for row in rows(stage, monkeypatch, 1)} == {0, 5}
+    stage.sql("UPDATE jobs SET priority = 7 WHERE priority = 5")
+    monkeypatch.setattr(group_rows, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 31))
+    assert {row.priority for row in rows(stage, monkeypatch, 1)} == {0, 7}
 
 
 def test_ledger_gives_the_groups_that_postgres_counts(stage: Head, monkeypatch: pytest.MonkeyPatch) -> None:
