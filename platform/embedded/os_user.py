@@ -63,7 +63,7 @@ def _make_user() -> pwd.struct_passwd:
     except OSError as error:
         raise CannotStart(
             f"the folder {str(SYSTEM_FOLDER)!r} for Postgres's user cannot be made or opened ({error.strerror})",
-            value=SYSTEM_FOLDER,
+            value=str(SYSTEM_FOLDER),
             advice=_ADVICE,
         ) from error
     try:
