@@ -27,6 +27,10 @@ MAX_KEPT: Final = 1000
 #: Characters of a reason with its detail, and of the name of a queue.
 REASON_LENGTH: Final = 500
 QUEUE_LENGTH: Final = 255
+#: Words of the reasons for which a transition or an outbox is set aside; all others are of messages.
+TRANSITIONS: Final = frozenset(
+    refusal.word for refusal in (Refusal.NO_TRANSITION, Refusal.UNWRITABLE, Refusal.UNREADABLE_OUTBOX)
+)
 #: Reasons that are shown to people, with the number of messages.
 SHOWN: Final = 5
 
@@ -42,12 +46,22 @@ class SetAside:
     queue: str
     reason: str
     worker: str | None = None
+    #: Time by Postgres at which a kept message was set aside.
+    seen_at: datetime | None = None
 
     @classmethod
     def of(cls, raw: bytes, queue: str, reason: Refusal, detail: str, worker: str | None = None) -> SetAside:
         """Make a row of the table: cut each value to its limit, and keep only characters that Postgres stores."""
         text = storable(f"{reason.word}: {detail}", REASON_LENGTH)
         return cls(bytes(raw[:MAX_BYTES]), storable(queue, QUEUE_LENGTH), text, worker)
+
+    @property
+    def is_transition(self) -> bool:
+        """Return True for a transition or an outbox.
+
+        The platform alone writes the word of the reason. Queue and bytes may be a sender's choice.
+        """
+        return self.reason.partition(":")[0] in TRANSITIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +157,7 @@ def drop(connection: Connection, ids: Sequence[int]) -> int:
     return connection.execute(delete(quarantine).where(quarantine.c.id.in_(ids))).rowcount
 
 
-_TAKE: Final = text("DELETE FROM quarantine WHERE id = :id RETURNING raw, queue, reason, worker")
+_TAKE: Final = text("DELETE FROM quarantine WHERE id = :id RETURNING raw, queue, reason, worker, seen_at")
 
 
 def take(connection: Connection, message: int) -> SetAside | None:
@@ -152,7 +166,7 @@ def take(connection: Connection, message: int) -> SetAside | None:
     Until the end of the transaction nobody else takes it. After a rollback it is there as before.
     """
     row = connection.execute(_TAKE, {"id": message}).one_or_none()
-    return None if row is None else SetAside(bytes(row.raw), row.queue, row.reason, row.worker)
+    return None if row is None else SetAside(bytes(row.raw), *row[1:])
 
 
 _SERVED: Final = text(f"""

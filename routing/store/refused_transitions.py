@@ -18,6 +18,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
@@ -69,6 +70,8 @@ _LEAVE: Final = text(f"""
 UPDATE jobs SET outbox = :outbox WHERE id = :job AND outbox IS NULL
 AND state IN ({", ".join(f"'{state.value}'" for state in sorted(FINAL))})
 """)
+# KEY SHARE keeps the row from the archive, and is no obstacle to those who write it.
+_SUBMITTED: Final = text("SELECT submitted_at FROM jobs WHERE id = :job FOR KEY SHARE")
 _AWAITED: Final = text("SELECT awaited FROM jobs WHERE id = :job")
 
 
@@ -120,6 +123,15 @@ def set_aside(
 def read_back(kept: Mapping[str, Any]) -> Transition:
     """Return the transition that `set_aside` kept. Raises `ValueError`, `TypeError` and `LookupError` for others."""
     return Transition(**{**kept, "token": Token.parse(kept["token"])})
+
+
+def is_about(connection: Connection, job: str, moment: datetime) -> bool:
+    """Return True unless the job of this id was submitted after the moment, in the caller's transaction.
+
+    An archived job leaves its id to new jobs. Such a job is none of what was set aside before.
+    """
+    submitted: datetime | None = connection.execute(_SUBMITTED, {"job": job}).scalar_one_or_none()
+    return submitted is None or submitted <= moment
 
 
 def apply_again(connection: Connection, transition: Transition) -> bool:

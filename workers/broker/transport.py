@@ -67,6 +67,8 @@ class _Unpacked(kombu_message.Message):
 
     #: True if the headers speak of a compression that the body no longer has.
     was_compressed = False
+    #: Name of the Redis queue that the message was read from; "" where it came another way.
+    read_from = ""
 
     def __init__(self, body: Any = None, *args: Any, headers: Any = None, **options: Any) -> None:
         method = headers.get("compression") if isinstance(headers, dict) else None
@@ -254,6 +256,7 @@ class _CheckedReads:
                 unreadable = Unreadable.of(error)
                 receiving.set_aside(came, queue, unreadable.reason, str(unreadable))
                 return None
+            message.read_from = queue
             if not no_ack:
                 self.qos.append(message, message.delivery_tag)
             return callback(message)

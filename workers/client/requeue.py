@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any, Final
@@ -37,6 +38,8 @@ from celery_capacity.workers.process.stores import Stores, transactions
 _PARTS: Final = {"headers", "body"}
 #: Members of an outbox that was set aside.
 _OUTBOX: Final = {"job", "outbox"}
+#: Most by which the clocks of Redis and Postgres differ.
+MAX_CLOCK_DIFFERENCE: Final = timedelta(minutes=1)
 #: Errors in data that this release cannot read.
 _UNREADABLE: Final = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
@@ -60,6 +63,8 @@ class Became(StrEnum):
     UNREADABLE = "still-unreadable"
     #: Postgres refuses it still
     REFUSED = "still-refused"
+    #: its job is in the archive, and another job has its id
+    OTHER_JOB = "other-job"
     #: its job has gone on, so it changes nothing
     OVERTAKEN = "out-of-date"
 
@@ -113,7 +118,7 @@ def _put_back(app: Celery, stores: Stores, connection: Connection, message: int)
         return Became.UNKNOWN
     if len(kept.raw) >= MAX_BYTES:
         raise _Stays(Became.CUT, f"only its first {MAX_BYTES} bytes were kept: let its program send it again")
-    if kept.queue == keys.STREAM:
+    if kept.is_transition:
         _write_again(connection, kept)
     elif _is_served(app, connection, kept.queue):
         _to_broker(app, kept)
@@ -179,7 +184,7 @@ def _to_worker(stores: Stores, kept: SetAside) -> None:
 def _write_again(connection: Connection, kept: SetAside) -> None:
     """Write a transition or an outbox into the row of its job."""
     try:
-        changed = _write(connection, json.loads(kept.raw))
+        changed = _write(connection, json.loads(kept.raw), kept.seen_at)
     except DBAPIError as error:
         if refused_transitions.concerns_data(error):
             raise _Stays(Became.REFUSED, f"Postgres refuses it still: {one_line(error)}") from error
@@ -191,12 +196,25 @@ def _write_again(connection: Connection, kept: SetAside) -> None:
         raise _Stays(Became.OVERTAKEN, detail)
 
 
-def _write(connection: Connection, fields: Any) -> bool:
+def _write(connection: Connection, fields: Any, seen_at: datetime | None) -> bool:
     if fields.keys() == _OUTBOX:
+        _check_job(connection, fields["job"], seen_at)
         return refused_transitions.deliver_again(connection, fields["job"], fields["outbox"])
     if "token" in fields:
         transition = refused_transitions.read_back(fields)
     else:
         entry = {name.encode(): str(value).encode() for name, value in fields.items()}
         transition = transition_log.parse(b"", entry)
+    _check_job(connection, transition.job, seen_at, transition.at_ms)
     return refused_transitions.apply_again(connection, transition)
+
+
+def _check_job(connection: Connection, job: str, seen_at: datetime | None, at_ms: int = 0) -> None:
+    """Check that the job is older than the end of its attempt, and than the row of the quarantine."""
+    moments = [] if seen_at is None else [seen_at]
+    if at_ms:
+        # The clock of Redis may be behind that of Postgres, by which jobs are submitted.
+        moments.append(datetime.fromtimestamp(at_ms / 1000, UTC) + MAX_CLOCK_DIFFERENCE)
+    if moments and not refused_transitions.is_about(connection, job, min(moments)):
+        detail = "its job is in the archive, and another job has its id: drop this"
+        raise _Stays(Became.OTHER_JOB, detail)

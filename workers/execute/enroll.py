@@ -150,7 +150,7 @@ class Intake(Service):
             channel,
             [queue],
             on_message=on_message,
-            on_decode_error=self._refuse,
+            on_decode_error=partial(self._refuse, queue.name),
             no_ack=no_ack,
             accept=accept,
         )
@@ -160,16 +160,17 @@ class Intake(Service):
             payload = message.payload
         except Exception as error:
             # Celery's decoders raise any error.
-            self._refuse(message, error)
+            self._refuse(beat_messages.queue().name, message, error)
             return
         name = payload.get("tick") if isinstance(payload, dict) else None
         if isinstance(name, str):
             self._on_tick(name)
 
-    def _refuse(self, message: Any, error: Exception | str, reason: Refusal = Refusal.UNDECODABLE) -> None:
-        """Set a message aside: as it is, it can never be a job."""
-        delivery = getattr(message, "delivery_info", None) or {}
-        queue = str(delivery.get("routing_key") or self._app.conf.task_default_queue)
+    def _refuse(self, queue: str, message: Any, error: Exception | str, reason: Refusal = Refusal.UNDECODABLE) -> None:
+        """Set a message aside: as it is, it can never be a job.
+
+        It is kept under the name of the queue that was read. The routing key is its sender's choice.
+        """
         receiving.set_aside(raw_of(message), queue, reason, str(error) or type(error).__name__)
         message.ack()
         self._on_refused(message)
@@ -180,17 +181,17 @@ class Intake(Service):
             enroll(self._app.amqp.job_sender, self._router, message, queue)
         except (InvalidRequest, LeaseLost, Unsupported) as error:
             # A `LeaseLost` is final too: the message says that it is a retry of an attempt that lost its lease.
-            self._refuse(message, error, Refusal.NO_JOB)
+            self._refuse(queue, message, error, Refusal.NO_JOB)
         except (NotAccepted, OutcomeUnknown, PlatformError) as error:
             if _lies_in_the_data(error):
-                self._refuse(message, error, Refusal.NO_JOB)
+                self._refuse(queue, message, error, Refusal.NO_JOB)
                 return
             logger.warning("a message is left in the queue %s: %s", queue, error)
             message.requeue()
             self._ending.wait(RETRY_AFTER)
         except Exception as error:
             # A sender may write anything into headers. No use of them may end the intake.
-            self._refuse(message, f"no job can be made of it: {error!r}")
+            self._refuse(queue, message, f"no job can be made of it: {error!r}")
         else:
             message.ack()
 

@@ -62,8 +62,8 @@ def refusing(
     """
     tag = parse_tag(message.delivery_tag) if isinstance(message, transport.JobMessage) else None
     if tag is None:
-        # A message of remote control, which belongs to no job.
-        queue = str((message.delivery_info or {}).get("routing_key") or "")
+        # A message of remote control, which belongs to no job. Its routing key is its sender's choice.
+        queue = getattr(message, "read_from", "")
         quarantine.set_aside(transport.raw_of(message), queue, Refusal.UNDECODABLE, error)
         yield
         return

@@ -45,8 +45,9 @@ def kept(stage: Stage) -> list[int]:
 
 
 def put(stage: Stage, raw: bytes, queue: str) -> int:
+    reason = Refusal.NO_TRANSITION if queue == keys.STREAM else Refusal.NO_MESSAGE
     with stage.engine.connect() as connection:
-        quarantine.write(connection, [SetAside.of(raw, queue, Refusal.NO_MESSAGE, "a test put it here")])
+        quarantine.write(connection, [SetAside.of(raw, queue, reason, "a test put it here")])
     return kept(stage)[-1]
 
 
