@@ -96,7 +96,7 @@ def insert_retry(connection: Connection, job: NewJob, of_job: str, of_seq: int, 
     newest = connection.execute(_NEWEST, {"seq": of_seq}).scalar_one_or_none()
     if newest is not None and not again:
         return Repeated(None, str(newest))
-    inserted = insert_job(connection, job, in_transaction=True)
+    inserted = insert_job(connection, job)
     if inserted.seq is not None:
         link = {"seq": inserted.seq, "job": job.id, "of_seq": of_seq, "of_job": of_job}
         connection.execute(_LINK, link)

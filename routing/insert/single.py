@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import psycopg2
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 from sqlalchemy import Connection, PoolProxiedConnection, text
 
 from celery_capacity.routing.database import deadlines
@@ -85,17 +86,20 @@ _PREPARED: Final = "42P05"
 _TRIES: Final = 5
 
 
-def insert_job(
-    connection: Connection, job: NewJob, by: Publisher | None = None, *, in_transaction: bool = False
-) -> Inserted:
+def insert_job(connection: Connection, job: NewJob, by: Publisher | None = None) -> Inserted:
     """Make a job durable; an existing id is left as it is (`seq` is None).
 
     Nothing is written either where the attempt that publishes the job has lost its lease (`may_publish` tells).
-    `in_transaction`: the caller has begun a transaction. Raises `NotMigrated`.
+    Raises `NotMigrated`.
     """
     if job.constraints is not None or job.key_limits is not None:
         return _insert_constrained(connection, job, job.constraints or Constraints(), by)
-    return _insert(connection, job, by, plain=in_transaction)
+    return _insert(connection, job, by, plain=_is_in_transaction(connection))
+
+
+def _is_in_transaction(connection: Connection) -> bool:
+    driver: Any = connection.connection.driver_connection
+    return not driver.autocommit or driver.get_transaction_status() != TRANSACTION_STATUS_IDLE
 
 
 def values_of(job: NewJob, state: State | None = None, constrained: bool = False) -> tuple[Any, ...]:

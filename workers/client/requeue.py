@@ -26,7 +26,7 @@ from redis.exceptions import RedisError
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from celery_capacity.routing.database.postgres_errors import one_line, translated
+from celery_capacity.routing.database.postgres_errors import is_locked, one_line, translated
 from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.recovery import transition_log
@@ -65,6 +65,10 @@ class Became(StrEnum):
     REFUSED = "still-refused"
     #: its job is in the archive, and another job has its id
     OTHER_JOB = "other-job"
+    #: somebody keeps the row of its job locked
+    LOCKED = "job-locked"
+    #: a store did not answer, for this message or one before it
+    STORE_AWAY = "store-away"
     #: its job has gone on, so it changes nothing
     OVERTAKEN = "out-of-date"
 
@@ -96,10 +100,14 @@ class _Stays(Exception):
 def requeue(app: Celery, stores: Stores, messages: Sequence[int]) -> Iterator[Requeued]:
     """Put messages back where they came from, and yield what became of each.
 
-    Raises `StoreUnavailable` where a store does not answer. That message and those behind it stay in the quarantine.
-    The message that was on its way may be in its queue as well.
+    A store may not answer. Then that message and those behind it stay in the quarantine; the message that was on its
+    way may be in its queue as well. Raises `StoreUnavailable` where that is the first message.
     """
+    told, away = False, ""
     for message in dict.fromkeys(messages):
+        if away:
+            yield Requeued(message, Became.STORE_AWAY, away)
+            continue
         try:
             with (
                 translated(f"message {message} was not put back: "),
@@ -108,8 +116,14 @@ def requeue(app: Celery, stores: Stores, messages: Sequence[int]) -> Iterator[Re
                 became = _put_back(app, stores, connection, message)
         except _Stays as stays:
             yield Requeued(message, stays.became, str(stays))
+        except StoreUnavailable as error:
+            if not told:
+                raise
+            away = str(error)
+            yield Requeued(message, Became.STORE_AWAY, away)
         else:
             yield Requeued(message, became)
+        told = True
 
 
 def _put_back(app: Celery, stores: Stores, connection: Connection, message: int) -> Became:
@@ -186,11 +200,14 @@ def _write_again(connection: Connection, kept: SetAside) -> None:
     try:
         changed = _write(connection, json.loads(kept.raw), kept.seen_at)
     except DBAPIError as error:
+        if is_locked(error):
+            raise _Stays(Became.LOCKED, "somebody keeps the row of its job locked: try it again later") from error
         if refused_transitions.concerns_data(error):
             raise _Stays(Became.REFUSED, f"Postgres refuses it still: {one_line(error)}") from error
         raise
     except _UNREADABLE as error:
-        raise _Stays(Became.UNREADABLE, f"this release cannot read it: {error!r}") from error
+        # The text of such an error may have the whole message.
+        raise _Stays(Became.UNREADABLE, f"this release cannot read it: {type(error).__name__}") from error
     if not changed:
         detail = "its job has gone on without it, and it changes nothing: drop it, or retry the job"
         raise _Stays(Became.OVERTAKEN, detail)
@@ -209,8 +226,10 @@ def _write(connection: Connection, fields: Any, seen_at: datetime | None) -> boo
     return refused_transitions.apply_again(connection, transition)
 
 
-def _check_job(connection: Connection, job: str, seen_at: datetime | None, at_ms: int = 0) -> None:
+def _check_job(connection: Connection, job: Any, seen_at: datetime | None, at_ms: int = 0) -> None:
     """Check that the job is older than the end of its attempt, and than the row of the quarantine."""
+    if not isinstance(job, str):
+        raise TypeError("the id of the job is no text")
     moments = [] if seen_at is None else [seen_at]
     if at_ms:
         # The clock of Redis may be behind that of Postgres, by which jobs are submitted.

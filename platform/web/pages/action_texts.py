@@ -108,6 +108,8 @@ ACTION_TEXTS: Final = {
     "still-unreadable": "仍无法读取",
     "still-refused": "Postgres 仍然拒绝",
     "out-of-date": "已过时",
+    "job-locked": "作业行被锁定",
+    "store-away": "存储无响应",
     "other-job": "作业 ID 已属于另一作业",
     "Messages were set aside.": "有消息被隔离存放。",
     "Messages that were set aside": "被隔离存放的消息",

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 from celery import Celery
 
+from celery_capacity.routing.insert import single
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.model import envelope as envelopes
+from celery_capacity.routing.model.job import NewJob
 from celery_capacity.routing.model.outbox import Outbox
 from celery_capacity.routing.model.reasons import Refusal
+from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.model.states import Step
 from celery_capacity.routing.store import quarantine
 from celery_capacity.routing.store.archive import archive_finished
@@ -22,7 +25,7 @@ from celery_capacity.workers.execute.enroll import Intake
 from celery_capacity.workers.membership.served_queues import ServedQueues
 from tests.contract.routing.store.test_refused_transitions import fail, refuse, started
 from tests.contract.workers.client.test_requeue import again, app, kept, mend, put
-from tests.fixtures.stores.staged import Stage
+from tests.fixtures.stores.staged import MESSAGE, Stage
 
 __all__ = ["app"]
 
@@ -112,3 +115,61 @@ def test_outbox_of_an_archived_job_is_not_delivered_for_a_new_one(stage: Stage, 
     stage.sql("UPDATE jobs SET outbox = NULL")
     (result,) = again(app, message)
     assert (result.became, stage.row(job).outbox) == (Became.OTHER_JOB, None)
+
+
+# -- faults of one message, and of a store
+
+
+def test_publish_is_stored_where_the_session_lacks_the_prepared_insert(stage: Stage, app: Celery) -> None:
+    """A pooler gives the connection another session than the one that prepared the insert."""
+    (job,) = started(stage, 1)
+    refuse(stage, "NEW.id = 'child'")
+    child = NewJob("child", "task", Request.of({"cpus": 1000}).shape, MESSAGE)
+    fail(stage, job, "it broke", Outbox([child], []).to_text())
+    stage.apply()
+    (message,) = kept(stage)
+    mend(stage)
+    with app.platform.engine.connect() as connection:
+        connection.connection.info[single.BY_ANYBODY.name] = True
+    assert again(app, message)[0].done
+    assert stage.row("child").state == "accepted"
+    stage.sql("DELETE FROM jobs WHERE id = 'child'")
+
+
+def test_reason_of_an_unreadable_message_has_none_of_its_bytes(stage: Stage, app: Celery) -> None:
+    (result,) = again(app, put(stage, b'{"password": "hidden"} \xff', keys.STREAM))
+    assert (result.became, "hidden" in result.detail) == (Became.UNREADABLE, False)
+
+
+def test_job_of_a_wrong_type_stops_no_message_behind_it(stage: Stage, app: Celery) -> None:
+    raw = json.dumps({"job": {"a": 1}, "outbox": Outbox([], []).to_text()}).encode()
+    results = again(app, put(stage, raw, keys.STREAM), put(stage, b"garbage", "celery"))
+    assert [result.became for result in results] == [Became.UNREADABLE, Became.REQUEUED]
+    stage.redis.delete("celery")
+
+
+def test_locked_row_stops_no_message_behind_it(stage: Stage, app: Celery) -> None:
+    (job,) = started(stage, 1)
+    stage.end(job)
+    left = json.dumps({"job": job, "outbox": Outbox([], [{"result": "kept"}]).to_text()}).encode()
+    messages = put(stage, left, keys.STREAM), put(stage, b"garbage", "celery")
+    with stage.engine.connect() as connection:
+        connection.exec_driver_sql("BEGIN")
+        connection.exec_driver_sql("SELECT 1 FROM jobs WHERE id = %s FOR UPDATE", (job,))
+        results = again(app, *messages)
+        connection.exec_driver_sql("ROLLBACK")
+    assert [result.became for result in results] == [Became.LOCKED, Became.REQUEUED]
+    stage.redis.delete("celery")
+
+
+def test_requeued_messages_are_told_where_a_store_fails_later(
+    stage: Stage, app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [put(stage, b"garbage", "celery") for _ in range(3)]
+    reach = app.connection_for_write
+    urls = iter([None, "redis://127.0.0.1:1/0"])
+    monkeypatch.setattr(app, "connection_for_write", lambda: reach(next(urls)))
+    results = again(app, *messages)
+    assert [result.became for result in results] == [Became.REQUEUED, Became.STORE_AWAY, Became.STORE_AWAY]
+    assert kept(stage) == messages[1:]
+    stage.redis.delete("celery")
