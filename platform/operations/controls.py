@@ -113,4 +113,6 @@ def requeue_quarantined(app: Celery, stores: Stores, actor: Actor, ids: Sequence
         finally:
             # Also where a store went away between two messages: `extend` keeps those before the error.
             note.count([result.became.value for result in results], sum(not result.done for result in results))
+            if reasons := [f"{result.message}: {result.detail}" for result in results if result.detail]:
+                note.details["why"] = "; ".join(reasons)
         return results

@@ -65,10 +65,7 @@ receiving: Final = Receiving()
 class _Unpacked(kombu_message.Message):
     """Message whose body is decompressed here, up to the bound. kombu would do that without a bound."""
 
-    #: True if the headers speak of a compression that the body no longer has.
-    was_compressed = False
-    #: Name of the Redis queue that the message was read from; "" where it came another way.
-    read_from = ""
+    was_compressed = False  # True if the headers speak of a compression that the body no longer has
 
     def __init__(self, body: Any = None, *args: Any, headers: Any = None, **options: Any) -> None:
         method = headers.get("compression") if isinstance(headers, dict) else None
@@ -256,7 +253,7 @@ class _CheckedReads:
                 unreadable = Unreadable.of(error)
                 receiving.set_aside(came, queue, unreadable.reason, str(unreadable))
                 return None
-            message.read_from = queue
+            message.read_from = queue  # type: ignore[attr-defined]
             if not no_ack:
                 self.qos.append(message, message.delivery_tag)
             return callback(message)

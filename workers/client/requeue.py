@@ -103,7 +103,7 @@ def requeue(app: Celery, stores: Stores, messages: Sequence[int]) -> Iterator[Re
     A store may not answer. Then that message and those behind it stay in the quarantine; the message that was on its
     way may be in its queue as well. Raises `StoreUnavailable` where that is the first message.
     """
-    told, away = False, ""
+    has_result, away = False, ""
     for message in dict.fromkeys(messages):
         if away:
             yield Requeued(message, Became.STORE_AWAY, away)
@@ -117,13 +117,13 @@ def requeue(app: Celery, stores: Stores, messages: Sequence[int]) -> Iterator[Re
         except _Stays as stays:
             yield Requeued(message, stays.became, str(stays))
         except StoreUnavailable as error:
-            if not told:
+            if not has_result:
                 raise
             away = str(error)
             yield Requeued(message, Became.STORE_AWAY, away)
         else:
             yield Requeued(message, became)
-        told = True
+        has_result = True
 
 
 def _put_back(app: Celery, stores: Stores, connection: Connection, message: int) -> Became:

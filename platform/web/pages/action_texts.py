@@ -108,6 +108,7 @@ ACTION_TEXTS: Final = {
     "still-unreadable": "仍无法读取",
     "still-refused": "Postgres 仍然拒绝",
     "out-of-date": "已过时",
+    "why": "原因",
     "job-locked": "作业行被锁定",
     "store-away": "存储无响应",
     "other-job": "作业 ID 已属于另一作业",

@@ -175,8 +175,11 @@ def test_form_puts_messages_back_and_says_why_one_stays(stage: Stage, client: ht
     assert (refused.status_code, "start a worker with -Q nobodys" in refused.text) == (400, True)
     assert client.post(f"/act/requeue?id={unserved}&id={served}", data=token).status_code == 303
     both, alone = actions(client)
+    reason = both["details"].pop("why")
+    assert reason == f"{unserved}: nobody serves its queue: start a worker with -Q nobodys"
+    assert reason in client.get(f"/audit/{both['seq']}").text
     assert (both["outcome"], both["details"]) == ("partly", {"unknown-queue": 1, "requeued": 1})
-    assert (alone["outcome"], alone["details"]) == ("refused", {"unknown-queue": 1})
+    assert (alone["outcome"], alone["details"]) == ("refused", {"unknown-queue": 1, "why": reason})
     assert stage.redis.lpop("celery") == b"x"
 
 
