@@ -253,7 +253,7 @@ class _CheckedReads:
                 unreadable = Unreadable.of(error)
                 receiving.set_aside(came, queue, unreadable.reason, str(unreadable))
                 return None
-            message.read_from = queue  # type: ignore[attr-defined]
+            message.read_from = queue
             if not no_ack:
                 self.qos.append(message, message.delivery_tag)
             return callback(message)
