@@ -64,10 +64,10 @@ WHERE id = :job AND state NOT IN ({", ".join(f"'{state.value}'" for state in sor
 _RESTORE: Final = text(f"""
 UPDATE jobs SET error = nullif(:error, ''), outbox = nullif(:outbox, '')
 WHERE id = :job AND state = :state AND state IN ({", ".join(f"'{state.value}'" for state in sorted(FINAL))})
-  AND step = {Step.DROPPED.value} AND (epoch, attempt) = (:epoch, :attempt) AND error LIKE :mark
+  AND step = {Step.DROPPED.value} AND epoch = :epoch AND attempt = :attempt AND error LIKE :mark
 """)
 _LEAVE: Final = text(f"""
-UPDATE jobs SET outbox = :outbox WHERE id = :job AND outbox IS NULL
+UPDATE jobs SET outbox = :outbox WHERE id = :job AND outbox IS NULL AND epoch = :epoch AND attempt = :attempt
 AND state IN ({", ".join(f"'{state.value}'" for state in sorted(FINAL))})
 """)
 # KEY SHARE keeps the row from the archive, and is no obstacle to those who write it.
@@ -147,14 +147,14 @@ def apply_again(connection: Connection, transition: Transition) -> bool:
     return bool(applied or restored.rowcount)
 
 
-def deliver_again(connection: Connection, job: str, left: str) -> bool:
+def deliver_again(connection: Connection, job: str, token: Token, left: str) -> bool:
     """Put an outbox that was set aside back into the row of its ended job; return True if it stands there now.
 
-    A row with another outbox is left as it is. Publishes are inserted first, as at the end of an attempt. Raises
-    `ValueError`, `TypeError` and `LookupError` for a text that is no outbox.
+    A row with another outbox, or of another attempt, is left as it is. Publishes are inserted first, as at the end of
+    an attempt. Raises `ValueError`, `TypeError` and `LookupError` for a text that is no outbox.
     """
     outbox.parse(left)
-    if not connection.execute(_LEAVE, {"job": job, "outbox": left}).rowcount:
+    if not connection.execute(_LEAVE, {"job": job, "outbox": left, **token.columns()}).rowcount:
         return False
     successors.publish_left(connection, left)
     return True

@@ -29,6 +29,7 @@ from sqlalchemy.exc import DBAPIError
 from celery_capacity.routing.database.postgres_errors import is_locked, one_line, translated
 from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.recovery import transition_log
 from celery_capacity.routing.store import quarantine, refused_transitions
 from celery_capacity.routing.store.quarantine import MAX_BYTES, SetAside
@@ -37,7 +38,7 @@ from celery_capacity.workers.process.stores import Stores, transactions
 #: Members of a message that `transport.raw_of` kept only in part: no worker can read it.
 _PARTS: Final = {"headers", "body"}
 #: Members of an outbox that was set aside.
-_OUTBOX: Final = {"job", "outbox"}
+_OUTBOX: Final = {"job", "token", "outbox"}
 #: Most by which the clocks of Redis and Postgres differ.
 MAX_CLOCK_DIFFERENCE: Final = timedelta(minutes=1)
 #: Errors in data that this release cannot read.
@@ -216,7 +217,8 @@ def _write_again(connection: Connection, kept: SetAside) -> None:
 def _write(connection: Connection, fields: Any, seen_at: datetime | None) -> bool:
     if fields.keys() == _OUTBOX:
         _check_job(connection, fields["job"], seen_at)
-        return refused_transitions.deliver_again(connection, fields["job"], fields["outbox"])
+        token = Token.parse(fields["token"])
+        return refused_transitions.deliver_again(connection, fields["job"], token, fields["outbox"])
     if "token" in fields:
         transition = refused_transitions.read_back(fields)
     else:

@@ -270,7 +270,7 @@ def _outbox_of(app: Celery, engine: Engine, row: Any) -> Outbox:
     try:
         return parse(row.outbox)
     except (ValueError, TypeError, LookupError) as error:
-        left = {"job": row.id, "outbox": row.outbox}
+        left = {"job": row.id, "token": str(Token(row.epoch, row.attempt)), "outbox": row.outbox}
         detail = f"the outbox of job {row.id} cannot be read: {error!r}"
         tally = app.platform.ledger.tally
         refused_transitions.set_aside(engine, tally, left, Refusal.UNREADABLE_OUTBOX, detail)

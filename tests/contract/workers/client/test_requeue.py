@@ -51,6 +51,12 @@ def put(stage: Stage, raw: bytes, queue: str) -> int:
     return kept(stage)[-1]
 
 
+def outbox_aside(stage: Stage, job: str, left: str) -> bytes:
+    """Return an outbox of the attempt of a job, as it is set aside."""
+    row = stage.row(job)
+    return json.dumps({"job": job, "token": f"{row.epoch}.{row.attempt}", "outbox": left}).encode()
+
+
 def again(app: Celery, *messages: int) -> list[Requeued]:
     return list(requeue(app, app.platform, messages))
 
@@ -84,7 +90,7 @@ def test_message_is_back_in_its_queue_as_it_came(stage: Stage, app: Celery) -> N
         (b"garbage", keys.STREAM, Became.UNREADABLE),
         (b"[]", keys.STREAM, Became.UNREADABLE),
         (b'{"job": "job-x", "attempt": "many"}', keys.STREAM, Became.UNREADABLE),
-        (b'{"job": "job-x", "outbox": "[]"}', keys.STREAM, Became.UNREADABLE),
+        (b'{"job": "job-x", "token": "1.1", "outbox": "[]"}', keys.STREAM, Became.UNREADABLE),
         (b'{"job": "job-x", "token": "1.1"}', keys.STREAM, Became.UNREADABLE),
         (b'{"job": "job-x", "attempt": "1"}', keys.STREAM, Became.OVERTAKEN),
     ],
@@ -192,8 +198,19 @@ def test_outbox_is_delivered_once_it_can_be_read(stage: Stage, app: Celery) -> N
     (job,) = started(stage, 1)
     stage.end(job)
     left = Outbox([], [{"result": "kept"}]).to_text()
-    first, second = (put(stage, json.dumps({"job": job, "outbox": left}).encode(), keys.STREAM) for _ in range(2))
+    raw = outbox_aside(stage, job, left)
+    first, second = put(stage, raw, keys.STREAM), put(stage, raw, keys.STREAM)
     assert again(app, first)[0].done
     assert stage.row(job).outbox == left
     # Another outbox is on its way there.
     assert again(app, second)[0].became is Became.OVERTAKEN
+
+
+def test_outbox_of_an_older_attempt_is_not_delivered(stage: Stage, app: Celery) -> None:
+    (job,) = started(stage, 1)
+    stage.end(job)
+    message = put(stage, outbox_aside(stage, job, Outbox([], [{"result": "old"}]).to_text()), keys.STREAM)
+    stage.sql("UPDATE jobs SET attempt = attempt + 1, outbox = NULL")
+    assert again(app, message)[0].became is Became.OVERTAKEN
+    assert stage.row(job).outbox is None
+    stage.sql("UPDATE jobs SET attempt = attempt - 1")

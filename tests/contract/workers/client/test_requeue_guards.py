@@ -24,7 +24,7 @@ from celery_capacity.workers.client.requeue import Became
 from celery_capacity.workers.execute.enroll import Intake
 from celery_capacity.workers.membership.served_queues import ServedQueues
 from tests.contract.routing.store.test_refused_transitions import fail, refuse, started
-from tests.contract.workers.client.test_requeue import again, app, kept, mend, put
+from tests.contract.workers.client.test_requeue import again, app, kept, mend, outbox_aside, put
 from tests.fixtures.stores.staged import MESSAGE, Stage
 
 __all__ = ["app"]
@@ -107,7 +107,7 @@ def test_outbox_of_an_archived_job_is_not_delivered_for_a_new_one(stage: Stage, 
     (job,) = started(stage, 1)
     stage.end(job)
     left = Outbox([], [{"result": "of the old job"}]).to_text()
-    message = put(stage, json.dumps({"job": job, "outbox": left}).encode(), keys.STREAM)
+    message = put(stage, outbox_aside(stage, job, left), keys.STREAM)
     archive(stage, job)
     assert stage.submit(cpus=1000) == job
     stage.start(job)
@@ -142,7 +142,7 @@ def test_reason_of_an_unreadable_message_has_none_of_its_bytes(stage: Stage, app
 
 
 def test_job_of_a_wrong_type_stops_no_message_behind_it(stage: Stage, app: Celery) -> None:
-    raw = json.dumps({"job": {"a": 1}, "outbox": Outbox([], []).to_text()}).encode()
+    raw = json.dumps({"job": {"a": 1}, "token": "1.1", "outbox": Outbox([], []).to_text()}).encode()
     results = again(app, put(stage, raw, keys.STREAM), put(stage, b"garbage", "celery"))
     assert [result.became for result in results] == [Became.UNREADABLE, Became.REQUEUED]
     stage.redis.delete("celery")
@@ -151,7 +151,7 @@ def test_job_of_a_wrong_type_stops_no_message_behind_it(stage: Stage, app: Celer
 def test_locked_row_stops_no_message_behind_it(stage: Stage, app: Celery) -> None:
     (job,) = started(stage, 1)
     stage.end(job)
-    left = json.dumps({"job": job, "outbox": Outbox([], [{"result": "kept"}]).to_text()}).encode()
+    left = outbox_aside(stage, job, Outbox([], [{"result": "kept"}]).to_text())
     messages = put(stage, left, keys.STREAM), put(stage, b"garbage", "celery")
     with stage.engine.connect() as connection:
         connection.exec_driver_sql("BEGIN")
