@@ -108,8 +108,8 @@ PARTS: Mapping[str, Part] = {
                 "×",
                 "an admission and its release, beside a small idle cluster",
                 at_most=1.15,
-                why="Where jobs wait, a release looks for one that fits. Beside as many workers without a backlog the cycle"
-                " costs the same. Of its growth, the reading of the first requests is a small part.",
+                why="Where jobs wait, a release looks for one that fits. Beside as many workers without a backlog the"
+                " cycle costs the same. Of its growth, the reading of the first requests is a small part.",
             ),
             Figure(
                 "size_slowest_ms",
