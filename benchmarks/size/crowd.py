@@ -12,6 +12,7 @@ import heapq
 import itertools
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from benchmarks.size.child import Child
 from benchmarks.size.stock import MEMORY, TASK, incarnation_of, worker_name
 from celery_capacity.routing.config import process_identity
 from celery_capacity.routing.config.settings import Settings
+from celery_capacity.routing.database.resting_pool import MAX_KEPT
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import LedgerClosed
 from celery_capacity.routing.model import envelope
@@ -48,6 +50,9 @@ from celery_capacity.workers.settle.settle_thread import LedgerThread
 
 #: Bytes of a thread's stack: a process has a thousand threads.
 STACK: Final = 256 * 1024
+#: Seconds that a thread may keep the interpreter while others wait for it. A waiting thread wakes once in each of them.
+#: So with Python's 5 ms, hundreds that wait would use up the cores in which the servers have to answer.
+SWITCH_INTERVAL: Final = 0.02
 #: Request of a message that does not name its request.
 ONE_CPU: Final = Request.of({"cpus": 1000})
 
@@ -113,6 +118,9 @@ class Shared:
         self.capacity = Capacity.of({"cpus": cpus * 1000, "memory": MEMORY, "slots": cpus})
         self.hold = hold
         self.engine: Engine = make_engine(str(settings.database_url))
+        # As in the main process of a worker: a new connection for each heartbeat would cost Postgres a process.
+        pool: Any = self.engine.pool
+        pool.kept = MAX_KEPT
         self.confirmation = Confirmation(self.engine, settings.confirm_interval, lambda: None)
         self.confirmation.ask()
         self.ledger = Ledger(settings)
@@ -221,6 +229,7 @@ def serve(
 ) -> None:
     """Run the process: send "ready" when all are registered or wait for the ledger; answer "troubles"."""
     threading.stack_size(STACK)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     # Each of a thousand workers would log that it has registered again.
     logging.getLogger("celery_capacity.workers").setLevel(logging.ERROR)
     shared = Shared(Settings.from_environ(environment), cpus, hold, tasks)

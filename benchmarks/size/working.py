@@ -22,7 +22,7 @@ from celery_capacity.routing.ledger.snapshot import text as as_text
 from celery_capacity.routing.recovery import rebuild
 
 #: Processes of the crowd, and programs that submit.
-PROCESSES: Final = 4
+PROCESSES: Final = 8
 SUBMITTERS: Final = 2
 #: CPUs of each worker, and seconds that a job of one CPU takes. With 2,000 slots, 10,000 jobs take at least 40 s. So
 #: the workers become full, jobs wait, and releases admit.
