@@ -18,6 +18,7 @@ from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.expected import CLASSES
 from celery_capacity.routing.model.request import Request, filed_shape, run_time_of, split_shape, split_suffix, terms_of
 from celery_capacity.routing.model.states import WorkerStatus
+from celery_capacity.routing.policy.learned_times import Kind
 from celery_capacity.routing.policy.placement import Book, Waiting, held_by, order
 from celery_capacity.routing.policy.reservation import Held
 from celery_capacity.routing.simulation.forecast import MAX_JOBS, Cluster, running_until
@@ -151,18 +152,18 @@ def likely_run(expected_ms: int, shape: str, mean: int) -> int:
     return mean if mean and (not expected or expected_ms in _LEARNED) else expected
 
 
-def _kind(row: Any) -> run_times.Kind:
+def _kind(row: Any) -> Kind:
     return row.name, split_suffix(row.shape)[0]
 
 
-def _running(row: Any, most_losses: int, means: Mapping[run_times.Kind, int], now: int) -> Running:
+def _running(row: Any, most_losses: int, means: Mapping[Kind, int], now: int) -> Running:
     request = held_by(Request.from_shape(row.shape), row.losses, most_losses)
     held = Held(request, min(row.since, now), run_time_of(row.shape).expected)
     likely = likely_run(row.expected_ms, row.shape, means.get(_kind(row), 0))
     return running_until(row.id, row.worker, held, likely, now, terms_of(row.shape))
 
 
-def _queued(rows: Sequence[Any], most_losses: int, means: Mapping[run_times.Kind, int]) -> list[Queued]:
+def _queued(rows: Sequence[Any], most_losses: int, means: Mapping[Kind, int]) -> list[Queued]:
     queued = []
     for row in rows:
         request = held_by(Request.from_shape(row.shape), row.losses, most_losses)

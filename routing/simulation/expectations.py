@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from celery_capacity.routing.model.expected import class_number
+from celery_capacity.routing.policy.learned_times import Histogram, Kind
 from celery_capacity.routing.simulation.jobs import Submission
-
-#: Run times of a task that are remembered: the last ones, so that a changed task is learned anew.
-REMEMBERED: Final = 16
-#: Run times of one task and request below which nothing is said.
-FEWEST: Final = 2
-#: Part of the remembered run times that an expectation is not below. A job that ends early delays nobody.
-QUANTILE: Final = 0.75
 
 
 class Expectations(Protocol):
@@ -55,23 +50,19 @@ class Recorded(Unknown):
 
 
 class Learned:
-    """Each job has the upper quartile of the last run times of its task and request, of its task, or of all jobs."""
+    """Each job has the time that the platform has learned by then. An end is known at once, without a duty's delay."""
 
     def __init__(self) -> None:
-        self._times: dict[tuple[str, str], deque[int]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
+        self._runs: dict[Kind, Histogram] = defaultdict(Histogram)
 
     def expected(self, submission: Submission) -> int:
-        """Return the upper quartile of the most alike jobs of which enough have ended."""
-        for key in _keys(submission):
-            times = self._times.get(key, ())
-            if len(times) >= FEWEST:
-                return sorted(times)[min(int(QUANTILE * len(times)), len(times) - 1)]
-        return 0
+        """Return the learned time of the task and request of a job."""
+        runs = self._runs.get(_kind(submission))
+        return runs.expected_ms if runs is not None else 0
 
     def learn(self, submission: Submission) -> None:
-        """Remember a run time."""
-        for key in _keys(submission):
-            self._times[key].append(submission.run)
+        """Count a run."""
+        self._runs[_kind(submission)].add({class_number(submission.run): 1})
 
 
 @dataclass(frozen=True)
@@ -91,8 +82,8 @@ class Counted:
         self.ended()
 
 
-def _keys(submission: Submission) -> tuple[tuple[str, str], ...]:
-    return (submission.task, submission.request.shape), (submission.task, ""), ("", "")
+def _kind(submission: Submission) -> Kind:
+    return submission.task, submission.request.shape
 
 
 #: Sources by the word that a person chooses.

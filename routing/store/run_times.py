@@ -1,37 +1,22 @@
-"""Learned run times: a quantile of how long the jobs of a task ran, by the request that they had.
+"""Learned run times in Postgres, by the rule of `routing.policy.learned_times`.
 
 Each pass reads the jobs that ended since the last one, by the index of their ends. So no submission and no end of a job
-pays for it. The times of a task and a request are a histogram over the classes of times, whose weights decay: half of
-the weight comes from the newest `HALF_WEIGHT` jobs. A task that became slower is known as slower soon, and one odd run
-changes little. The quantile assumes no distribution.
-
-The time that submitters use changes only when the quantile moved by more than a class. Else jobs of a time between two
-classes would wait now in one queue, now in the other.
+pays for it.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from itertools import accumulate
+from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from celery_capacity.routing.model.expected import CLASSES, CLASSES_IN_DOUBLE, class_number
+from celery_capacity.routing.model.expected import CLASSES
 from celery_capacity.routing.model.request import KNOWN_EVERYWHERE, split_suffix
+from celery_capacity.routing.policy.learned_times import Histogram, Kind
 
-#: Share of the jobs of a task that run no longer than its learned time. A shorter time moves reservations, and a longer
-#: one wastes gaps.
-QUANTILE: Final = 0.8
-#: Lower quantile, whose distance from the other is the spread.
-LOW_QUANTILE: Final = 0.2
-#: Jobs after which the weight of a run is half of what it was.
-HALF_WEIGHT: Final = 50
-#: Jobs from which a time counts as known. Among fewer, the quantile is that of the longest run.
-FEWEST: Final = 5
 #: Ended jobs that one call reads: some 20 ms of Postgres. The next call goes on behind them.
 MAX_READ: Final = 10_000
 #: Seconds by which a pass stays behind the clock, since outcomes are written in batches, not quite in order.
@@ -40,66 +25,6 @@ LAG: Final = 1.0
 MAX_KEPT: Final = 10_000
 #: Pairs that a submitter reads, those of the newest jobs.
 MAX_USED: Final = 2000
-
-_DECAY: Final = 0.5 ** (1 / HALF_WEIGHT)
-#: The end of a class over its middle.
-_ABOVE_MIDDLE: Final = 2 ** (1 / CLASSES_IN_DOUBLE / 2)
-#: Task and request of a job: its name, and its shape without its run time.
-Kind = tuple[str, str]
-
-
-@dataclass(slots=True)
-class Histogram:
-    """Run times of a task and a request. `weights`: by the number of a class. `expected_ms`: 0 where it is unknown."""
-
-    count: int = 0
-    expected_ms: int = 0
-    weights: dict[int, float] = field(default_factory=dict)
-
-    def add(self, runs: Mapping[int, int]) -> None:
-        """Add runs, counted by the number of their class, and change the expected time where the quantile moved."""
-        number = sum(runs.values())
-        kept = _DECAY**number
-        # A large batch has no more weight than its runs would have one after another.
-        self.weights = {
-            rank: self.weights.get(rank, 0.0) * kept + (1 - kept) * runs.get(rank, 0) / number
-            for rank in sorted(self.weights.keys() | runs.keys())
-        }
-        self.count += number
-        estimate = self.quantile(QUANTILE)
-        moved = abs(class_number(estimate) - class_number(self.expected_ms)) > 1
-        if self.count >= FEWEST and (moved or not self.expected_ms):
-            self.expected_ms = estimate
-
-    def quantile(self, share: float) -> int:
-        """Return the class in milliseconds within which so large a share of the runs ended."""
-        sums = list(accumulate(self.weights.values()))
-        summed = zip(self.weights, sums, strict=True)
-        return next(CLASSES[rank] for rank, weight in summed if weight >= share * sums[-1])
-
-    @property
-    def mean_ms(self) -> int:
-        """Return the mean of the runs. Each counts as the middle of its class."""
-        total = sum(weight * CLASSES[rank] for rank, weight in self.weights.items())
-        return max(1, round(total / _ABOVE_MIDDLE / sum(self.weights.values())))
-
-    @property
-    def spread_ms(self) -> int:
-        """Return the milliseconds between the lower quantile and the upper one."""
-        return self.quantile(QUANTILE) - self.quantile(LOW_QUANTILE)
-
-    def to_row(self, kind: Kind) -> dict[str, Any]:
-        weights = {str(rank): round(weight, 6) for rank, weight in self.weights.items() if weight > 1e-6}
-        task, request = kind
-        return {
-            "task": task,
-            "request": request,
-            "expected_ms": self.expected_ms,
-            "spread_ms": self.spread_ms,
-            "count": self.count,
-            "weights": weights,
-        }
-
 
 # The row is locked: of two passes at once, the second goes on where the first ended.
 _BEGIN: Final = text(
@@ -161,11 +86,24 @@ def learn(connection: Connection) -> Learning:
         for kind, by_class in runs.items():
             histogram = stored.get(kind) or Histogram()
             histogram.add(by_class)
-            rows.append(histogram.to_row(kind))
+            rows.append(_row(kind, histogram))
         connection.execute(_WRITE, {"rows": json.dumps(rows)})
         connection.execute(_FORGET, {"most": MAX_KEPT})
     connection.execute(_READ_UNTIL, {"until": until})
     return Learning(sum(number for by_class in runs.values() for number in by_class.values()), until < horizon)
+
+
+def _row(kind: Kind, histogram: Histogram) -> dict[str, Any]:
+    weights = {str(rank): round(weight, 6) for rank, weight in histogram.weights.items() if weight > 1e-6}
+    task, request = kind
+    return {
+        "task": task,
+        "request": request,
+        "expected_ms": histogram.expected_ms,
+        "spread_ms": histogram.spread_ms,
+        "count": histogram.count,
+        "weights": weights,
+    }
 
 
 def _stored(connection: Connection, kinds: list[Kind]) -> dict[Kind, Histogram]:

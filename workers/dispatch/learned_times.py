@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from celery_capacity.routing.policy.learned_times import Kind
 from celery_capacity.routing.store import run_times
-from celery_capacity.routing.store.run_times import Kind
 
 
 class LearnedTimes:

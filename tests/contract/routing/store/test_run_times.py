@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import random
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import pytest
 from sqlalchemy import Engine, text
 
-from celery_capacity.routing.model.expected import CLASSES, RunTime, class_number, expected_class
+from celery_capacity.routing.model.expected import RunTime, expected_class
 from celery_capacity.routing.model.request import Request, timed
+from celery_capacity.routing.policy.learned_times import FEWEST
+from celery_capacity.routing.simulation.expectations import Learned
+from celery_capacity.routing.simulation.jobs import Submission
 from celery_capacity.routing.store import run_times
-from celery_capacity.routing.store.run_times import FEWEST, HALF_WEIGHT, Histogram
 
 ONE: Final = Request.of({"cpus": 1000}).shape
 SECOND, MINUTE = 1000, 60_000
-
-
-def histogram(*times: int) -> Histogram:
-    learned = Histogram()
-    for ms in times:
-        learned.add({class_number(ms): 1})
-    return learned
 
 
 def ended(engine: Engine, *times: int, task: str = "task", shape: str = ONE, state: str = "succeeded") -> None:
@@ -60,48 +57,6 @@ def forget_pass(engine: Engine) -> None:
     with engine.begin() as connection:
         connection.execute(text("DELETE FROM jobs"))
         connection.execute(text("UPDATE run_times_read SET read_until = now() - interval '1 minute'"))
-
-
-def test_quantile_is_that_of_four_in_five_runs() -> None:
-    runs = histogram(*[SECOND] * 40, *[MINUTE] * 10)
-    assert runs.quantile(0.5) == expected_class(SECOND)
-    assert runs.quantile(0.99) == expected_class(MINUTE)
-    assert runs.spread_ms == runs.quantile(0.8) - runs.quantile(0.2)
-
-
-def test_few_runs_are_not_believed() -> None:
-    assert histogram(*[SECOND] * (FEWEST - 1)).expected_ms == 0
-    assert histogram(*[SECOND] * FEWEST).expected_ms == expected_class(SECOND)
-
-
-def test_time_of_the_shortest_class_is_learned() -> None:
-    assert histogram(*[1] * FEWEST).expected_ms == CLASSES[0]
-
-
-def test_one_odd_run_changes_nothing_and_a_slower_task_is_heard_of() -> None:
-    runs = histogram(*[SECOND] * 30)
-    runs.add({class_number(60 * MINUTE): 1})
-    assert runs.expected_ms == expected_class(SECOND)
-    for _ in range(HALF_WEIGHT):
-        runs.add({class_number(MINUTE): 1})
-    assert runs.expected_ms == expected_class(MINUTE)
-
-
-def test_time_between_two_classes_does_not_go_to_and_fro() -> None:
-    first, second = CLASSES[20], CLASSES[21]
-    runs = histogram(*[first] * 20)
-    for _ in range(4):
-        for ms in (second, first):
-            runs.add({class_number(ms): HALF_WEIGHT})
-            assert runs.expected_ms == first
-    runs.add({22: 4 * HALF_WEIGHT})
-    assert runs.expected_ms == CLASSES[22]
-
-
-def test_large_batch_weighs_no_more_than_its_runs_one_by_one() -> None:
-    together, alone = Histogram(), histogram(*[SECOND] * 200)
-    together.add({class_number(SECOND): 200})
-    assert sum(together.weights.values()) == pytest.approx(sum(alone.weights.values()))
 
 
 def test_pass_learns_from_jobs_that_succeeded_since_the_last_one(engine: Engine) -> None:
@@ -155,3 +110,37 @@ def test_pairs_that_are_kept_are_bounded(engine: Engine, monkeypatch: pytest.Mon
         learn(engine)
         forget_pass(engine)
     assert {task for task, _ in learned(engine)} == {"b", "c"}
+
+
+def test_simulation_learns_the_times_that_postgres_learns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_times, "MAX_READ", 1)
+    chance, simulated = random.Random(16), Learned()
+    jobs = [
+        Submission(str(number), 0, round(chance.lognormvariate(8, 2)), Request.of({"cpus": cpus}), task)
+        for number in range(80)
+        for task, cpus in [chance.choice([("a", 1000), ("a", 2000), ("b", 1000)])]
+    ]
+    with engine.begin() as connection:
+        for number, job in enumerate(jobs):
+            connection.execute(
+                text(
+                    "INSERT INTO jobs (id, name, state, shape, request, queue, message, started_at, finished_at) VALUES"
+                    " (:id, :name, 'succeeded', :shape, '{}', 'celery', '', :ended - :ms * interval '1 ms', :ended)"
+                ),
+                {
+                    "id": job.job,
+                    "name": job.task,
+                    "shape": job.request.shape,
+                    "ms": job.run,
+                    "ended": datetime.now(UTC) - timedelta(seconds=len(jobs) - number + 10),
+                },
+            )
+    for job in jobs:
+        with engine.begin() as connection:
+            assert run_times.learn(connection).jobs == 1
+            known = dict(run_times.learned(connection))
+        simulated.learn(job)
+        assert known == {
+            (it.task, it.request.shape): simulated.expected(it) for it in jobs if simulated.expected(it)
+        }, job
+    assert len(known) == 3

@@ -8,20 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from celery_capacity.routing.model.expected import expected_class
 from celery_capacity.routing.model.request import Request
 from celery_capacity.routing.policy.fill import fill_or_keep
+from celery_capacity.routing.policy.learned_times import FEWEST
 from celery_capacity.routing.policy.placement import Book, Waiting, order
 from celery_capacity.routing.policy.reservation import Rules, earliest_start, large_enough, place_in_line
 from celery_capacity.routing.policy.tenants import Rule, Sharing, tenant_term
-from celery_capacity.routing.simulation.expectations import (
-    FEWEST,
-    REMEMBERED,
-    SOURCES,
-    Exact,
-    Expectations,
-    Learned,
-    Unknown,
-)
+from celery_capacity.routing.simulation.expectations import SOURCES, Exact, Expectations, Learned, Unknown
 from celery_capacity.routing.simulation.jobs import Start, Submission
 from celery_capacity.routing.simulation.shares import Shares
 from celery_capacity.routing.simulation.simulation import Simulation, simulate
@@ -352,25 +346,15 @@ def test_overrun_moves_the_reservation_and_is_counted() -> None:
 # -- expected run times
 
 
-def test_learned_time_is_the_upper_quartile_of_the_last_ones() -> None:
+def test_learned_time_is_that_of_the_task_and_request() -> None:
     learned = Learned()
-    job = Submission("job", 0, 50, need(1), "task")
-    for run in (10, 20, 30, 40)[:FEWEST]:
-        assert learned.expected(job) == 0
-        learned.learn(job._replace(run=run))
-    assert learned.expected(job) == 20
-    for run in range(100, 200):
-        learned.learn(job._replace(run=run))
-    assert learned.expected(job) == 200 - REMEMBERED // 4
-
-
-def test_learned_time_falls_back_to_other_requests_of_the_task() -> None:
-    learned = Learned()
+    job = Submission("job", 0, 50_000, need(1), "task")
     for _ in range(FEWEST):
-        learned.learn(Submission("job", 0, 50, need(1), "task"))
-    assert learned.expected(Submission("wide", 0, 1, need(9), "task")) == 50
-    assert learned.expected(Submission("other", 0, 1, need(1), "other")) == 50
-    assert Learned().expected(Submission("other", 0, 1, need(1), "other")) == 0
+        assert learned.expected(job) == 0
+        learned.learn(job)
+    assert learned.expected(job) == expected_class(job.run)
+    assert learned.expected(job._replace(request=need(9))) == 0
+    assert learned.expected(job._replace(task="other")) == 0
 
 
 def test_reservation_is_kept_while_a_higher_priority_is_blocked() -> None:
