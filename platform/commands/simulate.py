@@ -97,8 +97,8 @@ def command(
     A trace is as in `demo`. Its column task, or else user, says which jobs are alike, and its column tenant
     whose they are. With --expected learned a job is expected to run as long as PLATFORM_LEARN_RUN_TIMES
     would have learned from the jobs that ended before; with exact as long as it does; with recorded, of a
-    history, as was expected when it came; with none nobody knows. --depth is the number of blocked requests that get a reservation: 0 is greedy,
-    1 is EASY backfill, as PLATFORM_BACKFILL_DEPTH is by default.
+    history, as was expected when it came; with none nobody knows. --depth is the number of blocked
+    requests that get a reservation: 0 is greedy, 1 is EASY backfill, as PLATFORM_BACKFILL_DEPTH is by default.
 
     With --from-history the trace is that of the jobs which came in the last days and have ended, by Postgres:
     at most the newest 50,000. Without --worker they run on the workers that live now, with the rules of tenants;

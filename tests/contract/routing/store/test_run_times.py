@@ -138,9 +138,9 @@ def test_simulation_learns_the_times_that_postgres_learns(engine: Engine, monkey
     for job in jobs:
         with engine.begin() as connection:
             assert run_times.learn(connection).jobs == 1
-            known = dict(run_times.learned(connection))
+            in_postgres = dict(run_times.learned(connection))
         simulated.learn(job)
-        assert known == {
+        assert in_postgres == {
             (it.task, it.request.shape): simulated.expected(it) for it in jobs if simulated.expected(it)
         }, job
-    assert len(known) == 3
+    assert len(in_postgres) == 3
