@@ -384,3 +384,11 @@ def test_using_the_public_names_opens_nothing_and_starts_nothing() -> None:
         "print(json.dumps([events, threading.active_count()]))"
     )
     assert seen == [[], 1]
+
+
+@pytest.mark.parametrize("folder", ["policy", "fallback", "simulation"])
+def test_property_of_the_policy_draws_all_its_books_at_night(folder: str) -> None:
+    for path in sorted((ROOT / "tests" / "contract" / "routing" / folder).glob("test_*.py")):
+        for function in (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)):
+            decorators = " ".join(map(ast.unparse, function.decorator_list))
+            assert "given(" not in decorators or "max_examples=examples(" in decorators, function.name

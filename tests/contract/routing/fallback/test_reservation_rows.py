@@ -20,6 +20,7 @@ from celery_capacity.routing.policy.reservation import Reservation, after_start
 from celery_capacity.routing.store import claims
 from celery_capacity.routing.store.claims import Passing
 from tests.contract.routing.ledger.test_admission import ON_A_SERVER, REQUESTS, capacities, vectors
+from tests.fixtures.property_tests import examples
 from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES
 from tests.fixtures.stores.staged import Stage
 
@@ -73,7 +74,7 @@ def pull(connection: Connection, book: Book) -> tuple[list[str], Book]:
 
 
 @pytest.mark.leaves("I1", "I2", "I6", because="jobs are taken by a worker that is not there", sometimes=True)
-@settings(ON_A_SERVER, max_examples=250)
+@settings(ON_A_SERVER, max_examples=examples(750))
 @given(
     BACKLOG,
     capacities(st.integers(1, 6)),

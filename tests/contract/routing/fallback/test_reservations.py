@@ -28,6 +28,7 @@ from celery_capacity.workers.duties import reserve
 from celery_capacity.workers.process.stores import transactions
 from tests.contract.routing.fallback.test_reservation_rows import EPOCH, statements, write_backlog
 from tests.contract.routing.ledger.test_admission import ON_A_SERVER
+from tests.fixtures.property_tests import examples
 from tests.fixtures.stores.books import MOST_LOSSES
 from tests.fixtures.stores.staged import Stage
 
@@ -119,7 +120,7 @@ class Passed(Patience):
 
 
 @pytest.mark.leaves("I1", "I2", "I6", because="rows are written that no worker and no ledger knows", sometimes=True)
-@settings(ON_A_SERVER, max_examples=120)
+@settings(ON_A_SERVER, max_examples=examples(360))
 @given(JOBS, st.lists(CAPACITIES, min_size=1, max_size=4), RUNNING, st.sampled_from([1, 2, 8]), st.booleans())
 def test_pass_reserves_the_workers_that_the_policy_reserves(
     engine: Engine,

@@ -37,6 +37,7 @@ from celery_capacity.routing.policy.placement import (
     choose,
     order,
 )
+from tests.fixtures.property_tests import examples
 from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, VIEW, job_field, write_book
 
 #: Each example takes some milliseconds of the server.
@@ -98,7 +99,7 @@ def asked(decision: Admission | Refusal) -> str | None:
 
 
 @WRITTEN
-@ON_A_SERVER
+@settings(ON_A_SERVER, max_examples=examples(300))
 @given(BOOKS, REQUESTS, CLOSED)
 def test_submit_admits_to_the_worker_that_the_policy_chooses(
     ledger: Ledger, books: list[Book], request_: Request, why: str
@@ -115,7 +116,7 @@ def test_submit_admits_to_the_worker_that_the_policy_chooses(
 
 
 @WRITTEN
-@ON_A_SERVER
+@settings(ON_A_SERVER, max_examples=examples(300))
 @given(BOOKS, st.lists(REQUESTS, min_size=2, max_size=12))
 def test_submits_take_what_the_policy_takes_one_after_another(
     ledger: Ledger, books: list[Book], requests: list[Request]
@@ -135,7 +136,7 @@ def test_submits_take_what_the_policy_takes_one_after_another(
 
 
 @WRITTEN
-@ON_A_SERVER
+@settings(ON_A_SERVER, max_examples=examples(300))
 @given(BOOKS, st.lists(REQUESTS, min_size=2, max_size=12))
 def test_submit_many_takes_what_the_policy_takes_one_after_another(
     ledger: Ledger, books: list[Book], requests: list[Request]
@@ -186,7 +187,7 @@ def standing(ledger: Ledger) -> dict[bytes, Any]:
 
 
 @WRITTEN
-@ON_A_SERVER
+@settings(ON_A_SERVER, max_examples=examples(300))
 @given(BOOKS, RUNS)
 def test_many_submitted_at_once_leave_the_ledger_as_one_after_another_do(
     ledger: Ledger, books: list[Book], runs: list[tuple[Request, int, int]]
@@ -251,7 +252,7 @@ def passes(book: Book, backlog: Sequence[Waiting]) -> list[str]:
             return [waiting.job for waiting in admitted]
 
 
-@ON_A_SERVER
+@settings(ON_A_SERVER, max_examples=examples(300))
 @given(BACKLOG, capacities(st.integers(1, 50)))
 def test_a_registration_admits_what_the_policy_fills_in_with_in_its_order(
     ledger: Ledger, backlog: list[Waiting], capacity: dict[str, int]
@@ -264,7 +265,7 @@ def test_a_registration_admits_what_the_policy_fills_in_with_in_its_order(
     assert delivered(ledger.client, "queue") == expected
 
 
-@ON_A_SERVER
+@settings(ON_A_SERVER, max_examples=examples(300))
 @given(BACKLOG, vectors(st.integers(1, 50)), vectors(st.just(1)), SERVED)
 def test_a_release_admits_what_the_policy_fills_in_with_in_its_order(
     ledger: Ledger, backlog: list[Waiting], capacity: dict[str, int], held: dict[str, int], queues: tuple[str, ...]
@@ -284,7 +285,7 @@ def test_a_release_admits_what_the_policy_fills_in_with_in_its_order(
     assert delivered(ledger.client, "queue") == expected
 
 
-@ON_A_SERVER
+@settings(ON_A_SERVER, max_examples=examples(300))
 @given(BACKLOG, vectors(st.integers(1, 50)))
 def test_reply_hands_over_the_jobs_that_a_queue_would_get(
     ledger: Ledger, backlog: list[Waiting], capacity: dict[str, int]
@@ -309,7 +310,7 @@ def _amounts(shape: str) -> Iterator[tuple[str, int]]:
     return iter(Request.from_shape(shape).amounts)
 
 
-@settings(ON_A_SERVER, max_examples=10)
+@settings(ON_A_SERVER, max_examples=examples(30))
 @given(st.integers(0, 5), st.sampled_from([MAX_ADMITTED - 1, MAX_ADMITTED, 2 * MAX_ADMITTED + 3]))
 def test_registration_goes_through_more_shapes_than_one_script_looks_at(ledger: Ledger, most: int, jobs: int) -> None:
     write(ledger, [])

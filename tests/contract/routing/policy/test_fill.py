@@ -35,10 +35,10 @@ from celery_capacity.routing.policy.placement import (
 from celery_capacity.routing.policy.tenants import Sharing
 from celery_capacity.routing.recovery.workers_with_room import fill_all
 from celery_capacity.routing.store import claims
-from tests.contract.routing.ledger.test_admission import WRITTEN, delivered, vectors
+from tests.contract.routing.ledger.test_admission import WRITTEN, delivered, vectors, write
 from tests.contract.routing.policy.test_labels import ON_A_SERVER, _insert, register
 from tests.contract.routing.policy.test_tenants import BACKLOG as TENANTS_BACKLOG
-from tests.contract.routing.policy.test_tenants import SERVED, SHARINGS
+from tests.contract.routing.policy.test_tenants import SERVED, SHARINGS, flat, read_used, write_sharing
 from tests.fixtures.property_tests import examples
 from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, VIEW
 
@@ -117,6 +117,28 @@ def test_submits_take_the_alternative_that_the_policy_says(
     ledger_books = snapshot.read_books(ledger.client, policy)
     allocated = {name: {n: a for n, a in book.allocated.items() if a} for name, book in ledger_books.items()}
     assert allocated == policy
+
+
+@WRITTEN
+@settings(ON_A_SERVER, max_examples=examples(900))
+@given(BOOKS, PACKED, SHARINGS)
+def test_submits_start_what_the_quota_of_their_tenant_allows(
+    ledger: Ledger, books: list[Book], jobs: list[Waiting], sharing: Sharing
+) -> None:
+    register(ledger, books)
+    write_sharing(ledger, sharing)
+    for job in jobs:
+        starting, decision = choose_alternative(job, books, CANDIDATES, sharing)
+        submitted = ledger.submit(job.job, job.shape, job.order, MESSAGE)
+        assert submitted.worker == (decision.worker if isinstance(decision, Admission) else None), job
+        if submitted.worker:
+            assert held_shape(ledger, job.job) == starting.held_shape
+            books = [book.holding(starting.request) if book.worker == submitted.worker else book for book in books]
+            sharing = sharing.holding(job.shape, starting.request)
+    assert read_used(ledger) == flat(sharing.used)
+    # The use at the beginning is nobody's.
+    ledger.client.delete(keys.USED)
+    write(ledger, [])
 
 
 @WRITTEN

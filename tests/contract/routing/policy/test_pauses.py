@@ -1,14 +1,17 @@
-"""The scripts start what the policy starts while parts of the backlog are paused, and after they were resumed."""
+"""Both stores start what the policy starts while parts of the backlog are paused, and after they were resumed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
+from unittest.mock import patch
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import Engine, text
 
+from celery_capacity.routing.database import tenants
 from celery_capacity.routing.ledger import keys
 from celery_capacity.routing.ledger.client import Ledger
 from celery_capacity.routing.ledger.replies import Ended
@@ -19,10 +22,13 @@ from celery_capacity.routing.model.states import Outcome
 from celery_capacity.routing.model.token import Token
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.pauses import Kind, Pauses, Scope
-from celery_capacity.routing.policy.placement import MAX_ADMITTED, Book, Waiting, order
-from celery_capacity.routing.policy.tenants import tenant_term
+from celery_capacity.routing.policy.placement import MAX_ADMITTED, TOP_PRIORITY, Book, Waiting, order
+from celery_capacity.routing.policy.tenants import Sharing, tenant_term
 from celery_capacity.routing.recovery.controls import field_of
+from celery_capacity.routing.store import claims
 from tests.contract.routing.ledger.test_admission import ON_A_SERVER, REQUESTS, delivered, vectors, write
+from tests.contract.routing.policy.test_tenants import SHARINGS
+from tests.fixtures.property_tests import examples
 from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, VIEW
 
 SERVED: Final = ("celery", "mail", "Vidéo/hd")
@@ -75,7 +81,7 @@ def file(ledger: Ledger, backlog: Sequence[Waiting]) -> None:
         assert submitted.state == "waiting"
 
 
-@ON_A_SERVER
+@settings(ON_A_SERVER, max_examples=examples(300))
 @given(BACKLOG, BACKLOG, vectors(st.integers(1, 50)), PAUSES, PAUSES)
 def test_release_admits_what_the_policy_admits_under_pauses(
     ledger: Ledger,
@@ -117,7 +123,7 @@ def job_rest(job: Waiting) -> tuple[Request, int, str]:
     return job.request, job.order + 1000, job.task
 
 
-@ON_A_SERVER
+@settings(ON_A_SERVER, max_examples=examples(300))
 @given(OF_TENANTS, vectors(st.integers(1, 50)), PAUSES)
 def test_submission_starts_at_once_only_if_it_is_not_paused(
     ledger: Ledger, backlog: list[Waiting], capacity: dict[str, int], pauses: Pauses
@@ -133,3 +139,51 @@ def test_submission_starts_at_once_only_if_it_is_not_paused(
         assert ledger.place_shape(shape) == [] or not pauses.covers(waiting)
     paused = {job.job for job in backlog if pauses.covers(job)}
     assert not paused & {shape for shape, _ in ledger.find_room()}
+
+
+def write_rows(engine: Engine, backlog: Sequence[Waiting], pauses: Pauses) -> None:
+    """Have these jobs wait in Postgres, and no others, under these pauses alone."""
+    rows: list[dict[str, Any]] = []
+    for waiting in backlog:
+        level, seq = divmod(waiting.order, order(TOP_PRIORITY - 1, 0))
+        rows.append(
+            {
+                "id": waiting.job,
+                "seq": seq,
+                "name": waiting.task or "celery.chain",
+                "priority": TOP_PRIORITY - level,
+                "shape": waiting.shape,
+                "queue": waiting.request.queue,
+                "message": MESSAGE,
+            }
+        )
+    with engine.begin() as connection:
+        connection.execute(text("DELETE FROM jobs"))
+        connection.execute(text("DELETE FROM pauses"))
+        if rows:
+            connection.execute(
+                text(
+                    "INSERT INTO jobs (id, seq, name, state, priority, shape, request, queue, message)"
+                    " VALUES (:id, :seq, :name, 'waiting', :priority, :shape, '{}', :queue, :message)"
+                ),
+                rows,
+            )
+        for scope in pauses.scopes:
+            connection.execute(
+                text("INSERT INTO pauses (kind, name, made_by) VALUES (:kind, :name, 'ann')"),
+                {"kind": scope.kind.value, "name": scope.name},
+            )
+
+
+@settings(ON_A_SERVER, max_examples=examples(900))
+@given(OF_TENANTS, vectors(st.integers(1, 50)), SHARINGS, PAUSES)
+def test_pull_takes_what_the_policy_admits_under_pauses(
+    engine: Engine, backlog: list[Waiting], capacity: dict[str, int], sharing: Sharing, pauses: Pauses
+) -> None:
+    write_rows(engine, backlog, pauses)
+    book = Book("w", {**capacity, **labels(SERVED)}, {})
+    with engine.connect() as connection, patch.object(tenants, "sharing_in_use", lambda _: sharing):
+        chosen = claims.look(connection, book, MOST_LOSSES)
+    admitted = fill_or_keep(book, pauses.admissible(backlog), MAX_ADMITTED, sharing=sharing).admitted
+    assert [row.job for row in chosen] == [job.job for job in admitted]
+    write_rows(engine, [], Pauses())

@@ -20,6 +20,7 @@ from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import MAX_ADMITTED, Book, Waiting, order
 from celery_capacity.routing.policy.tenants import Rule, Sharing, tenant_term
 from tests.contract.routing.ledger.test_admission import ON_A_SERVER, REQUESTS, VECTORS, delivered, vectors, write
+from tests.fixtures.property_tests import examples
 from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, VIEW
 
 SERVED: Final = ("celery", "mail", "Vidéo/hd")
@@ -94,7 +95,7 @@ FULL: Final = Sharing({"physics": Rule(quota={"cpus": 2000})}, {"physics": {"cpu
 WAITS: Final = Waiting("job-00", Request.of({"cpus": 1000}), order(0, 0), terms=tenant_term("physics"))
 
 
-@settings(ON_A_SERVER)
+@settings(ON_A_SERVER, max_examples=examples(300))
 @example([WAITS], {"cpus": 4000, "memory": 0, "slots": 9}, FULL)
 @given(BACKLOG, vectors(st.integers(1, 50)), SHARINGS)
 def test_release_admits_what_the_policy_admits_among_tenants(

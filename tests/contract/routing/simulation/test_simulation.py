@@ -31,6 +31,7 @@ from celery_capacity.routing.simulation.shares import Shares
 from celery_capacity.routing.simulation.simulation import Simulation
 from tests.contract.routing.ledger.test_admission import ON_A_SERVER, write
 from tests.contract.routing.policy.test_tenants import write_sharing
+from tests.fixtures.property_tests import examples
 from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, VIEW, open_ledger
 
 #: CPUs of the workers.
@@ -118,7 +119,7 @@ class Both:
         assert {job.decode(): name for name, jobs in held.items() for job in jobs} == self.running
 
 
-@settings(ON_A_SERVER, max_examples=40)
+@settings(ON_A_SERVER, max_examples=examples(120))
 @given(EVENTS, st.permutations(range(MOST)), st.sampled_from([0, 1, 1, 2]))
 def test_platform_starts_what_the_simulation_starts(
     ledger: Ledger, events: list[tuple[int, tuple[int, ...], int, bool] | int], times: list[int], depth: int
@@ -155,7 +156,7 @@ def slow_ledger(redis_url: str) -> Iterator[Ledger]:
         yield ledger
 
 
-@settings(ON_A_SERVER, max_examples=60)
+@settings(ON_A_SERVER, max_examples=examples(180))
 @given(
     st.lists(st.one_of(st.tuples(COMES, st.sampled_from(TENANTS)), st.integers(0, 20)), min_size=4, max_size=2 * MOST),
     st.permutations(range(MOST)),
