@@ -24,7 +24,7 @@ def run_once(app: Celery, stores: Stores) -> dict[str, int]:
     Counts: as `routing.recovery.reservations.renew_reservations`.
     """
     ledger = stores.ledger
-    return renew_reservations(ledger, rules_of(stores.settings), _memories.setdefault(ledger, Memory()))
+    return _tell(ledger, renew_reservations(ledger, rules_of(stores.settings), _memories.setdefault(ledger, Memory())))
 
 
 def without_ledger(app: Celery, stores: Stores) -> dict[str, int]:
@@ -35,4 +35,12 @@ def without_ledger(app: Celery, stores: Stores) -> dict[str, int]:
         return {}
     memory = _memories_without.setdefault(stores.ledger, reservations.Memory())
     with stores.engine.connect() as connection:
-        return reservations.renew_reservations(connection, rules, memory, settings.worker_ttl, settings.most_losses)
+        counts = reservations.renew_reservations(connection, rules, memory, settings.worker_ttl, settings.most_losses)
+    return _tell(stores.ledger, counts)
+
+
+def _tell(ledger: Ledger, counts: dict[str, int]) -> dict[str, int]:
+    """Count in the ledger what people ask about afterwards; return the counts of the pass."""
+    ledger.tally.add("overran", counts.get("overruns", 0))
+    ledger.tally.add("kept", counts.get("kept", 0))
+    return counts
