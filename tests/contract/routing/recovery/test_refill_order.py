@@ -13,7 +13,8 @@ from sqlalchemy import Engine
 from celery_capacity.routing.config.settings import Settings
 from celery_capacity.routing.inspect import verify
 from celery_capacity.routing.ledger import keys
-from celery_capacity.routing.policy.placement import order
+from celery_capacity.routing.policy.placement import SHAPES, order
+from celery_capacity.routing.recovery import controls
 from tests.fixtures.stores.headed import Head
 
 #: Workers of the property tests, by name with their millicores.
@@ -29,7 +30,8 @@ class Course:
     """Steps on several workers, with a limit of the ledger's backlog (0: none)."""
 
     def __init__(self, engine: Engine, settings: Settings, most: int) -> None:
-        self.stage = Head(engine, replace(settings, max_ledger_backlog=most))
+        # Nobody beats for the workers, and a course may take longer than their leases.
+        self.stage = Head(engine, replace(settings, max_ledger_backlog=most, worker_ttl=600.0, lost_after=900.0))
         self.stage.sql("TRUNCATE jobs, attempts")
         self.stage.redis.flushdb()
         self.stage.ledger.open_epoch(self.stage.ledger.epoch)
@@ -112,5 +114,30 @@ def test_no_job_overtakes_one_of_its_shape_however_late_it_is_fetched(
             waiting.pop(job, None)
             earlier = [other for other, (at, size) in waiting.items() if size == cpus and at < place]
             assert set(earlier) <= set(dict(course.started)), (job, earlier)
+    course.drain()
+    course.stage.close()
+
+
+def test_flood_of_a_tenant_delays_the_first_start_of_no_other(
+    short_head: None, engine: Engine, settings: Settings
+) -> None:
+    """More shapes of the flood wait than a script looks at, and most of its jobs are in Postgres alone."""
+    course = Course(engine, settings, 1)
+
+    def come(tenant: str, memory: int) -> str:
+        job = course.stage.insert({"cpus": 1000, "memory": memory}, tenant=tenant)
+        course.stage.bring(job)
+        course.stage.apply()
+        course.came[job] = 0, 1000
+        return job
+
+    flood = [come("flood", 1 + number % (SHAPES + 6)) for number in range(3 * (SHAPES + 6))]
+    course.stage.refill()
+    controls.refresh_shares(engine, course.stage.ledger)
+    assert sum(course.stage.staying().values()) > len(flood) // 4
+    course.step(0, fetch=True)
+    assert len(course.started) == sum(WORKERS.values()) // 1000
+    first = come("other", SHAPES + 10)
+    assert course.step(0, fetch=False) == [first]
     course.drain()
     course.stage.close()
