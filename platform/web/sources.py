@@ -13,7 +13,7 @@ import redis
 from celery_capacity.platform.console import job_document
 from celery_capacity.platform.console.job_document import JobDocument
 from celery_capacity.platform.console.job_ids import whole_ids
-from celery_capacity.platform.web import held_jobs, holes, last_hour, runs, task_statistics
+from celery_capacity.platform.web import held_jobs, holes, last_hour, missing_workers, runs, task_statistics
 from celery_capacity.platform.web.metrics import reading
 from celery_capacity.platform.web.metrics.ended_jobs import EndedJobs
 from celery_capacity.platform.web.metrics.exposition import Reads, families
@@ -94,6 +94,11 @@ class Sources:
         return exposition(families(seen, reads))
 
     def held(self, workers: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    def missing(self) -> list[dict[str, Any]]:
+        """Return the workers that are lost, or without a heartbeat."""
+        with self.stores.engine.connect() as connection:
+            return missing_workers.read(connection, self.stores.settings.worker_ttl)
+
         """Return the jobs that each of these workers holds."""
         with self.stores.engine.connect() as connection:
             return held_jobs.read(connection, workers)

@@ -88,6 +88,8 @@ class Overview:
     keys: tuple[KeyLine, ...] = ()
     #: True if the memory of Redis is short, so that jobs which find no room stay in Postgres
     memory_short: bool = False
+    #: end of the last reconcile; None where none is noted, or only Postgres was asked
+    reconciled_at: datetime | None = None
     #: The workers to show. The sums are over all workers.
     page: Page = WHOLE
     others: Others = field(default_factory=Others)
@@ -167,9 +169,14 @@ class Overview:
             "unapplied": self.unapplied,
             "unapplied_seconds": None if self.unapplied_age is None else round(self.unapplied_age, 3),
             "memory_short": self.memory_short,
+            "reconciled_at": None if self.reconciled_at is None else _iso(self.reconciled_at),
             "quarantine": None if self.quarantine is None else self.quarantine.to_json(),
-            "at": self.at.isoformat(timespec="milliseconds"),
+            "at": _iso(self.at),
         }
+
+
+def _iso(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds")
 
 
 class Cold(Exception):
@@ -247,6 +254,7 @@ def from_ledger(client: redispy.Redis, page: Page = WHOLE, engine: Engine | None
             lapsed_cpus=workers.lapsed,
             counters=head.counters,
             memory_short=head.tight,
+            reconciled_at=None if head.reconciled is None else datetime.fromtimestamp(head.reconciled / 1000, UTC),
             unapplied=head.unapplied,
             unapplied_age=max(0, head.now - (head.unapplied_since or head.now)) / 1000,
             page=page,

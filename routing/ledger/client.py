@@ -207,6 +207,12 @@ class Ledger(Held, Elections):
         """Add one to a counter now, for a process that may call nothing more."""
         self._guard(lambda: self.client.hincrby(keys.COUNTERS, what, 1))
 
+    def note_reconcile(self, drift: int) -> None:
+        """Note for people that a reconcile has ended now, and count the differences that it found."""
+        if drift:
+            self._guard(lambda: self.client.hincrby(keys.COUNTERS, "drift", drift))
+        self._guard(lambda: self.client.set(keys.RECONCILED, self.now_ms()))
+
     def ack_transitions(self, entries: Sequence[tuple[str, str]]) -> int:
         """Drop stream entries (entry, job) that Postgres has, and return how many were dropped."""
         dropped = 0

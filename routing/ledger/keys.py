@@ -32,6 +32,7 @@
 | `ledger:carried` | set | jobs with an entry of an older epoch in the stream: nobody brings them in |
 | `ledger:allocated` | string | millicores allocated in all |
 | `ledger:counters` | hash | counters for people: admissions, refusals, stale writes, ... |
+| `ledger:reconciled` | string | end of the last reconcile (ms), for people |
 | `ledger:declarations` | hash | task name, request as JSON in people's units |
 | `ledger:declared_times` | hash | task name, its run time, limits, tenant, place and alternatives as JSON |
 | `ledger:tasks:<catalogue>` | set | names of the tasks that workers with this catalogue have registered |
@@ -106,6 +107,7 @@ KEYS: Final = {
     "carried": "ledger:carried",
     "allocated": "ledger:allocated",
     "counters": "ledger:counters",
+    "reconciled": "ledger:reconciled",
     "declarations": "ledger:declarations",
     "declared_times": "ledger:declared_times",
     "tasks": "ledger:tasks:",
@@ -143,6 +145,7 @@ STREAM: Final = KEYS["stream"]
 CARRIED: Final = KEYS["carried"]
 ALLOCATED: Final = KEYS["allocated"]
 COUNTERS: Final = KEYS["counters"]
+RECONCILED: Final = KEYS["reconciled"]
 DECLARATIONS: Final = KEYS["declarations"]
 DECLARED_TIMES: Final = KEYS["declared_times"]
 RUNNER: Final = KEYS["runner"]

@@ -128,6 +128,8 @@ class Head:
     withheld: frozenset[str] = frozenset()
     #: True if jobs stay in Postgres that `staying` may not count: nobody has marked their rows yet.
     left: bool = False
+    #: End of the last reconcile (ms), None where none is noted.
+    reconciled: int | None = None
 
     def is_registered(self, worker: WorkerBook) -> bool:
         """Return True if a worker counts as registered in this epoch: it has not left, and is not given up as lost."""
@@ -149,16 +151,14 @@ def read_head(client: redis.Redis) -> Head:
     pipe.hgetall(keys.EPOCH)
     pipe.zrange(keys.LEASES, 0, -1, withscores=True)
     pipe.zrange(keys.SHAPES, 0, -1)
-    pipe.mget(keys.ALLOCATED, keys.ALLOCATED_CPUS)
+    pipe.mget(keys.ALLOCATED, keys.ALLOCATED_CPUS, keys.RECONCILED)
     pipe.hgetall(keys.COUNTERS)
     pipe.xlen(keys.STREAM)
     pipe.xrange(keys.STREAM, count=1)
     pipe.hgetall(keys.STAYING)
     pipe.smembers(keys.WITHHELD)
     pipe.exists(keys.LEFT)
-    (server, time, opened, leases, shapes, allocated, counters, unapplied, oldest, stays, withheld, left) = (
-        pipe.execute()
-    )
+    (server, time, opened, leases, shapes, numbers, counters, unapplied, oldest, stays, withheld, left) = pipe.execute()
     opening, staying = _texts(opened), {shape: int(number) for shape, number in _texts(stays).items()}
     warm = "epoch" in opening and opening.get("run_id") == server.get("run_id")
     return Head(
@@ -167,8 +167,9 @@ def read_head(client: redis.Redis) -> Head:
         leases={text(worker): int(lease) for worker, lease in leases},
         shapes=tuple(dict.fromkeys([*map(text, shapes), *sorted(map(text, withheld)), *staying])),
         withheld=frozenset(map(text, withheld)),
-        allocated=None if allocated[0] is None else int(allocated[0]),
-        allocated_cpus=None if allocated[1] is None else text(allocated[1]),
+        allocated=None if numbers[0] is None else int(numbers[0]),
+        allocated_cpus=None if numbers[1] is None else text(numbers[1]),
+        reconciled=None if numbers[2] is None else int(numbers[2]),
         counters={name: int(value) for name, value in sorted(_texts(counters).items())},
         unapplied=int(unapplied),
         unapplied_since=int(text(oldest[0][0]).partition("-")[0]) if oldest else None,

@@ -53,6 +53,11 @@ BACKLOG_CHUNK: Final = 1000
 CARRIED_CHUNK: Final = 200
 #: Keys removed in one step.
 WIPE_CHUNK: Final = 500
+#: Keys that a new epoch keeps. An entry leaves the stream when Postgres has it, and not before.
+_KEPT: Final = (
+    *(keys.EPOCH, keys.COUNTERS, keys.RECONCILED, keys.DECLARATIONS, keys.DECLARED_TIMES),
+    *(keys.STREAM, keys.RUNNER, keys.ASKED),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +184,7 @@ class Opener:
         self._ledger.open_epoch(self._epoch, self._run_id, held_back.version, groups)
 
     def _wipe(self) -> None:
-        # An entry leaves the stream when Postgres has it, and not before.
-        kept = (keys.EPOCH, keys.COUNTERS, keys.DECLARATIONS, keys.DECLARED_TIMES, keys.STREAM, keys.RUNNER, keys.ASKED)
-        keep = {key.encode() for key in kept}
+        keep = {key.encode() for key in _KEPT}
         try:
             for pattern in (keys.LEDGER, keys.VIEWS):
                 batch: list[bytes] = []

@@ -159,8 +159,7 @@ def reconcile(engine: Engine, ledger: Ledger, observer: Callable[[int], object] 
             reconcile_indexes.check_books(ledger, names["book"] | names["held"], names["free_of"], result)
             controls.count_held(ledger, names["held"])
             reconcile_indexes.check_use(ledger, names["held"], result)
-        if result.drift:
-            ledger.client.hincrby(keys.COUNTERS, "drift", result.drift)
+        ledger.note_reconcile(result.drift)
     except RedisError as error:
         raise StoreUnavailable(f"Redis stopped answering during reconcile: {error}") from error
     return result

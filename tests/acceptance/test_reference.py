@@ -105,6 +105,7 @@ def used(redis_url: str) -> Iterator[Cluster]:
         failed = Ended("ended", Token(1, 1), Outcome.FAILED, "its error", "{}", told=True)
         ledger.settle("w", "w-life", ended=[failed], most_losses=MOST_LOSSES)
         ledger.note_successor("succeeded", b"its successor")
+        ledger.note_reconcile(drift=1)
         assert ledger.revoke("succeeded")
         cluster.submit("admitted")
         ledger.client.zadd(keys.UNCLAIMED, {"admitted": 0})

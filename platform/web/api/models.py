@@ -106,14 +106,25 @@ class Dashboard(Closed):
     unapplied: int | None
     unapplied_seconds: float | None
     memory_short: bool
+    reconciled_at: str | None = Field(description="end of the last reconcile; null where none is noted")
     quarantine: dict[str, Any] | None
     at: str
+
+
+class MissingWorker(Closed):
+    """A worker that is missing. `suspect`: it sends no heartbeat, and is soon lost."""
+
+    name: str
+    status: Literal["suspect", "lost"]
+    hostname: str | None
+    since: str = Field(description="time of its last heartbeat, or when it was lost")
 
 
 class Workers(Closed):
     """A page of the live workers, by name."""
 
     workers: list[Worker]
+    missing: list[MissingWorker] = Field(description="the workers that were lost in the last day, or soon are")
     next_cursor: str | None = Field(description="cursor of the next page; null on the last one")
     source: Literal["ledger", "postgres"]
     at: str

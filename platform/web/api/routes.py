@@ -8,7 +8,7 @@ from fastapi import APIRouter, FastAPI, Header, Path, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from celery_capacity.platform.web import waiting_groups
+from celery_capacity.platform.web import missing_workers, waiting_groups
 from celery_capacity.platform.web.api import models
 from celery_capacity.platform.web.api.feed import Feed
 from celery_capacity.platform.web.api.filters import (
@@ -39,6 +39,8 @@ _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
 
 
 #: Seconds for which the lines of the last hour are shown again. They have a point a minute.
+#: Seconds for which the missing workers are shown again.
+MISSING_AGE: Final = 2.0
 LAST_HOUR_AGE: Final = 10.0
 
 
@@ -49,6 +51,7 @@ class Values:
         self.sources = sources
         self.dashboard = Prepared(lambda: sources.dashboard())
         self.groups = Prepared(lambda: sources.groups())
+        self.missing = Prepared(lambda: sources.missing(), least=MISSING_AGE)
         self.tasks = Prepared(lambda: sources.tasks())
         self.last_hour = Prepared(lambda: sources.last_hour(), least=LAST_HOUR_AGE)
         self.held = PreparedByKey(lambda names: sources.held(names))
@@ -82,12 +85,14 @@ def _add_cluster(router: APIRouter, values: Values) -> None:
 
     @router.get("/workers", **answers(models.Workers))
     async def workers(limit: Limit = PAGE, cursor: Text = None) -> Response:
-        """Return the live workers by name."""
+        """Return the live workers by name, and those that are missing."""
         seen = await values.dashboard.value()
         behind = [worker for worker in seen["workers"] if worker["name"] > (cursor or "")]
         page = behind[:limit]
+        missing = missing_workers.without_live(await values.missing.value(), seen["workers"])
         rest = page[-1]["name"] if len(page) < len(behind) else None
-        return json_answer({"workers": page, "next_cursor": rest, "source": seen["source"], "at": seen["at"]})
+        document = {"workers": page, "missing": missing, "next_cursor": rest}
+        return json_answer({**document, "source": seen["source"], "at": seen["at"]})
 
     @router.get("/backlog", **answers(models.Backlog))
     async def backlog() -> Response:

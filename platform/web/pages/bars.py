@@ -40,6 +40,7 @@ class Bar:
     resource: str
     allocated: str
     total: str
+    available: str
     percent: int
     segments: Sequence[Segment] = field(default_factory=tuple)
 
@@ -96,7 +97,8 @@ def _bars(
 def _bar(resource: str, allocated: float, total: float, jobs: Sequence[Mapping[str, Any]]) -> Bar:
     percent = round(100 * allocated / total) if total else 0
     segments = _segments(resource, allocated, total, jobs) if total and allocated else []
-    return Bar(resource, _words(resource, allocated), _words(resource, total), percent, segments)
+    available = _words(resource, max(0, total - allocated))
+    return Bar(resource, _words(resource, allocated), _words(resource, total), available, percent, segments)
 
 
 def _segments(resource: str, allocated: float, total: float, jobs: Sequence[Mapping[str, Any]]) -> list[Segment]:

@@ -21,6 +21,7 @@ from celery_capacity.platform.console import render, wording
 from celery_capacity.platform.console.command import problem_of_store
 from celery_capacity.platform.console.fitting import shorten
 from celery_capacity.platform.console.terminal import harmless
+from celery_capacity.platform.web import missing_workers
 from celery_capacity.platform.web.api.filters import MAX_TEXT, filter_of_query, moment_of, stretch_of, text_of
 from celery_capacity.platform.web.api.routes import Values
 from celery_capacity.platform.web.http import login as logins
@@ -156,7 +157,16 @@ class Pages:
         hour = await self._values.last_hour.value()
         shown_lines = {"hour": hour, "charts": lines.charts(hour)}
         answer = self.page(
-            request, "cluster", seen=seen, totals=totals, workers=shown, selection=selection, **shown_lines
+        missing = missing_workers.without_live(await self._values.missing.value(), seen["workers"])
+            request,
+            "cluster",
+            seen=seen,
+            totals=totals,
+            workers=shown,
+            missing=missing,
+            selection=selection,
+            reconciled=_age_since(seen["reconciled_at"], datetime.fromisoformat(seen["at"])),
+            **shown_lines,
         )
         return self._with_age(answer, asked, self._values.dashboard)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from sqlalchemy import event
 
 from celery_capacity.platform.web.http.security import HEADERS, PAGE_POLICY
 from celery_capacity.platform.web.pages.language import CHINESE
+from celery_capacity.routing.recovery import reconcile
 from tests.fixtures.servers.web import client_of, serving
+from tests.fixtures.stores.books import FOR_EVER
 from tests.fixtures.stores.staged import Stage
+from tests.fixtures.waiting import until
 from tests.integration.web.test_api import application, client
 
 __all__ = ["client"]
@@ -136,6 +140,49 @@ def test_page_shows_who_decides_without_redis(stage: Stage, client: httpx.Client
     with serving(app) as url, client_of(url) as asking:
         page = asking.get("/").text
     assert '<p class="banner alarm" role="alert"><strong>Postgres decides.</strong>' in page
+
+
+def test_page_shows_available_amounts_drift_and_last_reconcile(stage: Stage, client: httpx.Client) -> None:
+    stage.worker("a", cpus=4000)
+    stage.submit(cpus=3000)
+    page = client.get("/").text
+    assert "75% allocated · 1 available" in page
+    assert "Drift: 0 · not reconciled yet" in page
+    assert client.get("/api/v1/dashboard").json()["reconciled_at"] is None
+    stage.redis.hset("ledger:held:a", "nobody", "1.1")
+    assert reconcile.reconcile(stage.engine, stage.ledger).drift == 1
+    noted = datetime.fromisoformat(until(lambda: client.get("/api/v1/dashboard").json()["reconciled_at"], "it is seen"))
+    assert abs((datetime.now(UTC) - noted).total_seconds()) < 300
+    assert re.search(r"Drift: 1 · reconciled \d+(\.\d)? \w+ ago", client.get("/").text)
+
+
+@pytest.mark.leaves("I6", because="workers vanish without a word")
+def test_page_and_api_name_missing_workers(stage: Stage, client: httpx.Client) -> None:
+    for name in ("silent", "dead", "back", "ended", "old", "late"):
+        stage.worker(name, cpus=1000)
+    columns = "cpus, memory, capacity, boot_id, hostname, pid, version, status, seen_at, started_at"
+    stage.sql(
+        f"INSERT INTO workers (incarnation, name, {columns}) SELECT 'back-next', name, {columns} FROM workers"
+        " WHERE incarnation = 'back-life'"
+    )
+    rows = {
+        "silent": f"seen_at = now() - interval '{FOR_EVER + 5} s'",
+        "late": f"seen_at = now() - interval '{FOR_EVER + 9} s'",
+        "dead": "status = 'lost', left_at = now() - interval '1 h'",
+        "back": "status = 'lost', left_at = now(), started_at = now() - interval '1 h'",
+        "ended": "status = 'left', left_at = now()",
+        "old": "status = 'lost', left_at = now() - interval '2 days'",
+    }
+    for name, change in rows.items():
+        stage.sql(f"UPDATE workers SET {change} WHERE incarnation = '{name}-life'")
+    for name in set(rows) - {"late", "back"}:
+        stage.redis.delete(f"ledger:book:{name}", f"worker:{name}")
+        stage.redis.zrem("ledger:leases", name)
+    missing = until(lambda: client.get("/api/v1/workers").json()["missing"], "the workers are seen as missing")
+    assert [(worker["name"], worker["status"]) for worker in missing] == [("dead", "lost"), ("silent", "suspect")]
+    page = client.get("/").text
+    assert 's-suspect">suspect: <a href="/jobs?worker=silent">silent</a> · host ·' in page
+    assert 's-lost">lost: <a href="/jobs?worker=dead">dead</a>' in page
 
 
 def test_secret_arguments_are_hidden_on_page(stage: Stage, client: httpx.Client) -> None:
