@@ -1,4 +1,7 @@
-"""Figures of each task over its newest jobs: how many, how many failed, how long they waited and ran."""
+"""Figures of each task over its newest jobs.
+
+They tell how many there are, how many failed, what they ask for, how long they waited and ran, and the trend of that.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,21 @@ from typing import Any, Final
 from sqlalchemy import Connection, text
 
 from celery_capacity.routing.database.job_conditions import like_pattern
+from celery_capacity.routing.model.amounts import MILLICORES, cpus_number
 from celery_capacity.routing.model.states import State
 
 #: Newest jobs that are counted: Postgres reads them in some 50 ms.
 SAMPLE: Final = 20_000
 #: Tasks that are listed, those with the most jobs.
 MAX_TASKS: Final = 500
+#: Parts of the trend of a task. Each has as many of the jobs that ran.
+PARTS: Final = 12
 
 # The newest jobs of each state come from the index of states. A failed job counts as ended, whether or not it started.
-_FIGURES: Final = text("""
+_FIGURES: Final = text(f"""
 WITH sample AS MATERIALIZED (
   SELECT newest.* FROM unnest(CAST(:states AS text[])) AS s (state) CROSS JOIN LATERAL (
-    SELECT seq, name, jobs.state, submitted_at, due_at, admitted_at, started_at, finished_at
+    SELECT seq, name, jobs.state, request, submitted_at, due_at, admitted_at, started_at, finished_at
     FROM jobs WHERE jobs.state = s.state ORDER BY seq DESC LIMIT :sample
   ) AS newest ORDER BY seq DESC LIMIT :sample
 ), spans AS (
@@ -27,7 +33,22 @@ WITH sample AS MATERIALIZED (
       THEN extract(epoch FROM admitted_at - greatest(submitted_at, due_at))::float END AS waited,
     CASE WHEN state IN ('succeeded', 'failed') THEN extract(epoch FROM finished_at - started_at)::float END AS ran
   FROM sample
+), parts AS (
+  SELECT name, part, percentile_cont(0.5) WITHIN GROUP (ORDER BY ran) AS middle FROM (
+    SELECT name, greatest(ran, 0) AS ran, ntile({PARTS}) OVER (PARTITION BY name ORDER BY finished_at) AS part
+    FROM spans WHERE ran IS NOT NULL
+  ) AS ended GROUP BY name, part
+), trends AS (
+  SELECT name, array_agg(middle ORDER BY part) AS trend FROM parts GROUP BY name
+), asked AS (
+  SELECT name, min(cpus) AS least_cpus, max(cpus) AS most_cpus, min(memory) AS least_memory, max(memory) AS most_memory
+  FROM (
+    SELECT name, coalesce((request ->> 'cpus')::numeric, 0) AS cpus,
+      coalesce((request ->> 'memory')::numeric, 0) AS memory
+    FROM (SELECT DISTINCT name, request FROM sample) AS requests
+  ) AS amounts GROUP BY name
 )
+SELECT figures.*, least_cpus, most_cpus, least_memory, most_memory, trend FROM (
 SELECT name, count(*) AS jobs,
   count(*) FILTER (WHERE state IN ('accepted', 'waiting', 'scheduled')) AS waiting,
   count(*) FILTER (WHERE state IN ('admitted', 'running')) AS running,
@@ -38,6 +59,7 @@ SELECT name, count(*) AS jobs,
   percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY greatest(ran, 0)) FILTER (WHERE ran IS NOT NULL) AS runs
 FROM spans WHERE CAST(:name AS text) IS NULL OR name LIKE :name
 GROUP BY name ORDER BY count(*) DESC, name LIMIT :most
+) AS figures JOIN asked USING (name) LEFT JOIN trends USING (name) ORDER BY jobs DESC, name
 """)
 
 
@@ -64,6 +86,11 @@ def _figures(row: Any) -> dict[str, Any]:
         "failure_percent": round(100 * row.failed / ended, 2) if ended else None,
         **_percentiles("wait", row.waits),
         **_percentiles("run", row.runs),
+        "run_trend_seconds": [round(middle, 3) for middle in row.trend or ()],
+        "cpus_least": cpus_number(round(row.least_cpus * MILLICORES)),
+        "cpus_most": cpus_number(round(row.most_cpus * MILLICORES)),
+        "memory_least": int(row.least_memory),
+        "memory_most": int(row.most_memory),
     }
 
 

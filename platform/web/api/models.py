@@ -259,6 +259,11 @@ class TaskFigures(Closed):
     wait_p95_seconds: float | None
     run_p50_seconds: float | None
     run_p95_seconds: float | None
+    run_trend_seconds: list[float] = Field(description="median run times, from the oldest jobs to the newest")
+    cpus_least: Amount = Field(description="least CPUs that a job asks for; cpus_most: most")
+    cpus_most: Amount
+    memory_least: int = Field(description="least memory that a job asks for; memory_most: most")
+    memory_most: int
 
 
 class Tasks(Closed):

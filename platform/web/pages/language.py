@@ -161,6 +161,17 @@ CHINESE: Final = ACTION_TEXTS | {
     "Run p95": "运行 p95",
     "Wait p50": "等待 p50",
     "Wait p95": "等待 p95",
+    "Trend of run times": "运行时间趋势",
+    "Workflow": "工作流",
+    "not submitted": "尚未提交",
+    "Dashed: to the body of a chord, or to a replacement.": "虚线：指向 chord 的主体或替换作业。",
+    "more are not drawn.": "个未绘出。",
+    "Jobs that were submitted much later are left out, unless a message names them.": (
+        "很久以后提交的作业不显示，除非消息中指明。"
+    ),
+    "All jobs of the workflow": "工作流的所有作业",
+    "Repeated": "重试历史",
+    "archived": "已归档",
     "Runs": "运行",
     "Who ran where": "谁在哪里运行",
     "Stretch": "时段",

@@ -59,6 +59,21 @@ def words(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
+def trend(values: Sequence[float]) -> tuple[str, str]:
+    """Return the path of a small line over the scale from 0, and the change from its first third to its last.
+
+    The change is in words, such as "+20 %"; both are "" where there are too few values.
+    """
+    third = len(values) // 3
+    if not third:
+        return "", ""
+    top, step = max(values) or 1, WIDTH / (len(values) - 1)
+    points = [f"{number * step:.0f} {HEIGHT - HEIGHT * value / top:.0f}" for number, value in enumerate(values)]
+    before, after = sum(values[:third]), sum(values[-third:])
+    change = f"{100 * (after - before) / before:+,.0f} %" if before else ""
+    return f"M{'L'.join(points)}", change
+
+
 def _line(minutes: Sequence[Mapping[str, Any]], top: float, member: str, name: str, colour: str) -> Line:
     """Draw a line. It has a gap where a minute has no value, and a point where both neighbours have none."""
     step = WIDTH / max(1, len(minutes) - 1)

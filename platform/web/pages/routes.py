@@ -36,7 +36,7 @@ from celery_capacity.platform.web.prepared import Prepared
 from celery_capacity.platform.web.sources import PAGE
 from celery_capacity.routing.config.redaction import hidden_text
 from celery_capacity.routing.errors import PlatformError
-from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, format_amount, from_people
+from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, format_amount, format_memory, from_people
 from celery_capacity.routing.model.expected import duration_text
 from celery_capacity.routing.model.request import Request as Amounts
 from celery_capacity.routing.model.states import FINAL, State
@@ -112,6 +112,8 @@ class Pages:
             "brief": lambda job_id: shorten(harmless(str(job_id)), BRIEF),
             "colour": bars.colour_of,
             "words": lines.words,
+            "trend": lines.trend,
+            "memory": lambda amount: format_memory(amount) if amount else "–",
             "vector": lambda people: ", ".join(format_amount(*part) for part in from_people(people).items()),
         }
         self._templates.filters.update(filters)

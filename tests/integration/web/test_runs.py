@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from celery_capacity.platform.web import holes, runs
+from celery_capacity.platform.web.pages import lines
 from celery_capacity.routing.model.request import Request, alternatives_term
 from tests.fixtures.stores.staged import Stage
 from tests.integration.web.test_api import client
@@ -204,3 +205,22 @@ def test_runs_and_holes_are_read_by_indexes(stage: Stage) -> None:
         assert f"using {index} on" in plan, plan
         assert "Seq Scan on" not in plan, plan
     assert "using jobs_backlog on" in plans[1]
+
+
+@WRITTEN
+def test_tasks_tell_what_they_ask_for_and_their_trend(history: History, client: httpx.Client) -> None:
+    for number in range(24):
+        history.ran("a", 2400 - 100 * number, 2390 - 100 * number, 2389 - 101 * number, cpus=2 + number % 3)
+    (task,) = client.get("/api/v1/tasks").json()["tasks"]
+    assert (task["cpus_least"], task["cpus_most"], task["memory_least"], task["memory_most"]) == (2, 4, 0, 0)
+    assert task["run_trend_seconds"] == [1.5 + 2 * part for part in range(12)]
+    page = client.get("/tasks").text
+    assert '<path class="line l0" d="M0 94L55 85' in page
+    assert "+356 %" in page
+    assert '<td class="number">2–4</td><td class="number">–</td>' in page
+
+
+def test_trend_needs_some_runs_and_a_run_time() -> None:
+    assert [lines.trend(values) for values in ([], [1.0, 2.0])] == [("", "")] * 2
+    assert lines.trend([0.0, 0.0, 0.0]) == ("M0 100L300 100L600 100", "")
+    assert lines.trend([4.0, 3.0, 1.0])[1] == "-75 %"
