@@ -13,11 +13,12 @@ import redis
 from celery_capacity.platform.console import job_document
 from celery_capacity.platform.console.job_document import JobDocument
 from celery_capacity.platform.console.job_ids import whole_ids
-from celery_capacity.platform.web import held_jobs, holes, last_hour, missing_workers, runs, task_statistics
+from celery_capacity.platform.web import held_jobs, holes, last_hour, missing_workers, runs, task_statistics, workflow
 from celery_capacity.platform.web.metrics import reading
 from celery_capacity.platform.web.metrics.ended_jobs import EndedJobs
 from celery_capacity.platform.web.metrics.exposition import Reads, families
 from celery_capacity.platform.web.waiting_groups import WaitingGroups
+from celery_capacity.platform.web.workflow import Workflow
 from celery_capacity.routing.database import audit, job_lines
 from celery_capacity.routing.database.job_lines import Position
 from celery_capacity.routing.insert import retries
@@ -93,12 +94,12 @@ class Sources:
         reads = Reads(self._reads[Store.LEDGER], self._reads[Store.POSTGRES])
         return exposition(families(seen, reads))
 
-    def held(self, workers: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     def missing(self) -> list[dict[str, Any]]:
         """Return the workers that are lost, or without a heartbeat."""
         with self.stores.engine.connect() as connection:
             return missing_workers.read(connection, self.stores.settings.worker_ttl)
 
+    def held(self, workers: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         """Return the jobs that each of these workers holds."""
         with self.stores.engine.connect() as connection:
             return held_jobs.read(connection, workers)
@@ -148,9 +149,19 @@ class Sources:
         """Return one job, with why it waits. Raises `UnknownJob`."""
         return job_document.read(self.stores, self._app, job_id)
 
+    def whole_id(self, job_id: str) -> str:
+        """Return the id of the job that an id, or the beginning of one, names. Raises `UnknownJob`."""
+        (job,) = whole_ids(self.stores.engine, [job_id])
+        return job
+
+    def workflow(self, job: str) -> Workflow:
+        """Return the parents, the children and the further steps of a job."""
+        with self.stores.engine.connect() as connection:
+            return workflow.read(connection, job)
+
     def logs(self, job_id: str, most: int, attempt: int | None = None, after: Position | None = None) -> dict[str, Any]:
         """Return lines of a job's own log: the newest, or those that follow `after`. Raises `UnknownJob`."""
-        (job,) = whole_ids(self.stores.engine, [job_id])
+        job = self.whole_id(job_id)
         with self.stores.engine.connect() as connection:
             lines = job_lines.read(connection, job, most, attempt, after)
         cursor = ".".join(map(str, lines[-1].position)) if lines else None

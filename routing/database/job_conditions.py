@@ -30,5 +30,9 @@ def in_group(columns: Any, group: str, *, readable: bool = True) -> ColumnElemen
     of_root: ColumnElement[bool] = columns.root_id == group
     if not readable:
         return of_root
-    header = f'"group":{json.dumps(group)}'.encode()
-    return or_(of_root, func.pg_catalog.position(columns.message, literal(header)) > 0)
+    return or_(of_root, func.pg_catalog.position(columns.message, literal(group_header(group))) > 0)
+
+
+def group_header(group: str) -> bytes:
+    """Return the header that names a group, as it stands in a message."""
+    return f'"group":{json.dumps(group)}'.encode()

@@ -23,6 +23,7 @@ from celery_capacity.platform.web.api.filters import (
     text_of,
 )
 from celery_capacity.platform.web.api.stream import EventStream
+from celery_capacity.platform.web.api.workflow_models import Workflow
 from celery_capacity.platform.web.http.problems import MEDIA_TYPE, wrong_parameter
 from celery_capacity.platform.web.prepared import Prepared, PreparedByKey, to_json
 from celery_capacity.platform.web.runs import MAX_RUNS, RUNS
@@ -38,9 +39,9 @@ _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-#: Seconds for which the lines of the last hour are shown again. They have a point a minute.
 #: Seconds for which the missing workers are shown again.
 MISSING_AGE: Final = 2.0
+#: Seconds for which the lines of the last hour are shown again. They have a point a minute.
 LAST_HOUR_AGE: Final = 10.0
 
 
@@ -50,11 +51,12 @@ class Values:
     def __init__(self, sources: Sources) -> None:
         self.sources = sources
         self.dashboard = Prepared(lambda: sources.dashboard())
-        self.groups = Prepared(lambda: sources.groups())
         self.missing = Prepared(lambda: sources.missing(), least=MISSING_AGE)
+        self.groups = Prepared(lambda: sources.groups())
         self.tasks = Prepared(lambda: sources.tasks())
         self.last_hour = Prepared(lambda: sources.last_hour(), least=LAST_HOUR_AGE)
         self.held = PreparedByKey(lambda names: sources.held(names))
+        self.workflow = PreparedByKey(lambda job: sources.workflow(job))
         self.metrics = Prepared(lambda: sources.metrics())
 
 
@@ -87,9 +89,9 @@ def _add_cluster(router: APIRouter, values: Values) -> None:
     async def workers(limit: Limit = PAGE, cursor: Text = None) -> Response:
         """Return the live workers by name, and those that are missing."""
         seen = await values.dashboard.value()
+        missing = missing_workers.without_live(await values.missing.value(), seen["workers"])
         behind = [worker for worker in seen["workers"] if worker["name"] > (cursor or "")]
         page = behind[:limit]
-        missing = missing_workers.without_live(await values.missing.value(), seen["workers"])
         rest = page[-1]["name"] if len(page) < len(behind) else None
         document = {"workers": page, "missing": missing, "next_cursor": rest}
         return json_answer({**document, "source": seen["source"], "at": seen["at"]})
@@ -135,6 +137,14 @@ def _add_jobs(router: APIRouter, values: Values) -> None:
         """Return one job with its attempts, and why it waits."""
         document = await run_in_threadpool(values.sources.job, job_id)
         return json_answer(document.to_json())
+
+    @router.get("/jobs/{job_id}/workflow", **answers(Workflow))
+    async def workflow(
+        job_id: Annotated[str, Path(max_length=MAX_JOB_ID, description="an id, or its beginning")],
+    ) -> Response:
+        """Return the canvas around a job: parents, children, groups, chords, replacements, and the steps ahead."""
+        job = await run_in_threadpool(values.sources.whole_id, job_id)
+        return json_answer((await values.workflow(job).value()).to_json())
 
     @router.get("/jobs/{job_id}/logs", **answers(models.LogLines))
     async def logs(

@@ -28,7 +28,7 @@ from celery_capacity.platform.web.http import login as logins
 from celery_capacity.platform.web.http.login import Login, Role
 from celery_capacity.platform.web.http.problems import wrong_parameter
 from celery_capacity.platform.web.http.security import Rates
-from celery_capacity.platform.web.pages import bars, lines, timeline, worker_list
+from celery_capacity.platform.web.pages import bars, graph, lines, timeline, worker_list
 from celery_capacity.platform.web.pages.acting import Acting, body_of
 from celery_capacity.platform.web.pages.language import COOKIE, LANGUAGES, language_of, reason_words, translator
 from celery_capacity.platform.web.pages.worker_list import Wanted
@@ -157,9 +157,9 @@ class Pages:
         ]
         totals = bars.totals(seen["resources"])
         hour = await self._values.last_hour.value()
+        missing = missing_workers.without_live(await self._values.missing.value(), seen["workers"])
         shown_lines = {"hour": hour, "charts": lines.charts(hour)}
         answer = self.page(
-        missing = missing_workers.without_live(await self._values.missing.value(), seen["workers"])
             request,
             "cluster",
             seen=seen,
@@ -203,11 +203,14 @@ class Pages:
         )
 
     async def job(self, request: Request) -> Response:
+        asked = time.monotonic()
         document = await run_in_threadpool(self._values.sources.job, request.path_params["job_id"])
         file, why = document.file, document.why
         logged = await run_in_threadpool(self._values.sources.logs, file.job["id"], LOGGED)
+        kept = self._values.workflow(file.job["id"])
+        workflow = await kept.value(news=knows_of_news(request))
         waits = why is not None and why.waits
-        return self.page(
+        answer = self.page(
             request,
             "job",
             job=file.job,
@@ -223,7 +226,10 @@ class Pages:
             progress=render.progress(file.job["progress"]),
             final=file.job["state"] in FINAL,
             spans=_spans(file.job.to_json(), file.now),
+            workflow=workflow,
+            graph=graph.graph(workflow, file.job["id"]),
         )
+        return self._with_age(answer, asked, kept)
 
     async def runs(self, request: Request) -> Response:
         begin, end = stretch_of(None, None)

@@ -13,6 +13,7 @@ from sqlalchemy import text
 
 from celery_capacity.platform.web import task_statistics
 from celery_capacity.platform.web.api import models
+from celery_capacity.platform.web.api.workflow_models import Workflow
 from celery_capacity.platform.web.application import Application
 from celery_capacity.platform.web.http.security import Rates
 from celery_capacity.platform.web.sources import Sources
@@ -49,6 +50,7 @@ PATHS: dict[str, type[models.Closed]] = {
     "/api/v1/jobs": models.Jobs,
     "/api/v1/jobs/job-1": models.JobDetail,
     "/api/v1/jobs/job-1/logs": models.LogLines,
+    "/api/v1/jobs/job-1/workflow": Workflow,
     "/api/v1/tasks": models.Tasks,
     "/api/v1/runs": models.Runs,
     "/api/v1/last-hour": models.LastHour,
@@ -154,6 +156,7 @@ def test_openapi_has_every_path(client: httpx.Client) -> None:
         f"/api/v1/{path}"
         for path in (
             "dashboard", "workers", "backlog", "tasks", "jobs", "jobs/{job_id}", "jobs/{job_id}/logs", "runs",
+            "jobs/{job_id}/workflow",
             "runs/hole", "events", "last-hour", "audit", "quarantine", "quarantine/drop", "quarantine/requeue",
             "cancel", "retry", "pause", "resume", "reconcile", "jobs/bulk",
             *(f"jobs/{{job_id}}/{action}" for action in ("cancel", "retry", "priority")),
