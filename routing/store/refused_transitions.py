@@ -134,30 +134,30 @@ def is_about(connection: Connection, job: str, moment: datetime) -> bool:
     return submitted is None or submitted <= moment
 
 
-def apply_again(connection: Connection, transition: Transition) -> bool:
-    """Write a transition that was set aside, in the caller's transaction; return True if it changed something.
+def apply_again(connection: Connection, transition: Transition) -> list[Applied] | None:
+    """Write a transition that was set aside, in the caller's transaction; return the rows that changed, or None.
 
     State and token guard it like any other: a transition that the job has overtaken changes nothing. An end that was
-    written as a mark gets its error and its outbox. Raises the errors of Postgres.
+    written as a mark gets its error and its outbox: then no row may go on, and the list is empty. Raises the errors of
+    Postgres.
     """
     applied = job_transitions.apply(connection, [transition])
     values = {"job": transition.job, "state": transition.state, **transition.token.columns()}
     error = storable(transition.error, job_transitions.ERROR_LENGTH)
     restored = connection.execute(_RESTORE, {**values, "error": error, "outbox": transition.outbox, "mark": MARK + "%"})
-    return bool(applied or restored.rowcount)
+    return applied if applied or restored.rowcount else None
 
 
-def deliver_again(connection: Connection, job: str, token: Token, left: str) -> bool:
-    """Put an outbox that was set aside back into the row of its ended job; return True if it stands there now.
+def deliver_again(connection: Connection, job: str, token: Token, left: str) -> list[Applied] | None:
+    """Put an outbox that was set aside back into the row of its ended job; return the jobs that it published.
 
-    A row with another outbox, or of another attempt, is left as it is. Publishes are inserted first, as at the end of
-    an attempt. Raises `ValueError`, `TypeError` and `LookupError` for a text that is no outbox.
+    A row with another outbox, or of another attempt, is left as it is, and None is returned. Publishes are inserted
+    first, as at the end of an attempt. Raises `ValueError`, `TypeError` and `LookupError` for a text that is no outbox.
     """
     outbox.parse(left)
     if not connection.execute(_LEAVE, {"job": job, "outbox": left, **token.columns()}).rowcount:
-        return False
-    successors.publish_left(connection, left)
-    return True
+        return None
+    return [Applied(published, State.ACCEPTED, True) for published in successors.publish_left(connection, left)]
 
 
 def _write_alone(

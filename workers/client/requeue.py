@@ -12,6 +12,7 @@ store fails between the two, the message is in both places. It is never in none.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -26,14 +27,20 @@ from redis.exceptions import RedisError
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
+from celery_capacity.routing.database.authority import read_authority
 from celery_capacity.routing.database.postgres_errors import is_locked, one_line, translated
-from celery_capacity.routing.errors import InvalidRequest, StoreUnavailable
+from celery_capacity.routing.errors import InvalidRequest, PlatformError, StoreUnavailable
 from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger.replies import LedgerClosed
+from celery_capacity.routing.model.states import Store
 from celery_capacity.routing.model.token import Token
-from celery_capacity.routing.recovery import transition_log
+from celery_capacity.routing.recovery import resubmit, transition_log
 from celery_capacity.routing.store import quarantine, refused_transitions
+from celery_capacity.routing.store.job_transitions import Applied
 from celery_capacity.routing.store.quarantine import MAX_BYTES, SetAside
 from celery_capacity.workers.process.stores import Stores, transactions
+
+logger = logging.getLogger(__name__)
 
 #: Members of a message that `transport.raw_of` kept only in part: no worker can read it.
 _PARTS: Final = {"headers", "body"}
@@ -114,7 +121,7 @@ def requeue(app: Celery, stores: Stores, messages: Sequence[int]) -> Iterator[Re
                 translated(f"message {message} was not put back: "),
                 transactions(stores.engine).begin() as connection,
             ):
-                became = _put_back(app, stores, connection, message)
+                became, applied = _put_back(app, stores, connection, message)
         except _Stays as stays:
             yield Requeued(message, stays.became, str(stays))
         except StoreUnavailable as error:
@@ -123,25 +130,41 @@ def requeue(app: Celery, stores: Stores, messages: Sequence[int]) -> Iterator[Re
             away = str(error)
             yield Requeued(message, Became.STORE_AWAY, away)
         else:
+            _go_on(stores, applied)
             yield Requeued(message, became)
         has_result = True
 
 
-def _put_back(app: Celery, stores: Stores, connection: Connection, message: int) -> Became:
+def _go_on(stores: Stores, applied: Sequence[Applied]) -> None:
+    """Start the jobs that may start after these transitions. Where a store does not answer, the next sweep does it."""
+    if not applied:
+        return
+    try:
+        with stores.engine.connect() as connection:
+            authority = read_authority(connection)
+        if authority.authority == Store.LEDGER:
+            stores.ledger.epoch = authority.epoch
+            resubmit.go_on(stores.engine, stores.ledger, applied)
+    except (LedgerClosed, PlatformError, RedisError, DBAPIError) as error:
+        logger.info("jobs that go on after a transition are left to the next sweep: %s", error)
+
+
+def _put_back(app: Celery, stores: Stores, connection: Connection, message: int) -> tuple[Became, Sequence[Applied]]:
+    """Put a message back; return what became of it, and the rows that its transition changed."""
     kept = quarantine.take(connection, message)
     if kept is None:
-        return Became.UNKNOWN
+        return Became.UNKNOWN, ()
     if len(kept.raw) >= MAX_BYTES:
         raise _Stays(Became.CUT, f"only its first {MAX_BYTES} bytes were kept: let its program send it again")
     if kept.is_transition:
-        _write_again(connection, kept)
-    elif _is_served(app, connection, kept.queue):
+        return Became.REQUEUED, _write_again(connection, kept)
+    if _is_served(app, connection, kept.queue):
         _to_broker(app, kept)
     elif fnmatchcase(kept.queue, keys.PRIVATE_QUEUES):
         _to_worker(stores, kept)
     else:
         raise _Stays(Became.NO_QUEUE, f"nobody serves its queue: start a worker with -Q {kept.queue}")
-    return Became.REQUEUED
+    return Became.REQUEUED, ()
 
 
 # -- messages
@@ -196,10 +219,10 @@ def _to_worker(stores: Stores, kept: SetAside) -> None:
 # -- transitions
 
 
-def _write_again(connection: Connection, kept: SetAside) -> None:
-    """Write a transition or an outbox into the row of its job."""
+def _write_again(connection: Connection, kept: SetAside) -> list[Applied]:
+    """Write a transition or an outbox into the row of its job; return the rows that changed."""
     try:
-        changed = _write(connection, json.loads(kept.raw), kept.seen_at)
+        applied = _write(connection, json.loads(kept.raw), kept.seen_at)
     except DBAPIError as error:
         if is_locked(error):
             raise _Stays(Became.LOCKED, "somebody keeps the row of its job locked: try it again later") from error
@@ -209,12 +232,13 @@ def _write_again(connection: Connection, kept: SetAside) -> None:
     except _UNREADABLE as error:
         # The text of such an error may have the whole message.
         raise _Stays(Became.UNREADABLE, f"this release cannot read it: {type(error).__name__}") from error
-    if not changed:
+    if applied is None:
         detail = "its job has gone on without it, and it changes nothing: drop it, or retry the job"
         raise _Stays(Became.OVERTAKEN, detail)
+    return applied
 
 
-def _write(connection: Connection, fields: Any, seen_at: datetime | None) -> bool:
+def _write(connection: Connection, fields: Any, seen_at: datetime | None) -> list[Applied] | None:
     if fields.keys() == _OUTBOX:
         _check_job(connection, fields["job"], seen_at)
         token = Token.parse(fields["token"])
