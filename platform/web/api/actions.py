@@ -14,7 +14,7 @@ from celery_capacity.platform.operations.submitting import Submission
 from celery_capacity.platform.web.api import action_models as models
 from celery_capacity.platform.web.api.action_models import MAX_MANY
 from celery_capacity.platform.web.api.filters import Cursor, Limit
-from celery_capacity.platform.web.api.routes import answers, json_answer
+from celery_capacity.platform.web.api.routes import answers, json_answer, reads
 from celery_capacity.platform.web.http.login import Login, Role
 from celery_capacity.platform.web.http.problems import NotAllowed, NotConfirmed, wrong_parameter
 from celery_capacity.platform.web.sources import PAGE, Sources
@@ -216,12 +216,12 @@ def _add_submissions(router: APIRouter, sources: Sources) -> None:
 
 
 def _add_audit(router: APIRouter, sources: Sources) -> None:
-    @router.get("/audit", **answers(models.Audit))
+    @router.get("/audit", **reads(models.Audit))
     def audit(limit: Limit = PAGE, cursor: Cursor = None) -> Response:
         """Return the actions of operators, by the API and by commands, the newest first."""
         return json_answer(sources.audit(limit, cursor))
 
-    @router.get("/quarantine", **answers(models.Quarantine))
+    @router.get("/quarantine", **reads(models.Quarantine))
     def quarantine(limit: Limit = PAGE, cursor: Cursor = None) -> Response:
         """Return messages that were set aside, the newest first, without their bytes."""
         return json_answer(sources.quarantine(limit, cursor))

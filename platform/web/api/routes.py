@@ -25,6 +25,7 @@ from celery_capacity.platform.web.api.filters import (
 from celery_capacity.platform.web.api.stream import EventStream
 from celery_capacity.platform.web.api.workflow_models import Workflow
 from celery_capacity.platform.web.http.problems import MEDIA_TYPE, wrong_parameter
+from celery_capacity.platform.web.http.tagged import Tagged
 from celery_capacity.platform.web.prepared import Prepared, PreparedByKey, to_json
 from celery_capacity.platform.web.runs import MAX_RUNS, RUNS
 from celery_capacity.platform.web.sources import MAX_LINES, MAX_PAGE, PAGE, Sources
@@ -61,11 +62,17 @@ class Values:
 
 
 def json_answer(body: bytes | dict[str, Any]) -> Response:
-    return Response(body if isinstance(body, bytes) else to_json(body), media_type="application/json")
+    return Tagged(body if isinstance(body, bytes) else to_json(body))
 
 
 def answers(model: type[models.Closed]) -> dict[str, Any]:
     return {"responses": {200: {"model": model}, **_ERRORS}, "response_class": Response}
+
+
+def reads(model: type[models.Closed]) -> dict[str, Any]:
+    """Return the answers of a path that reads: a client that has the value already is told so."""
+    told = answers(model)
+    return {**told, "responses": {**told["responses"], 304: {"description": "the value that If-None-Match names"}}}
 
 
 def add_routes(app: FastAPI, values: Values, feed: Feed) -> None:
@@ -80,12 +87,12 @@ def add_routes(app: FastAPI, values: Values, feed: Feed) -> None:
 
 
 def _add_cluster(router: APIRouter, values: Values) -> None:
-    @router.get("/dashboard", **answers(models.Dashboard))
+    @router.get("/dashboard", **reads(models.Dashboard))
     async def dashboard() -> Response:
         """Return the cluster at a moment, as `cluster --json` prints it."""
         return json_answer(await values.dashboard.body())
 
-    @router.get("/workers", **answers(models.Workers))
+    @router.get("/workers", **reads(models.Workers))
     async def workers(limit: Limit = PAGE, cursor: Text = None) -> Response:
         """Return the live workers by name, and those that are missing."""
         seen = await values.dashboard.value()
@@ -96,24 +103,24 @@ def _add_cluster(router: APIRouter, values: Values) -> None:
         document = {"workers": page, "missing": missing, "next_cursor": rest}
         return json_answer({**document, "source": seen["source"], "at": seen["at"]})
 
-    @router.get("/backlog", **answers(models.Backlog))
+    @router.get("/backlog", **reads(models.Backlog))
     async def backlog() -> Response:
         """Return what waits, why, and since when; first what no worker can ever take."""
         return json_answer(waiting_groups.document(await values.dashboard.value(), await values.groups.value()))
 
-    @router.get("/last-hour", **answers(models.LastHour))
+    @router.get("/last-hour", **reads(models.LastHour))
     async def last_hour() -> Response:
         """Return the last hour minute by minute: allocated CPUs, waiting jobs, starts, ends and waits."""
         return json_answer(await values.last_hour.body())
 
-    @router.get("/tasks", **answers(models.Tasks))
+    @router.get("/tasks", **reads(models.Tasks))
     async def tasks() -> Response:
         """Return the figures of each task over the newest jobs."""
         return json_answer(await values.tasks.body())
 
 
 def _add_jobs(router: APIRouter, values: Values) -> None:
-    @router.get("/jobs", **answers(models.Jobs))
+    @router.get("/jobs", **reads(models.Jobs))
     async def jobs(
         state: Annotated[list[State], Query(description="only jobs in these states")] = [],  # noqa: B006
         task: Text = None,
@@ -130,7 +137,7 @@ def _add_jobs(router: APIRouter, values: Values) -> None:
         wanted = filter_of(state, task=task, queue=queue, worker=worker, group=group, text=text, times=(since, until))
         return json_answer(await run_in_threadpool(values.sources.jobs, wanted, limit, cursor))
 
-    @router.get("/jobs/{job_id}", **answers(models.JobDetail))
+    @router.get("/jobs/{job_id}", **reads(models.JobDetail))
     async def job(
         job_id: Annotated[str, Path(max_length=MAX_JOB_ID, description="an id, or its beginning")],
     ) -> Response:
@@ -138,7 +145,7 @@ def _add_jobs(router: APIRouter, values: Values) -> None:
         document = await run_in_threadpool(values.sources.job, job_id)
         return json_answer(document.to_json())
 
-    @router.get("/jobs/{job_id}/workflow", **answers(Workflow))
+    @router.get("/jobs/{job_id}/workflow", **reads(Workflow))
     async def workflow(
         job_id: Annotated[str, Path(max_length=MAX_JOB_ID, description="an id, or its beginning")],
     ) -> Response:
@@ -146,7 +153,7 @@ def _add_jobs(router: APIRouter, values: Values) -> None:
         job = await run_in_threadpool(values.sources.whole_id, job_id)
         return json_answer((await values.workflow(job).value()).to_json())
 
-    @router.get("/jobs/{job_id}/logs", **answers(models.LogLines))
+    @router.get("/jobs/{job_id}/logs", **reads(models.LogLines))
     async def logs(
         job_id: Annotated[str, Path(max_length=MAX_JOB_ID, description="an id, or its beginning")],
         attempt: Annotated[int | None, Query(ge=0, lt=2**31, description="only lines of this attempt")] = None,
@@ -158,14 +165,14 @@ def _add_jobs(router: APIRouter, values: Values) -> None:
 
 
 def _add_runs(router: APIRouter, sources: Sources) -> None:
-    @router.get("/runs", **answers(models.Runs))
+    @router.get("/runs", **reads(models.Runs))
     async def runs(
         since: Text = None, until: Text = None, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = RUNS
     ) -> Response:
         """Return who ran where: the attempts of a stretch of time, by default of the last hour."""
         return json_answer(await run_in_threadpool(sources.runs, *stretch_of(since, until), limit))
 
-    @router.get("/runs/hole", **answers(models.Hole))
+    @router.get("/runs/hole", **reads(models.Hole))
     async def hole(
         worker: Annotated[str, Query(min_length=1, max_length=MAX_TEXT)],
         at: Annotated[str, Query(min_length=1, max_length=MAX_TEXT, description="a time that is over")],

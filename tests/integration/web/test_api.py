@@ -22,6 +22,7 @@ from celery_capacity.routing.database.job_lines import JobLine
 from celery_capacity.routing.model.request import Request, alternatives_term
 from celery_capacity.workers.process.stores import Stores
 from tests.fixtures.servers.web import client_of, serving
+from tests.fixtures.stores.books import FOR_EVER
 from tests.fixtures.stores.staged import Stage
 
 
@@ -163,6 +164,21 @@ def test_openapi_has_every_path(client: httpx.Client) -> None:
             *(f"workers/{{name}}/{action}" for action in ("cordon", "uncordon", "drain", "shutdown")),
         )
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["dashboard", "jobs", "jobs/job-1/workflow", "tasks", "last-hour", "backlog"])
+def test_value_that_a_client_has_is_not_sent_again(path: str, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.insert({"cpus": 1000})
+    app = application(stage)
+    with serving(app) as url, client_of(url) as asking:
+        # Ages and times differ from read to read; here each value is read once.
+        monkeypatch.setattr("celery_capacity.platform.web.prepared.MAX_AGE", FOR_EVER)
+        first = asking.get(f"/api/v1/{path}")
+        tag = first.headers["etag"]
+        for names in (tag, f'"other", W/{tag}', "*"):
+            again = asking.get(f"/api/v1/{path}", headers={"If-None-Match": names})
+            assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+        assert asking.get(f"/api/v1/{path}", headers={"If-None-Match": '"other"'}).json() == first.json()
 
 
 def test_client_that_asks_too_often_is_told_to_wait(stage: Stage) -> None:
