@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import celery
 import pytest
 
 from tests.fixtures.servers.web import serving
@@ -193,6 +194,39 @@ def test_keyboard_alone_drains_a_worker(stage: Stage, visitor: Visitor) -> None:
     expect(page.locator("main")).to_contain_text("600")
 
 
+def tab_to(page: Page, selector: str) -> None:
+    """Press the Tab key until an element has the focus."""
+    element = page.locator(selector)
+    while not element.evaluate("element => element === document.activeElement"):
+        page.keyboard.press("Tab")
+
+
+def test_keyboard_alone_puts_a_message_back_and_cancels_many(stage: Stage, app: Any, visitor: Visitor) -> None:
+    stage.sql("INSERT INTO quarantine (raw, queue, reason) VALUES ('x', 'celery', 'not_json: x')")
+    jobs = [submit(app, "tasks.render") for _ in range(2)]
+    page = log_in(visitor)
+    tab_to(page, "#aside a")
+    page.keyboard.press("Enter")
+    tab_to(page, "input[name=id]")
+    page.keyboard.press("Space")
+    for _ in range(2):
+        tab_to(page, "main form button:not(.alarm)")
+        page.keyboard.press("Enter")
+    expect(page.locator("h1 .state")).to_have_text("done")
+    assert stage.redis.lpop("celery") == b"x"
+    tab_to(page, "nav a[href='/jobs']")
+    page.keyboard.press("Enter")
+    tab_to(page, "input[name=task]")
+    page.keyboard.type("tasks.render")
+    page.keyboard.press("Enter")
+    tab_to(page, "a[href^='/act/cancel-all']")
+    page.keyboard.press("Enter")
+    tab_to(page, "main form button")
+    page.keyboard.press("Enter")
+    expect(page.locator("h1 .state")).to_have_text("done")
+    assert {stage.row(job).state for job in jobs} == {"cancelled"}
+
+
 def test_page_shows_a_viewer_no_action(stage: Stage, visitor: Visitor) -> None:
     stage.worker("a", cpus=4000)
     page = log_in(visitor, VIEWER)
@@ -208,7 +242,15 @@ def test_forms_have_no_fault_and_audit_keeps_texts(
     locale: str, scheme: Any, width: int, stage: Stage, app: Any, browser: Browser, url: str
 ) -> None:
     stage.worker("a", cpus=4000)
-    job = submit(app, "tasks.render")
+    lost = "cpus, memory, capacity, boot_id, hostname, pid, version, seen_at, started_at"
+    stage.sql(
+        f"INSERT INTO workers (incarnation, name, status, left_at, {lost})"
+        f" SELECT 'gone', 'gone' || repeat('-far-away', 6), 'lost', now(), {lost} FROM workers"
+    )
+    first = app.signature("tasks.render", args=[1])
+    parts = [app.signature(name) for name in (*PAYLOADS[:2], *["tasks.part"] * 5)]
+    job = (first | celery.group(parts) | app.signature("tasks.join")).apply_async().parent.parent.id
+    app.platform.sending.flush()
     for payload in PAYLOADS:
         values = {"said": payload, "many": [payload, "b"], "details": '{"reason": "<b>now</b>", "<b>": "<i>"}'}
         stage.sql(
@@ -225,13 +267,18 @@ def test_forms_have_no_fault_and_audit_keeps_texts(
     page.keyboard.press("Enter")
     page.wait_for_url("**/")
     axe = Axe()
-    forms = [f"/act/{form}" for form in (f"cancel?job={job}", f"priority?job={job}", "shutdown?worker=a")]
+    many = [f"{form}?task=tasks.render" for form in ("cancel-all", "retry-all")]
+    messages = [f"{form}?id=1" for form in ("requeue", "drop")]
+    actions = (f"cancel?job={job}", f"priority?job={job}", "shutdown?worker=a", "pause", "reconcile", *many, *messages)
+    forms = [f"/act/{form}" for form in actions]
     for path in ("/", "/waiting", f"/jobs/{job}", "/quarantine", "/audit", "/audit/1", *forms):
         page.goto(path)
         violations = axe.run(page).response["violations"]
         assert [(path, fault["id"], [node["html"] for node in fault["nodes"]]) for fault in violations] == []
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
         assert page.locator(FOREIGN).count() == 0
+        if path == f"/jobs/{job}":
+            expect(page.locator("#graph text.task")).to_have_count(5)
         if path == "/audit":
             words = page.locator("main").inner_text()
             assert [payload for payload in PAYLOADS if payload not in words] == []
