@@ -200,6 +200,8 @@ class Claimed:
     rerun: bool = True
     #: The job was revoked after its admission: the worker that claims it ends it.
     revoked: bool = False
+    #: When the job was submitted; 0 where the ledger does not know.
+    submitted_ms: int = 0
 
     @property
     def ok(self) -> bool:
@@ -223,6 +225,8 @@ class HandedOver:
     shape: str
     message: str
     rerun: bool = True
+    #: When the job was submitted; 0 where the ledger does not know.
+    submitted_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,19 +315,18 @@ class Lapsed:
 def claims(arrived: Sequence[Arrived], values: list[str]) -> Iterable[Claimed]:
     """Read the groups in the reply of the script `claim`."""
     for index, (job, token, *_) in enumerate(arrived):
-        verdict, admitted, started, entry, losses, rerun, revoked = values[7 * index : 7 * index + 7]
-        lost, again = int(losses or 0), rerun != NEVER_AGAIN
-        yield Claimed(job, token, ClaimVerdict(verdict), _ms(admitted), _ms(started), entry, lost, again, bool(revoked))
+        verdict, admitted, started, entry, losses, rerun, revoked, submitted = values[8 * index : 8 * index + 8]
+        times, lost, marks = (_ms(admitted), _ms(started)), int(losses or 0), (rerun != NEVER_AGAIN, bool(revoked))
+        yield Claimed(job, token, ClaimVerdict(verdict), *times, entry, lost, *marks, int(submitted or 0))
 
 
 def hand_overs(values: list[str]) -> list[HandedOver]:
     """Read the jobs in the reply of a script that hands over."""
     jobs = []
-    for start in range(0, len(values), 9):
-        job, token, admitted, started, entry, losses, shape, rerun, message = values[start : start + 9]
-        again = rerun != NEVER_AGAIN
-        times = int(admitted), int(started)
-        jobs.append(HandedOver(job, Token.parse(token), *times, entry, int(losses), shape, message, again))
+    for start in range(0, len(values), 10):
+        job, token, admitted, started, entry, losses, shape, rerun, submitted, message = values[start : start + 10]
+        facts = (int(losses), shape, message, rerun != NEVER_AGAIN, int(submitted or 0))
+        jobs.append(HandedOver(job, Token.parse(token), int(admitted), int(started), entry, *facts))
     return jobs
 
 

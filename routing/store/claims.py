@@ -63,7 +63,7 @@ class Candidate:
 class Taken:
     """An attempt that this worker holds from now on.
 
-    `message` carries the tag of the attempt. Times in milliseconds of Postgres's clock.
+    `message` carries the tag of the attempt. Times in milliseconds of Postgres's clock; submitted, or due later.
     """
 
     job: str
@@ -75,6 +75,7 @@ class Taken:
     message: str
     #: False: the first lost attempt ends the job.
     rerun: bool = True
+    submitted_ms: int = 0
 
 
 # Two selections in order, each by its own index: waiting jobs, and due jobs. Shapes that do not fit are left out here,
@@ -241,13 +242,14 @@ WITH {{}} doubt AS (
     request = coalesce((CAST(:held AS jsonb) -> jobs.id ->> 'request')::jsonb, jobs.request)
   FROM chosen WHERE jobs.id = chosen.id
   RETURNING jobs.id, jobs.name, jobs.attempt, jobs.shape, jobs.priority, jobs.seq, jobs.losses, jobs.message,
-    jobs.started_at, jobs.rerun
+    jobs.started_at, jobs.rerun, greatest(jobs.submitted_at, jobs.due_at) AS came
 ), a AS (
   INSERT INTO attempts (job_id, epoch, attempt, worker, incarnation, admitted_at, started_at)
   SELECT id, :epoch, attempt, :worker, :incarnation, started_at, started_at FROM taken
   ON CONFLICT DO NOTHING
 )
-SELECT id, name, attempt, shape, losses, (extract(epoch FROM started_at) * 1000)::bigint, message, rerun
+SELECT id, name, attempt, shape, losses, (extract(epoch FROM started_at) * 1000)::bigint, message, rerun,
+  (extract(epoch FROM came) * 1000)::bigint
 FROM taken ORDER BY -priority, seq
 """
 #: Statements that take jobs: on a worker without a reservation, and on a reserved one.
@@ -287,10 +289,9 @@ def take(
         values |= {"made_at": passing.made_at, "beside": json.dumps(dict(passing.beside))}
     rows = connection.execute(_TAKE_ANY if passing is None else _TAKE_BESIDE, values)
     taken = []
-    for job, name, attempt, shape, losses, started_ms, message, rerun in rows:
-        token = Token(epoch, attempt)
-        text_of = tagged(bytes(message), Tag(job, token, number_held(shape)))
-        taken.append(Taken(job, name, token, shape, losses, started_ms, text_of, rerun))
+    for job, name, attempt, shape, losses, started_ms, message, *facts in rows:
+        tag = Tag(job, token := Token(epoch, attempt), number_held(shape))
+        taken.append(Taken(job, name, token, shape, losses, started_ms, tagged(bytes(message), tag), *facts))
     return taken
 
 

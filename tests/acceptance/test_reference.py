@@ -273,10 +273,13 @@ def test_the_other_numbers_are_in_the_json(used: Cluster) -> None:
 
 def test_metrics_of_prometheus_are_on_the_page() -> None:
     documented = {
-        names(cells[0])[0]: (cells[1], tuple(names(cells[2])), cells[3])
+        names(cells[0])[0]: (cells[1], tuple(names(cells[2])), cells[3], cells[4])
         for cells in rows(sections(METRICS)["Prometheus"])
     }
-    assert documented == {m.name: (m.kind.value, m.labels, m.meaning) for m in metric_names.METRICS}
+    assert documented == {
+        m.name: (m.kind.value, m.labels, m.meaning, "both" if len(m.served_by) > 1 else m.served_by[0].value)
+        for m in metric_names.METRICS
+    }
 
 
 def test_the_metrics_of_flower_are_those_that_it_has() -> None:

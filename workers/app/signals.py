@@ -37,6 +37,7 @@ from celery_capacity.workers.process.fork_safety import guard_children
 from celery_capacity.workers.process.identity import Identity, name_of, nodename_of
 from celery_capacity.workers.process.stores import stores_of
 from celery_capacity.workers.results import running_workers
+from celery_capacity.workers.supervision import job_times
 from celery_capacity.workers.supervision.metrics_server import WorkerMetrics
 from celery_capacity.workers.traces import worker as traces
 
@@ -159,6 +160,7 @@ def _run(worker: Any, runtime: Runtime, start: Any) -> None:
     finally:
         if metrics is not None:
             metrics.stop()
+        job_times.end(runtime.identity.incarnation)
         kept_lines.end(runtime.identity.incarnation)
         traces.end(runtime.identity.incarnation)
         # A worker in a thread of a test process ends without its process.
@@ -177,13 +179,16 @@ def _metrics_of(runtime: Runtime) -> WorkerMetrics | None:
         return book.capacity, book.allocated
 
     decides, heartbeat = runtime.confirmation, runtime.heartbeat
+    times = job_times.JobTimes(runtime.holdings.find)
     metrics = WorkerMetrics(
         runtime.identity.name,
         resources,
         lambda: heartbeat.reached_at,
         lambda: (decides.authority, decides.epoch),
+        times,
     )
-    metrics.start(address)
+    if metrics.start(address) is not None:
+        job_times.begin(runtime.identity.incarnation, times)
     return metrics
 
 

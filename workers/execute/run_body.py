@@ -17,6 +17,7 @@ from celery_capacity.workers.execute.gevent_pool import Killed, was_killed
 from celery_capacity.workers.logs import kept_lines
 from celery_capacity.workers.process.attempts import Attempt, held
 from celery_capacity.workers.process.progress import write_last
+from celery_capacity.workers.supervision import job_times
 from celery_capacity.workers.traces import worker
 
 
@@ -40,8 +41,9 @@ class TracedPool:
         return getattr(self._pool, name)
 
     def apply_async(self, trace: Callable[..., Any], args: tuple[Any, ...], **options: Any) -> Any:
-        traces = worker.of(self._incarnation)
-        if traces is not None:
+        if (times := job_times.of(self._incarnation)) is not None:
+            times.began(self._tag, args)
+        if (traces := worker.of(self._incarnation)) is not None:
             trace = traces.around(self._tag, trace, args)
         return self._pool.apply_async(traced, args=(self._tag, self._incarnation, trace, *args), **options)
 

@@ -32,6 +32,8 @@ class Holding(NamedTuple):
     ended: bool = False
     #: Shape under which the ledger files the job, with its task; "" where that is the request alone.
     filed: str = ""
+    #: When the job was submitted, or due by its row; 0 where the store that decides does not know.
+    submitted_ms: int = 0
 
     @property
     def key(self) -> tuple[str, Token]:

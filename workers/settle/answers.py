@@ -124,8 +124,9 @@ class Answers(LookingService):
         for job in handed_over:
             request = Request.from_shape(job.shape)
             fits = bool(self._holdings.admits({job.job: request}))
-            times = (job.admitted_ms, job.started_ms)
-            holding = Holding(job.job, job.token, request, "", *times, job.losses, job.rerun, filed=job.shape)
+            times, came = (job.admitted_ms, job.started_ms), job.submitted_ms
+            facts = (request, "", *times, job.losses, job.rerun)
+            holding = Holding(job.job, job.token, *facts, filed=job.shape, submitted_ms=came)
             self._holdings.add(holding)
             if fits:
                 transitions += self._start(holding, job.entry, job.message)
@@ -237,6 +238,7 @@ class Answers(LookingService):
                 claim.losses,
                 claim.rerun,
                 filed=_filed(request, arrival.message.headers),
+                submitted_ms=claim.submitted_ms,
             )
             self._holdings.add(holding)
             arrival.message.revoked = claim.revoked

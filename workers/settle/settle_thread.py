@@ -35,6 +35,7 @@ from celery_capacity.workers.process.claim_writer import Arrival
 from celery_capacity.workers.settle.answers import RETRY_AFTER, Answers, Batch
 from celery_capacity.workers.settle.postgres_ends import End, PostgresEnds
 from celery_capacity.workers.settle.settle_loop import LATE, MAX_BYTES, Flight, SettleLoop
+from celery_capacity.workers.supervision import job_times
 from celery_capacity.workers.traces import worker
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,8 @@ class LedgerThread(Answers):
             return False
         if (traces := worker.of(self._identity.incarnation)) is not None:
             traces.over(job, token)
+        if (times := job_times.of(self._identity.incarnation)) is not None:
+            times.over(job, token, outcome)
         # Where a job is lost because its worker stops, another worker reports its end.
         is_told = outcome != Outcome.LOST or on_lost is not None
         ended = Ended(job, token, outcome, storable(error or "", ERROR_LENGTH), outbox, results, is_told)

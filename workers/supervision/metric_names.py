@@ -10,8 +10,9 @@ from typing import Final
 BUCKETS: Final = (0.01, 0.05, 0.25, 1.0, 5.0, 30.0, 120.0, 600.0, 3600.0, 14_400.0, 86_400.0)
 #: Value of a label for what has no series of its own: a shape, a task.
 OTHER: Final = "other"
-#: Tasks with series of their own.
+#: Tasks with series of their own at the dashboard, and at a worker: a cluster has many workers.
 MAX_TASKS: Final = 200
+MAX_TASKS_OF_WORKER: Final = 50
 #: Characters of the value of a label.
 MAX_LABEL: Final = 200
 
@@ -24,39 +25,59 @@ class Kind(Enum):
     HISTOGRAM = "histogram"
 
 
+class Server(Enum):
+    """Process that serves a metric."""
+
+    DASHBOARD = "dashboard"
+    WORKER = "worker"
+
+
+DASHBOARD: Final = (Server.DASHBOARD,)
+BOTH: Final = (Server.DASHBOARD, Server.WORKER)
+
+
 @dataclass(frozen=True, slots=True)
 class MetricName:
-    """Name of a metric as queries write it, its type, its labels and its meaning.
-
-    `worker`: True if a worker serves it too.
-    """
+    """Name of a metric as queries write it, its type, its labels, its meaning, and the processes that serve it."""
 
     name: str
     kind: Kind
     labels: tuple[str, ...]
     meaning: str
-    worker: bool = False
+    served_by: tuple[Server, ...] = DASHBOARD
 
 
-def _gauge(name: str, labels: str, meaning: str, worker: bool = False) -> MetricName:
-    return MetricName(f"platform_{name}", Kind.GAUGE, tuple(labels.split()), meaning, worker)
+def _gauge(name: str, labels: str, meaning: str, *served_by: Server) -> MetricName:
+    return MetricName(f"platform_{name}", Kind.GAUGE, tuple(labels.split()), meaning, served_by or DASHBOARD)
 
 
 def _counter(name: str, labels: str, meaning: str) -> MetricName:
     return MetricName(f"platform_{name}_total", Kind.COUNTER, tuple(labels.split()), meaning)
 
 
-def _histogram(name: str, labels: str, meaning: str) -> MetricName:
-    return MetricName(f"platform_{name}", Kind.HISTOGRAM, tuple(labels.split()), meaning)
+def _histogram(name: str, labels: str, meaning: str, *served_by: Server) -> MetricName:
+    return MetricName(f"platform_{name}", Kind.HISTOGRAM, tuple(labels.split()), meaning, served_by or DASHBOARD)
 
 
+# Both serve these: a series with the label `worker` from either is of that worker, so `max by (worker)` counts it once.
 CAPACITY: Final = _gauge(
-    "resource_capacity", "resource worker", "capacity of a live worker: CPUs, bytes of memory, counts", True
+    "resource_capacity", "resource worker", "capacity of a live worker: CPUs, bytes of memory, counts", *BOTH
 )
-ALLOCATED: Final = _gauge("resource_allocated", "resource worker", "allocated amount of a live worker", True)
-HEARTBEAT_AGE: Final = _gauge("heartbeat_age_seconds", "worker", "seconds since the last heartbeat of a worker", True)
-AUTHORITY: Final = _gauge("authority", "store", "1 for the store that decides, ledger or postgres; else 0", True)
-EPOCH: Final = _gauge("epoch", "", "epoch of the authority, which grows with each opening of the ledger", True)
+ALLOCATED: Final = _gauge("resource_allocated", "resource worker", "allocated amount of a live worker", *BOTH)
+HEARTBEAT_AGE: Final = _gauge("heartbeat_age_seconds", "worker", "seconds since the last heartbeat of a worker", *BOTH)
+AUTHORITY: Final = _gauge("authority", "store", "1 for the store that decides, ledger or postgres; else 0", *BOTH)
+EPOCH: Final = _gauge("epoch", "", "epoch of the authority, which grows with each opening of the ledger", *BOTH)
+# Times are counts, which add up. A worker's own have names of their own, so that a sum over a Prometheus that scrapes
+# the dashboard and workers counts no job twice.
+WORKER_RUN: Final = _histogram(
+    "worker_run_seconds", "task worker", "seconds from the start of an attempt's body to its end", Server.WORKER
+)
+WORKER_WAIT: Final = _histogram(
+    "worker_wait_seconds",
+    "worker",
+    "seconds from the time a job was submitted or due to the admission of an attempt that began",
+    Server.WORKER,
+)
 RUN: Final = _histogram("run_seconds", "task", "seconds from the start of a job's body to its end")
 WAIT: Final = _histogram("wait_seconds", "", "seconds from the time a job was submitted or due to its admission")
 JOBS: Final = _gauge("jobs", "state", "jobs in each state that is not final")

@@ -17,6 +17,7 @@ from weakref import WeakSet
 
 from celery_capacity.routing.model.states import Store
 from celery_capacity.workers.supervision import metric_names as names
+from celery_capacity.workers.supervision.job_times import JobTimes
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def _close_all() -> None:
 class WorkerMetrics:
     """Metrics of a worker, from functions that return at once: they are called in the server's threads.
 
+    `times`: wait and run times of its attempts.
     `resources`: returns capacity and allocations by resource, in millicores, bytes and counts. `reached_at`: returns
     the time of the newest heartbeat that reached the store that decides (monotonic), 0 before the first. `authority`:
     returns who decides as far as the worker knows, and the epoch.
@@ -53,11 +55,13 @@ class WorkerMetrics:
         resources: Callable[[], tuple[Mapping[str, int], Mapping[str, int]]],
         reached_at: Callable[[], float],
         authority: Callable[[], tuple[Store | None, int]],
+        times: JobTimes,
     ) -> None:
         self._worker = worker
         self._resources = resources
         self._reached_at = reached_at
         self._authority = authority
+        self._times = times
         self._serving: tuple[Any, threading.Thread] | None = None
         self._pid = 0
 
@@ -69,7 +73,12 @@ class WorkerMetrics:
         exposition.add_resources(capacity, allocated, self._worker, *self._resources())
         if reached_at := self._reached_at():
             ages.add_metric([self._worker], time.monotonic() - reached_at)
-        return [capacity, allocated, ages, *exposition.authority_families(*self._authority())]
+        resources = (capacity, allocated, ages)
+        return [
+            *resources,
+            *exposition.authority_families(*self._authority()),
+            *self._times.families(self._worker),
+        ]
 
     def start(self, address: tuple[str, int]) -> int | None:
         """Serve at (host, port); return the port. Port 0: one that is free. None, with a warning, where it is taken."""

@@ -5,7 +5,7 @@
 -- ARGV: epoch, run_id, worker, incarnation, then for each job: job, token, nonce (unique to this claim), digest (of the
 --   message that arrived; '': unknown, so not compared)
 -- Replies: {ok, then for each job: claimed | stale | forged | unknown (no such job in this epoch), admitted, started,
---   entry, losses, rerun, revoked ('1': it was revoked, and the worker ends it)} | {cold} | {epoch, current}
+--   entry, losses, rerun, revoked ('1': it was revoked, and the worker ends it), submitted} | {cold} | {epoch, current}
 -- Cost: at most seven commands a job
 -- Repeat: harmless: the nonce distinguishes a claim that is sent again from a second copy of the message
 local now = clock()
@@ -42,5 +42,6 @@ for i = EACH.first, #ARGV, EACH.step do
   reply[#reply + 1] = job and job.losses or '0'
   reply[#reply + 1] = job and job.rerun or ''
   reply[#reply + 1] = job and job.revoked or ''
+  reply[#reply + 1] = job and job.submitted or ''
 end
 return reply

@@ -11,8 +11,8 @@
 --   seconds (to live; 0: for ever), result
 -- Replies: {ok, cursor (of shapes), freed (a worker to be filled too, '': none), unheld (shapes that a quota held back
 --   until now, a line each), then for each job: released | repeat | stale | unknown (the job has no key), state, entry,
---   shape, then for each job handed over: job, token, admitted, started, entry, losses, shape, rerun, message} | {cold}
---   | {epoch, current}
+--   shape, then for each job handed over: job, token, admitted, started, entry, losses, shape, rerun, submitted,
+--   message} | {cold} | {epoch, current}
 -- Cost: at most fifteen commands a job and two a result, a pass like that of fill, a command for each index of free
 --   CPUs in which the worker stands, and for each tenant with a quota two commands and one for each resource in it
 -- Repeat: harmless: keyed by job and token; the repeated end of an attempt that ended its job is answered 'repeat', any

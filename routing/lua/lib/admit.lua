@@ -29,7 +29,7 @@ local function append_handed_over(reply, id, job, message)
   local n = #reply
   reply[n + 1], reply[n + 2], reply[n + 3], reply[n + 4] = id, token_of(job), job.admitted, job.started
   reply[n + 5], reply[n + 6], reply[n + 7] = job.entry or '', job.losses or '0', job.shape
-  reply[n + 8], reply[n + 9] = job.rerun or '', tagged(message, id, job)
+  reply[n + 8], reply[n + 9], reply[n + 10] = job.rerun or '', job.submitted or '', tagged(message, id, job)
 end
 
 -- Admit a job to the worker that is asking, and give it the lease at once. The message goes into the reply (`out`), so

@@ -2,8 +2,8 @@
 -- Does: returns to a worker the jobs whose leases it has without knowing, because the reply of a release was lost.
 -- KEYS: none; by name: epoch, book, held, job
 -- ARGV: epoch, run_id, worker, incarnation, then for each job that the worker does not know of: job
--- Replies: {ok, then for each job: job, token, admitted, started, entry, losses, shape, rerun, message} | {unknown}
---   | {cold} | {epoch, current}
+-- Replies: {ok, then for each job: job, token, admitted, started, entry, losses, shape, rerun, submitted, message}
+--   | {unknown} | {cold} | {epoch, current}
 -- Cost: at most three commands a job
 -- Repeat: harmless: the same jobs are returned again
 if redis.call('HGET', KEY.book .. worker, 'incarnation') ~= incarnation then

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ import yaml
 
 from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.routing.model.states import State, Store
-from celery_capacity.workers.supervision.metric_names import METRICS, series_of
+from celery_capacity.workers.supervision.metric_names import METRICS, Server, series_of
 from tests.fixtures.processes.platforms import ROOT
 
 ALERTS = yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yaml").read_text(encoding="utf-8"))
@@ -50,6 +53,25 @@ def test_query_names_only_series_and_labels_that_are_served(expression: str) -> 
     grouped = {word for group in re.findall(r"\bby \(([^)]*)\)", expression) for word in re.findall(r"\w+", group)}
     assert grouped <= set().union(*(LABELS[name] for name, _ in series))
     assert expression.count("(") == expression.count(")")
+
+
+@pytest.mark.parametrize("expression", sorted(set(expressions())))
+def test_query_counts_a_worker_once_where_workers_are_scraped_too(expression: str) -> None:
+    shared = {metric.name for metric in METRICS if set(metric.served_by) == set(Server)}
+    for name in re.findall(r"platform_\w+", expression):
+        if name in shared:
+            assert re.search(rf"\bmax(?: by \(\w+\) )?\((?:max_over_time\()?{name}\b", expression), name
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="there is no promtool (Debian: apt install prometheus)")
+def test_prometheus_takes_the_rules_and_every_query(tmp_path: Path) -> None:
+    queries = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(sorted(set(expressions())))]
+    panels = tmp_path / "queries.yaml"
+    panels.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": queries}]}), encoding="utf-8")
+    alerts = ROOT / "deploy" / "prometheus" / "alerts.yaml"
+    command = ["promtool", "check", "rules", str(alerts), str(panels)]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_each_alarm_leads_to_a_section_with_an_action() -> None:

@@ -21,7 +21,7 @@ from celery_capacity.platform.web.sources import Sources
 from celery_capacity.routing.model.reasons import Refusal
 from celery_capacity.workers.process.stores import Stores
 from celery_capacity.workers.supervision import metric_names
-from celery_capacity.workers.supervision.metric_names import METRICS, Kind, series_of
+from celery_capacity.workers.supervision.metric_names import METRICS, Kind, Server, series_of
 from tests.fixtures.servers.web import UNBOUNDED, serving
 from tests.fixtures.stores.staged import Stage
 
@@ -91,8 +91,9 @@ def test_scrape_serves_every_metric_of_the_dashboard(stage: Stage) -> None:
     stage.end(job)
     ended_counts(stage, sources._ended)
     seen = scrape(sources)
-    histograms = {metric.name for metric in METRICS if metric.kind is Kind.HISTOGRAM}
-    expected = {series for metric in METRICS for series in series_of(metric)} | {f"{name}_count" for name in histograms}
+    served = [metric for metric in METRICS if Server.DASHBOARD in metric.served_by]
+    histograms = {metric.name for metric in served if metric.kind is Kind.HISTOGRAM}
+    expected = {series for metric in served for series in series_of(metric)} | {f"{name}_count" for name in histograms}
     assert seen.names() == expected
     assert seen.value("platform_duty_passes_total", duty="sweep", result="done") == 3
     assert seen.value("platform_run_seconds_count", task="task") == seen.value("platform_wait_seconds_count") == 1

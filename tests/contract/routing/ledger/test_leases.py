@@ -69,6 +69,16 @@ def test_worker_recovers_jobs_of_a_lost_reply(cluster: Cluster) -> None:
     assert cluster.ledger.hand_over_again("w", "former-life", []) == []
 
 
+def test_worker_learns_when_its_jobs_were_submitted(cluster: Cluster) -> None:
+    whole = Request.of({"cpus": 4000}).shape
+    cluster.ledger.submit("first", whole, 1, MESSAGE, submitted_ms=1_000)
+    cluster.ledger.submit("next", whole, 2, MESSAGE, submitted_ms=2_000)
+    assert cluster.claim("first", Token(1, 1)).submitted_ms == 1_000
+    ended = [Ended("first", Token(1, 1), Outcome.SUCCEEDED)]
+    (handed,) = cluster.ledger.settle("w", "w-life", ended=ended, most_losses=MOST_LOSSES, nonce="n").handed_over
+    assert (handed.job, handed.submitted_ms) == ("next", 2_000)
+
+
 def test_claim_sent_again_is_granted_and_a_doubled_message_is_not(cluster: Cluster) -> None:
     cluster.submit("job")
     first = cluster.claim("job", Token(1, 1), nonce="a")

@@ -27,7 +27,7 @@ GATES: Final = {"cold", "epoch", "foreign"}
 #: Scripts that act on keys of one job or entry, whatever epoch is open.
 WITHOUT_GATE: Final = {"ack_transitions", "open_epoch", "note_successor", "elect"}
 
-CARD: Final = ("1.1", "1", "2", "3-0", "0", "cpus=1000,slots=1", "0", "{}")
+CARD: Final = ("1.1", "1", "2", "3-0", "0", "cpus=1000,slots=1", "0", "5", "{}")
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,11 @@ BINDINGS: Final = {
         claim,
         2,
         {
-            ("ok", "claimed", "1", "2", "3-0", "1", "0", "1", "stale", "", "", "", "0", "", ""): (
+            ("ok", "claimed", "1", "2", "3-0", "1", "0", "1", "9", "stale", "", "", "", "0", "", "", ""): (
                 "[Claimed(job='a', token=Token(epoch=1, attempt=1), verdict='claimed', admitted_ms=1, started_ms=2, "
-                "entry='3-0', losses=1, rerun=False, revoked=True), Claimed(job='b', token=Token(epoch=1, attempt=1), "
-                "verdict='stale', admitted_ms=None, started_ms=None, entry='', losses=0, rerun=True, revoked=False)]"
+                "entry='3-0', losses=1, rerun=False, revoked=True, submitted_ms=9), "
+                "Claimed(job='b', token=Token(epoch=1, attempt=1), verdict='stale', admitted_ms=None, "
+                "started_ms=None, entry='', losses=0, rerun=True, revoked=False, submitted_ms=0)]"
             )
         },
     ),

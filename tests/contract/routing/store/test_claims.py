@@ -121,6 +121,18 @@ def test_an_attempt_is_made_with_its_token_in_the_row_and_in_the_message(decides
     assert (attempt.job_id, attempt.epoch, attempt.attempt, attempt.ended_at) == ("job", 2, 5, None)
 
 
+@pytest.mark.parametrize("due", [None, "submitted_at - interval '1 hour'", "submitted_at + interval '9 seconds'"])
+def test_worker_learns_since_when_a_job_waits(decides: Engine, due: str | None) -> None:
+    submit(decides, "job")
+    with decides.begin() as connection:
+        connection.execute(text(f"UPDATE jobs SET due_at = {due or 'NULL'}"))
+    with decides.begin() as connection:
+        (taken,) = claims.take(connection, EPOCH, "w", "w-life", ["job"])
+    stored = row(decides, "job")
+    since = stored.submitted_at if stored.due_at is None else max(stored.submitted_at, stored.due_at)
+    assert taken.submitted_ms == pytest.approx(since.timestamp() * 1000, abs=1)
+
+
 def test_nothing_is_taken_under_the_ledger_or_in_another_epoch(engine: Engine) -> None:
     submit(engine, "job")
     assert take(engine, book(), epoch=1) == []

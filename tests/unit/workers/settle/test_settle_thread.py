@@ -185,7 +185,7 @@ def test_handed_over_job_is_held_before_the_next_call_of_the_ledger(
     """
     ledger: Any = thread._ledger
     ledger.answers = []
-    handed_over = ["next", "1.1", "1", "1", "", "0", ONE.shape, "", "message"]
+    handed_over = ["next", "1.1", "1", "1", "", "0", ONE.shape, "", "", "message"]
     reply = ["ok", "7", "", "", "released", "waiting", "", ONE.shape, *handed_over]
     real = Real(Settings.from_environ({"REDIS_URL": "redis://nowhere:1", "DATABASE_URL": "postgresql://nowhere:1/x"}))
     real.epoch = 1

@@ -12,8 +12,10 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from celery_capacity.routing.model.states import Store
-from celery_capacity.workers.supervision.metric_names import METRICS
+from celery_capacity.routing.model.states import Outcome, Store
+from celery_capacity.routing.model.token import Token
+from celery_capacity.workers.supervision.job_times import JobTimes
+from celery_capacity.workers.supervision.metric_names import METRICS, Server, series_of
 from celery_capacity.workers.supervision.metrics_server import WorkerMetrics
 
 LOOPBACK = "127.0.0.1"
@@ -21,7 +23,10 @@ LOOPBACK = "127.0.0.1"
 
 def metrics_of(worker: str, reached_at: float = 0.0) -> WorkerMetrics:
     resources = {"cpus": 4000, "memory": 2**30, "queue:mail": 1}, {"cpus": 1500}
-    return WorkerMetrics(worker, lambda: resources, lambda: reached_at, lambda: (Store.LEDGER, 7))
+    times = JobTimes(lambda job, token: None)
+    times.began("job:1.1", ("tasks.render", "job", {}))
+    times.over("job", Token(1, 1), Outcome.SUCCEEDED)
+    return WorkerMetrics(worker, lambda: resources, lambda: reached_at, lambda: (Store.LEDGER, 7), times)
 
 
 @pytest.fixture
@@ -40,7 +45,9 @@ def scraped(port: int | None) -> dict[tuple[str, ...], float]:
 
 def test_worker_serves_what_it_knows_itself(metrics: WorkerMetrics) -> None:
     served = scraped(metrics.start((LOOPBACK, 0)))
-    assert {name for name, *_ in served} == {metric.name for metric in METRICS if metric.worker}
+    of_workers = {series for metric in METRICS if Server.WORKER in metric.served_by for series in series_of(metric)}
+    assert {name for name, *_ in served} == of_workers
+    served = {key: value for key, value in served.items() if not key[0].startswith("platform_worker_")}
     age = served.pop(("platform_heartbeat_age_seconds", "a"))
     assert age >= 0
     assert served == {
