@@ -12,6 +12,7 @@ of that one is inside `run TASK`.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -324,7 +325,13 @@ def _add_exception(span: Span, error: BaseException, traceback: str) -> None:
 
 
 def flush(within: float) -> None:
-    """Export the spans of this process. `within`: seconds."""
+    """Export the spans of this process, and wait no longer than `within` seconds for that.
+
+    The SDK's processors know the limit, and do not keep to it: they would wait for a collector that does not answer.
+    """
     export = getattr(trace.get_tracer_provider(), "force_flush", None)
     if export is not None:
-        export(round(within * 1000))
+        arguments = (export, round(within * 1000))
+        exporting = threading.Thread(target=guarded, args=arguments, name="last spans", daemon=True)
+        exporting.start()
+        exporting.join(within)
