@@ -16,7 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from playwright.sync_api import Browser, sync_playwright
 
@@ -24,6 +24,8 @@ from docs.site.pictures import FOREIGN, PICTURES
 
 #: Programs that can be the browser.
 BROWSERS: Final = ("chromium", "chromium-browser", "google-chrome")
+#: How many times as fast as the trace the demo runs: half of the usual, so that it lasts until the last picture.
+SCALE: Final = 5000
 #: Size of the window, and dots of a picture for each of its points.
 WINDOW: Final = {"width": 1180, "height": 740}
 DOTS: Final = 1.5
@@ -44,19 +46,25 @@ PAGES: Final = {
 }
 
 
+class Demo(NamedTuple):
+    """A running demo: the address of its page, and its process."""
+
+    url: str
+    pid: int
+
+
 @contextmanager
-def demo() -> Iterator[str]:
-    """Yield the address of the page of a demo, which ends after the block."""
+def demo(scale: int = SCALE, **settings: str) -> Iterator[Demo]:
+    """Yield a demo, which ends after the block. `settings` are added to its environment."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-    # Half as fast as usual, so that it lasts until the last picture.
-    options = ("--scale", "5000", "--worker", "worker-01=72", "--worker", "worker-02=16")
+    options = ("--scale", str(scale), "--worker", "worker-01=72", "--worker", "worker-02=16")
     command = [sys.executable, "-m", "celery", "-A", "platform", "demo", *options]
-    process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env={**environ, **settings}, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         for line in process.stderr:
             if match := re.search(r"http://\S+", line):
-                yield match[0]
+                yield Demo(match[0], process.pid)
                 break
         else:
             raise SystemExit("the demo ended before it had a page")
@@ -94,15 +102,23 @@ def take(browser: Browser, url: str, job: str) -> None:
         print(PICTURES / f"{name}.png")
 
 
+def has_chinese() -> bool:
+    """Return True if a font has the characters of each page's switch of languages, or if nobody can tell."""
+    program = shutil.which("fc-list")
+    return program is None or bool(subprocess.check_output([program, ":lang=zh", "family"]).strip())
+
+
 def main() -> None:
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         raise SystemExit("There is no Chromium to take the pictures. `make browser` installs it on Debian, as root.")
-    with sync_playwright() as playwright, demo() as url:
+    if not has_chinese():
+        raise SystemExit("There is no font with Chinese characters. Debian: apt install fonts-noto-cjk")
+    with sync_playwright() as playwright, demo() as running:
         browser = playwright.chromium.launch(
             executable_path=program, args=["--no-sandbox"] if os.geteuid() == 0 else []
         )
-        take(browser, url, await_jobs(url))
+        take(browser, running.url, await_jobs(running.url))
         browser.close()
 
 
