@@ -16,6 +16,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from tests.model import exhausted
 from tests.model.bounds import LARGE, USUAL, without
 from tests.model.search import Found, search
 from tests.model.state import Rules
@@ -40,14 +41,17 @@ def _to_json(found: Found) -> dict[str, Any]:
 @click.option("--only", multiple=True, help="Search within these bounds alone, by name. May be given more than once.")
 @click.option("--without", "dropped", multiple=True, help="Leave out this rule of the protocol.")
 @click.option("--large", is_flag=True, help="Search within larger bounds too: a quarter of an hour and 4 GB.")
+@click.option("--store", is_flag=True, help="Keep the sizes of the usual searches for the tests, if nothing is wrong.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(only: tuple[str, ...], dropped: tuple[str, ...], large: bool, as_json: bool) -> None:
+def main(only: tuple[str, ...], dropped: tuple[str, ...], large: bool, store: bool, as_json: bool) -> None:
     """Visit every state of the protocol's model, and print the first that must not be."""
     by_name = {bounds.name: bounds for bounds in LARGE}
     if unknown := [name for name in dropped if name not in Rules._fields]:
         raise click.BadParameter(f"there is no rule {unknown[0]}; rules: {', '.join(Rules._fields)}")
     if unknown := [name for name in only if name not in by_name]:
         raise click.BadParameter(f"there is no search {unknown[0]!r}; searches: {'; '.join(by_name)}")
+    if store and (only or dropped or large):
+        raise click.BadParameter("--store keeps the usual searches, all of them and with all rules")
     chosen = [by_name[name] for name in only] or list(LARGE if large else USUAL)
     talk, results = Console(stderr=True, highlight=False), list[Found]()
     for number, bounds in enumerate(chosen, 1):
@@ -60,6 +64,8 @@ def main(only: tuple[str, ...], dropped: tuple[str, ...], large: bool, as_json: 
         if not as_json:
             _show(results[-1])
     violations = sum(bool(result.violation) for result in results)
+    if store and not violations:
+        exhausted.store(results)
     if as_json:
         click.echo(
             json.dumps({"violations": violations, "searches": [_to_json(result) for result in results]}, indent=2)

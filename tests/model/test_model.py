@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from tests.fixtures.property_tests import LONG
+from tests.model import exhausted
 from tests.model.__main__ import main
 from tests.model.bounds import USUAL, without
-from tests.model.search import search
+from tests.model.search import Found, search
 from tests.model.state import Bounds, Faults, Rules
 
 TWICE = "two starts of one attempt"
@@ -21,10 +25,30 @@ SECOND = "a job that must not run again started twice"
 @pytest.mark.long(40)
 @pytest.mark.parametrize("bounds", USUAL, ids=lambda bounds: bounds.name)
 def test_every_state_within_bounds_keeps_the_invariants(bounds: Bounds) -> None:
-    result = search(bounds)
-    assert result.violation == "", "\n".join([result.violation, *result.trace])
+    """A search of many states is repeated once the model has changed, and in a long run."""
+    sizes = exhausted.stored(bounds)
+    if sizes is None or sizes[0] <= exhausted.FEW_STATES or LONG:
+        result = search(bounds)
+        assert result.violation == "", "\n".join([result.violation, *result.trace])
+        assert sizes in (None, (result.states, result.steps)), "store the sizes anew: python -m tests.model --store"
+        sizes = result.states, result.steps
     # The search did visit something: no step was lost by a mistake in its guard.
-    assert result.states > 10_000
+    assert sizes[0] > 10_000
+
+
+def test_changed_model_is_searched_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in exhausted.FOLDER.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(exhausted, "FOLDER", tmp_path)
+    monkeypatch.setattr(exhausted, "STORED", tmp_path / "exhausted.json")
+    exhausted.store([Found(USUAL[0], Rules(), states=7, steps=8)])
+    assert [exhausted.stored(bounds) for bounds in USUAL[:2]] == [(7, 8), None]
+    for name in exhausted.BESIDE:
+        (tmp_path / name).write_text("")
+    assert exhausted.stored(USUAL[0]) == (7, 8)
+    with (tmp_path / "books.py").open("a") as source:
+        source.write("# another rule")
+    assert exhausted.stored(USUAL[0]) is None
 
 
 NEEDED = [
@@ -90,4 +114,5 @@ def test_program_lists_its_searches_for_people() -> None:
 
 def test_program_refuses_a_rule_or_a_search_that_it_does_not_know() -> None:
     assert "no rule" in CliRunner().invoke(main, ["--without", "gravity"]).output
+    assert "--store keeps" in CliRunner().invoke(main, ["--store", "--without", "claim_once"]).output
     assert "no search" in CliRunner().invoke(main, ["--only", "gravity"]).output
