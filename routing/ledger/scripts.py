@@ -3,7 +3,8 @@
 Each file in `lua/jobs`, `workers`, `backlog`, `repair` and `epoch` is one operation and begins with a header (does,
 KEYS, ARGV, replies, cost, repeat). The loader puts the functions of `lua/lib` that the operation uses in front of it.
 Unused functions and comments are left out, because the server spends time on them at every call. The server makes all
-functions of a script anew at every call, so those that only a function of `LAZY` uses are made inside it, once it runs.
+functions of a script anew at every call, so those that only functions of `LAZY` use are made inside these, once they
+run.
 
 The loader replaces KEY (`routing.ledger.keys`), STEP (`routing.model.states`) and LIMIT (`routing.policy.placement` and
 the settings) by their values, so that every name and number has one place. It makes a local of each argument that the
@@ -103,11 +104,11 @@ LIBRARY: Final = (
     "controls", "admit", "requeue", "batches", "admit_or_file", "held", "exclusive", "shapes_to_try", "next_turn",
     "kept_shape", "fill_pass",
 )  # fmt: skip
-#: Functions that many calls do not reach, or reach once. The functions that only they use stand inside them.
+#: Functions that many calls do not reach, or reach once. The functions that only such ones use stand inside them.
 LAZY: Final = frozenset({
-    "ask_for_more", "count_use", "enter", "file", "fill_pass", "find_worker", "is_kept_elsewhere", "kept_shape",
-    "leave_behind", "next_by_turns", "note_start", "open_spread", "passing_worker", "put_back",
-    "quota_of", "read_tenants",
+    "allows", "ask_for_more", "count_use", "enter", "file", "fill_pass", "find_worker", "give_use_back",
+    "is_kept_elsewhere", "kept_shape", "leave_behind", "next_by_turns", "note_start", "open_spread", "passing_worker",
+    "put_back", "quota_of", "read_tenants", "shapes_below_quota", "way_to_start",
 })  # fmt: skip
 _LUA: Final = files("celery_capacity.routing").joinpath("lua")
 
@@ -233,33 +234,37 @@ def _called(code: str) -> frozenset[str]:
     return frozenset(re.findall(r"\b(\w+)\(", code))
 
 
-def _with_library(code: str) -> str:
-    """Return the code behind the functions that it uses, without comments. Functions of `LAZY` have theirs inside."""
+@lru_cache(maxsize=1)
+def _functions_called() -> Mapping[str, frozenset[str]]:
+    """Return for each function of the library the others that it calls by itself."""
     functions = _bare_functions()
+    return {name: frozenset(_callees(text.split("\n", 1)[1], functions) - {name}) for name, text in functions.items()}
+
+
+def _with_library(code: str) -> str:
+    """Return the code behind the functions that it uses, without comments. Functions of `LAZY` have theirs inside.
+
+    A function that only several functions of `LAZY` use stands in each of them.
+    """
+    functions, called = _bare_functions(), _functions_called()
     used = _used(code, functions)
-    callees = {name: _callees(functions[name].split("\n", 1)[1], functions) - {name} for name in used}
-    callees[""] = _callees(code, functions)
-    inner = {name: _only_used_by(name, callees) for name in used if name in LAZY}
 
-    def texts(names: set[str]) -> str:
-        """Return these functions in the order of the library, without those that stand inside another one of them."""
-        outer = names - {hidden for name in names for hidden in inner.get(name, ())}
-        return "".join(nested(name) for name in used if name in outer)
+    def texts(names: frozenset[str] | set[str], outer: frozenset[str]) -> str:
+        """Return these functions, and those that they use, in the library's order; without those of outer scopes."""
+        here: set[str] = set()
+        new = set(names) - outer
+        while new:
+            here |= new
+            new = {other for name in new if name not in LAZY for other in called[name]} - here - outer
+        return "".join(nested(name, outer | here) for name in used if name in here)
 
-    def nested(name: str) -> str:
+    def nested(name: str, outer: frozenset[str]) -> str:
+        if name not in LAZY:
+            return functions[name]
         head, rest = functions[name].split("\n", 1)
-        return f"{head}\n{texts(inner.get(name, set()))}{rest}"
+        return f"{head}\n{texts(called[name], outer)}{rest}"
 
-    return texts(set(used)) + _COMMENT.sub("", code)
-
-
-def _only_used_by(name: str, callees: Mapping[str, set[str]]) -> set[str]:
-    """Return the functions that no code but that of this function calls, directly or not."""
-    reached, new = {"", name}, callees[""] - {name}
-    while new:
-        reached |= new
-        new = {called for caller in new for called in callees[caller]} - reached
-    return set(callees) - reached
+    return texts(_callees(code, functions), frozenset()) + _COMMENT.sub("", code)
 
 
 @lru_cache(maxsize=8)

@@ -57,7 +57,9 @@ while i <= #ARGV do
       local final = outcome ~= 'retried' and outcome ~= 'requeued'
       state = final and outcome or 'scheduled'
       redis.call('HDEL', KEY.held .. worker, id)
-      give_use_back(job, now)
+      if job.counted then
+        give_use_back(job, now)
+      end
       if job.state == 'admitted' then
         redis.call('ZREM', KEY.unclaimed, id)
       end
@@ -94,13 +96,7 @@ while i <= #ARGV do
 end
 if any and admit == '1' and (book.kept or book.unfilled or is_waiting(facts)) then
   local _
-  _, reply[2], reply[3] = fill_pass(book, now, '-inf', facts, function(id, job, message)
-    if nonce ~= '' and #message <= LIMIT.hand_over then
-      hand_over(id, job, message, book, now, nonce, reply)
-    else
-      admit_job(id, job, message, book, now)
-    end
-  end)
+  _, reply[2], reply[3] = fill_pass(book, now, '-inf', facts, way_to_start(book, now, nonce, reply))
   local unheld = {}
   for _, of_tenant in pairs(ended) do
     for _, shape in ipairs(shapes_below_quota(facts, of_tenant.shape, of_tenant.amounts)) do

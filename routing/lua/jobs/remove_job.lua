@@ -26,7 +26,9 @@ else
     write_book(book)
     redis.call('HSET', KEY.book .. freed, 'unfilled', '1')
   end
-  give_use_back(job, clock())
+  if job.counted then
+    give_use_back(job, clock())
+  end
 end
 if final == '1' then
   bury(id, job, nil, nil, true)

@@ -46,3 +46,15 @@ local function hand_over(id, job, message, book, now, nonce, out)
   redis.call('HSET', KEY.held .. book.worker, id, token_of(job))
   append_handed_over(out, id, job, message)
 end
+
+-- The function by which a pass starts a job: it hands the job over to the worker that asks with a nonce, and admits
+-- it where nobody asks or its message is large.
+local function way_to_start(book, now, nonce, out)
+  return function(id, job, message)
+    if nonce ~= '' and #message <= LIMIT.hand_over then
+      hand_over(id, job, message, book, now, nonce, out)
+    else
+      admit_job(id, job, message, book, now)
+    end
+  end
+end

@@ -35,10 +35,10 @@ local function holds(value, operator, asked)
   return number < other
 end
 
--- True if a worker with these labels, nil for none, meets conditions, nil for none.
+-- True if a worker with these labels, nil for none, meets conditions.
 local function allows(conditions, worker, labels)
   local between = ',' .. (labels or '') .. ','
-  for condition in string.gmatch(conditions or '', '[^/]+') do
+  for condition in string.gmatch(conditions, '[^/]+') do
     local name = string.match(condition, '^@(.+)')
     if name and name ~= worker then
       return false

@@ -14,7 +14,9 @@ end
 local function put_back(id, job, now, outcome, error_text, most_losses, outbox, told)
   redis.call('HDEL', KEY.held .. job.worker, id)
   redis.call('ZREM', KEY.unclaimed, id)
-  give_use_back(job, now)
+  if job.counted then
+    give_use_back(job, now)
+  end
   if outcome == 'lost' then
     job.losses = int(tonumber(job.losses or '0') + 1)
     count('lost', 1)

@@ -52,9 +52,6 @@ end
 
 -- Give back the use of a counted job whose attempt is over, and add its run time to the past use of its tenant.
 local function give_use_back(job, now)
-  if not job.counted then
-    return
-  end
   job.counted = nil
   count_use(job.shape, -1)
   local admitted = tonumber(job.admitted or '') or 0

@@ -23,6 +23,7 @@ end
 -- True if a worker meets the conditions of a shape, has registered its task, and does not end before a job of that
 -- shape has ended.
 local function takes(book, shape)
-  return allows(conditions_of(shape), book.worker, book.labels) and knows(book.tasks, shape)
+  local conditions = conditions_of(shape)
+  return (not conditions or allows(conditions, book.worker, book.labels)) and knows(book.tasks, shape)
     and (not book.left or (bound_of(shape) or 0) <= book.left)
 end

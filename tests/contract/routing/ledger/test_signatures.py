@@ -382,10 +382,11 @@ def test_loaded_script_calls_each_function_that_it_holds(name: str) -> None:
 
 
 #: Lines of a script as it is sent. A script that searches for a worker, or goes through the waiting shapes, is longer.
+#: A function that only lazy functions use stands in each of them.
 MOST_LINES: Final = 450
 MOST_LINES_OF: Final = {
-    "drain": 535, "fill": 1120, "find_room": 460, "lapse": 580, "place_shape": 890, "refill": 1185, "release": 1350,
-    "submit": 1155, "submit_many": 1175, "take_back_missing": 545
+    "drain": 535, "fill": 1150, "find_room": 460, "lapse": 580, "place_shape": 890, "refill": 1250, "release": 1560,
+    "submit": 1250, "submit_many": 1270, "take_back_missing": 545
 }  # fmt: skip
 
 

@@ -16,22 +16,58 @@ TEXTS = {name: script.text for name, script in scripts.load(15_000, 60_000, max_
 
 
 @pytest.mark.parametrize("name", scripts.names())
-def test_script_makes_each_used_function_once(name: str) -> None:
+def test_script_makes_each_used_function_once_in_a_scope(name: str) -> None:
     used = scripts._used(scripts.body(name), scripts._functions())
 
-    made = re.findall(r"^local function (\w+)\(", TEXTS[name], re.MULTILINE)
+    made = scopes(TEXTS[name])
 
-    assert sorted(made) == sorted(used)
+    assert {scope[-1] for scope in made} == set(used)
+    assert len(set(made)) == len(made)
+    assert all(scope[-1] not in scope[:-1] for scope in made)
 
 
-def test_function_stands_inside_its_only_user_that_is_lazy() -> None:
-    lines = TEXTS["submit"].splitlines()
-    begin = lines.index(next(line for line in lines if line.startswith("local function find_worker(")))
-    end = lines.index("local function admit_or_file(id, job, rerun, facts, now, batch)")
+@pytest.mark.parametrize("name", scripts.names())
+def test_function_stands_behind_those_that_it_calls(name: str) -> None:
+    called = scripts._functions_called()
+    made = scopes(TEXTS[name])
 
-    assert any(line.startswith("local function search(") for line in lines[begin + 1 : end])
-    # A function with another user stands before both.
-    assert any(line.startswith("local function bound_of(") for line in lines[:end])
+    for place, scope in enumerate(made):
+        within = {inner[-1] for inner in made if inner[:-1] == scope}
+        before = {other[-1] for other in made[:place] if other[:-1] == scope[: len(other) - 1]}
+        assert called[scope[-1]] <= within | before, scope
+
+
+def test_function_of_lazy_ones_alone_stands_inside_each() -> None:
+    made = scopes(TEXTS["submit"])
+
+    assert ("find_worker", "search") in made
+    assert {scope for scope in made if scope[-1] == "bound_of"} == {
+        ("find_worker", "bound_of"),
+        ("passing_worker", "bound_of"),
+    }
+    # A function that the others use too stands before all.
+    assert [scope for scope in made if scope[-1] == "amounts_of"] == [("amounts_of",)]
+
+
+@pytest.mark.parametrize(("name", "once", "most"), [("submit", {"find_worker", "enter"}, 70), ("release", set(), 40)])
+def test_usual_call_makes_few_functions(name: str, once: set[str], most: int) -> None:
+    """The server makes the functions anew at every call. `once`: lazy functions that such a call reaches once."""
+    made = [scope for scope in scopes(TEXTS[name]) if once.issuperset(scope[:-1])]
+
+    assert len(made) <= most
+
+
+def scopes(text: str) -> list[tuple[str, ...]]:
+    """Return the functions of a script in their order, each behind the names of those that it stands inside."""
+    made: list[tuple[str, ...]] = []
+    around: list[str] = []
+    for line in text.splitlines():
+        if head := re.match(r"local function (\w+)\(", line):
+            around.append(head[1])
+            made.append(tuple(around))
+        elif line == "end" and around:
+            around.pop()
+    return made
 
 
 def test_no_parameter_has_the_name_of_a_function() -> None:
