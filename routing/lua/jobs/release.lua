@@ -95,8 +95,11 @@ while i <= #ARGV do
   reply[#reply + 1] = job and job.shape or ''
 end
 if any and admit == '1' and (book.kept or book.unfilled or is_waiting(facts)) then
-  local _
-  _, reply[2], reply[3] = fill_pass(book, now, '-inf', facts, way_to_start(book, now, nonce, reply))
+  -- Behind a backlog of wide jobs nearly every release frees too little, and a pass would parse shapes to find that.
+  if book.kept or book.unfilled or may_fit(book) then
+    local _
+    _, reply[2], reply[3] = fill_pass(book, now, '-inf', facts, way_to_start(book, now, nonce, reply))
+  end
   local unheld = {}
   for _, of_tenant in pairs(ended) do
     for _, shape in ipairs(shapes_below_quota(facts, of_tenant.shape, of_tenant.amounts)) do

@@ -19,6 +19,11 @@ local function is_waiting(facts)
   return facts.waiting > 0 or redis.call('EXISTS', KEY.shapes) == 1
 end
 
+-- True if a waiting shape may fit on a worker by its free CPUs. A shape that must run alone stands before all others.
+local function may_fit(book)
+  return redis.call('ZCOUNT', KEY.asks .. 'cpus', '-inf', int(room(book, 'cpus'))) > 0
+end
+
 -- Count jobs that came into the backlog here, or left it (negative).
 local function count_waiting(number)
   redis.call('HINCRBY', KEY.epoch, 'waiting', number)

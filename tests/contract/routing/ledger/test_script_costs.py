@@ -253,6 +253,21 @@ def test_release_looks_for_no_shapes_while_none_waits(ledger: Ledger) -> None:
     assert "cmdstat_zrangebyscore" not in ran
 
 
+def test_release_looks_for_no_shapes_while_all_ask_for_more_cpus(ledger: Ledger) -> None:
+    run(ledger, ["job"])
+    for more in range(1, FEW):
+        wide = Request.of({"cpus": 1000 * (MANY + more)}).shape
+        ledger.submit_many([(f"wide-{more}", wide, order(0, more), MESSAGE, 0, 0, 0)])
+    client: Any = ledger.client
+    client.config_resetstat()
+
+    release_and_admit(ledger, "job")
+
+    ran = set(client.info("commandstats"))
+    assert "cmdstat_zcount" in ran
+    assert "cmdstat_zrangebyscore" not in ran
+
+
 def test_release_admits_job_that_came_back_in_the_same_script(ledger: Ledger) -> None:
     """No job waited when the script began."""
     run(ledger, ["job"])
