@@ -251,12 +251,12 @@ def _with_library(code: str) -> str:
 
     def texts(names: frozenset[str] | set[str], outer: frozenset[str]) -> str:
         """Return these functions, and those that they use, in the library's order; without those of outer scopes."""
-        here: set[str] = set()
+        scope: set[str] = set()
         new = set(names) - outer
         while new:
-            here |= new
-            new = {other for name in new if name not in LAZY for other in called[name]} - here - outer
-        return "".join(nested(name, outer | here) for name in used if name in here)
+            scope |= new
+            new = {other for name in new if name not in LAZY for other in called[name]} - scope - outer
+        return "".join(nested(name, outer | scope) for name in used if name in scope)
 
     def nested(name: str, outer: frozenset[str]) -> str:
         if name not in LAZY:

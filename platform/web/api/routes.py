@@ -71,8 +71,8 @@ def answers(model: type[models.Closed]) -> dict[str, Any]:
 
 def reads(model: type[models.Closed]) -> dict[str, Any]:
     """Return the answers of a path that reads: a client that has the value already is told so."""
-    told = answers(model)
-    return {**told, "responses": {**told["responses"], 304: {"description": "the value that If-None-Match names"}}}
+    answer = answers(model)
+    return {**answer, "responses": {**answer["responses"], 304: {"description": "the value that If-None-Match names"}}}
 
 
 def add_routes(app: FastAPI, values: Values, feed: Feed) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 from celery_capacity.routing.fallback import reservations as without_ledger
 from celery_capacity.routing.ledger import keys
@@ -26,7 +27,8 @@ def duty(cluster: Authority) -> dict[str, int]:
 def counters(cluster: Authority) -> Counter[str]:
     """Return the counts in the ledger, with those that go there with the next call."""
     counts = cluster.stores.ledger.tally.take()
-    for name, number in cluster.stage.redis.hgetall(keys.COUNTERS).items():  # type: ignore[union-attr]
+    client: Any = cluster.stage.redis
+    for name, number in client.hgetall(keys.COUNTERS).items():
         counts[name.decode()] += int(number)
     return counts
 
