@@ -251,12 +251,12 @@ def _with_library(code: str) -> str:
 
     def texts(names: frozenset[str] | set[str], outer: frozenset[str]) -> str:
         """Return these functions, and those that they use, in the library's order; without those of outer scopes."""
-        scope: set[str] = set()
+        inside: set[str] = set()
         new = set(names) - outer
         while new:
-            scope |= new
-            new = {other for name in new if name not in LAZY for other in called[name]} - scope - outer
-        return "".join(nested(name, outer | scope) for name in used if name in scope)
+            inside |= new
+            new = {other for name in new if name not in LAZY for other in called[name]} - inside - outer
+        return "".join(nested(name, outer | inside) for name in used if name in inside)
 
     def nested(name: str, outer: frozenset[str]) -> str:
         if name not in LAZY:
