@@ -52,6 +52,9 @@ SUBMIT_PART: Final = 0.95
 JOBS_A_SECOND: Final = 42.5
 #: Seconds within which Postgres must answer before it is given up. A stalled Postgres outlasts them.
 STORE_TIMEOUT: Final = "3"
+#: Seconds after which a worker is kept for a blocked job, and the beginning of the line in which a worker logs it.
+RESERVE_AFTER: Final = "1"
+RESERVED: Final = "duty reserve: reserved"
 #: Seconds for all jobs to end after the last fault.
 REST_WITHIN: Final = 180.0
 
@@ -72,6 +75,8 @@ class Outcome:
     verdict: Verdict = field(default_factory=Verdict)
     times: dict[str, list[Times]] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
+    #: Passes of the duties after which a worker was reserved for a wide job.
+    reservations: int = 0
     #: The history of the run.
     records: list[history.Record] = field(default_factory=list)
 
@@ -87,6 +92,7 @@ class Outcome:
             "found": {name: lines for name, lines in self.verdict.found.items() if lines},
             "healing": {kind: summary(times) for kind, times in sorted(self.times.items())},
             "counters": self.counters,
+            "reservations": self.reservations,
         }
 
 
@@ -110,7 +116,9 @@ def run(seed: int, seconds: float, jobs: int, faults: list[Fault], folder: Path,
     with (
         small_disk() as disk,
         own_servers(disk) as servers,
-        breaking.world(servers, folder, PLATFORM_STORE_TIMEOUT=STORE_TIMEOUT) as world,
+        breaking.world(
+            servers, folder, PLATFORM_STORE_TIMEOUT=STORE_TIMEOUT, PLATFORM_RESERVE_AFTER=RESERVE_AFTER
+        ) as world,
     ):
         if disk is None and any(fault.kind == lasting.DISK_IS_FULL for fault in faults):
             say("no disk can be mounted here: it is not filled")
@@ -135,6 +143,9 @@ def run(seed: int, seconds: float, jobs: int, faults: list[Fault], folder: Path,
         outcome.refused, outcome.unsure = load.refused, load.unsure
         outcome.times = times_of(world.oracle, [(fault.kind, began + fault.until) for fault in outcome.faults])
         outcome.counters = _counters(world)
+        outcome.reservations = sum(
+            RESERVED in line for process in world.platform.processes for line in list(process.lines)
+        )
         outcome.seconds = time.monotonic() - began
         outcome.records = [*_run_of(outcome, began), *world.oracle.records]
         if not outcome.verdict.zeros:
@@ -326,6 +337,7 @@ def show(outcome: Outcome) -> None:
         click.echo(line)
     refused = {name: count for name, count in outcome.counters.items() if name.startswith(("stale", "refused"))}
     click.echo(f"refused writes and admissions: {refused}")
+    click.echo(f"passes that reserved a worker: {outcome.reservations}")
 
 
 if __name__ == "__main__":

@@ -23,4 +23,5 @@ def test_half_a_minute_of_random_faults_costs_no_job(tmp_path: Path, capsys: pyt
     assert outcome.verdict.zeros, "\n".join([*lines, shown])
     assert outcome.accepted + outcome.refused >= JOBS
     assert outcome.to_json()["counts"] == dict.fromkeys(outcome.verdict.counts, 0)
+    assert outcome.reservations > 0
     assert f"seed {SEED}" in shown

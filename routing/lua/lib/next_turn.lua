@@ -92,9 +92,9 @@ local function next_by_turns(tries, book)
   end
 end
 
--- Set a shape back that may not pass the reserved one, until `bring_back`. Without turns it is tried no more.
+-- Set a shape back until `bring_back`: it may not pass the reserved one. Without turns, only if it must be alone.
 local function set_back(tries, row)
-  if tries.by_turns then
+  if tries.by_turns or row.options[1].alone then
     tries.behind = tries.behind or {}
     table.insert(tries.behind, row)
   end

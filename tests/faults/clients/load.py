@@ -1,4 +1,4 @@
-"""The load of a chaos run: jobs of tenants, with limits and rates by key, expected times and places."""
+"""The load of a chaos run: wide and narrow jobs of tenants, with limits, rates by key, expected times and places."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ QUOTAS: Final = {"physics": "cpus=6", "biology": "cpus=5"}
 #: Keys that have limits, and the jobs of a key that may run at once.
 KEYS: Final = ("customer:1", "customer:2", "customer:3")
 AT_ONCE: Final = 2
+#: Every so many jobs one asks for all CPUs of the largest worker. Others would pass it for ever without reservations.
+WIDE_EVERY: Final = 23
 #: Rate of the key `paced`, which is above that of its jobs.
 PACE: Final = "20/s"
 
@@ -32,9 +34,11 @@ def options_of(number: int, seconds: float) -> dict[str, Any]:
     """Return the options of a job by its number, so that all of them meet each other.
 
     A third of the jobs say how long they run, some of them wrongly. Two thirds have a tenant, a quarter a limit by key,
-    a tenth a rate by key, and a seventh a label of the workers that may run them.
+    a tenth a rate by key, and a seventh a label of the workers that may run them. A few are wide.
     """
     options: dict[str, Any] = {}
+    if number % WIDE_EVERY == 0:
+        options["cpus"] = max(cpus for _, cpus, _, _ in WORKERS)
     if number % 3 == 0:
         options["lasts"] = max(seconds, 0.01) * (1 + number % 2)
     if (tenant := TENANTS[number // 2 % len(TENANTS)]) is not None:
@@ -90,7 +94,7 @@ class Load:
             self._give_up.wait(began + self._seconds * number / self._jobs - time.monotonic())
             while not self._give_up.is_set():
                 try:
-                    oracle.send(self._submitter, seconds=seconds, cpus=cpus, **options_of(number, seconds))
+                    oracle.send(self._submitter, seconds=seconds, **{"cpus": cpus, **options_of(number, seconds)})
                     break
                 except NotAccepted:
                     self.refused += 1

@@ -8,8 +8,8 @@ from tests.faults.clients.load import AT_ONCE, QUOTAS, options_of
 
 
 def test_load_has_each_pair_of_constraints() -> None:
-    kinds = {"lasts", "tenant", "limit", "rate", "where"}
-    loads = [options_of(number, 0.1) for number in range(420)]
+    kinds = {"lasts", "tenant", "limit", "rate", "where", "cpus"}
+    loads = [options_of(number, 0.1) for number in range(2 * 420)]
     assert any(not kinds & options.keys() for options in loads)
     assert all(any({*pair} <= options.keys() for options in loads) for pair in combinations(kinds, 2))
 

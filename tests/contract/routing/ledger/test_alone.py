@@ -6,7 +6,7 @@ from typing import Final
 
 import pytest
 
-from celery_capacity.routing.ledger import keys
+from celery_capacity.routing.ledger import keys, snapshot
 from celery_capacity.routing.ledger.replies import Adopted
 from celery_capacity.routing.model.reasons import Reason
 from celery_capacity.routing.model.request import Request
@@ -16,7 +16,8 @@ from celery_capacity.routing.policy import placement
 from celery_capacity.routing.policy.feasibility import survey
 from celery_capacity.routing.policy.fill import fill_or_keep
 from celery_capacity.routing.policy.placement import Admission, Book, Refusal, Waiting, order
-from tests.fixtures.stores.books import MOST_LOSSES, job_field
+from celery_capacity.routing.policy.reservation import Reservation
+from tests.fixtures.stores.books import MESSAGE, MOST_LOSSES, job_field
 from tests.fixtures.stores.cluster import CAPACITY, ONE, Cluster
 
 #: Allocation of a job that asks for ONE and runs alone.
@@ -251,3 +252,18 @@ def test_a_pass_keeps_the_worker_when_the_turn_has_come() -> None:
     # Another worker is kept for this shape already.
     admitted, shape = fill_or_keep(book("a", 1), backlog, 32, {ALONE})
     assert ([waiting.job for waiting in admitted], shape) == (["1", "3"], "")
+
+
+def test_worker_is_kept_for_an_earlier_job_once_its_reserved_one_started(cluster: Cluster) -> None:
+    token = cluster.run("one")
+    cluster.run("two")
+    middle = Request.of({"cpus": 3000}).shape
+    cluster.submit("middle", middle)
+    head = int(job_field(cluster.client, "middle", "order") or 0)
+    allocated = snapshot.read_books(cluster.client, ["w"])["w"].allocated
+    assert cluster.ledger.reserve(Reservation("w", middle, head, 0, {}), allocated, ["w"])
+    cluster.ledger.submit("last", ONE, order(5, 9), MESSAGE, losses=LAST)
+    cluster.submit("later", Request.of({}).shape)
+    cluster.end("one", token)
+    assert [cluster.state(job) for job in ("middle", "last", "later")] == ["admitted", "waiting", "waiting"]
+    assert kept(cluster) == ALONE
