@@ -33,16 +33,23 @@ def counters(cluster: Authority) -> Counter[str]:
     return counts
 
 
-def test_missed_time_of_a_reservation_is_counted_once(authority: Authority) -> None:
+def test_each_missed_time_of_a_reservation_is_counted_once(authority: Authority) -> None:
     authority.worker("a", cpus=4000)
     running = authority.submit(cpus=1000, run_time=SHORT)
     assert authority.starts("a") == [running]
     wide = authority.submit(cpus=4000, run_time=LONG)
     assert duty(authority)["reserved"] == 1
-    until(lambda: duty(authority)["overruns"], "the running job is late")
-    duty(authority)
+    passes: list[int] = []
+
+    def is_late() -> bool:
+        passes.append(duty(authority)["overruns"])
+        return any(passes)
+
+    until(is_late, "the running job is late")
+    # The next time that is reserved may be missed too until then.
+    passes.append(duty(authority)["overruns"])
     counts = counters(authority)
-    assert (counts["overran"], counts["kept"]) == (1, 0)
+    assert (counts["overran"], counts["kept"]) == (sum(passes), 0)
     authority.end(running)
     assert authority.starts("a") == [wide]
 
