@@ -84,15 +84,18 @@ class Daemon:
         return not self.alive()
 
 
-def start(arguments: Sequence[str | Path], log: Path, owner: Owner | None = None) -> Daemon:
+def start(
+    arguments: Sequence[str | Path], log: Path, owner: Owner | None = None, variables: Mapping[str, str] | None = None
+) -> Daemon:
     """Start a program apart from this process, and append its output to `log`.
 
-    Raises CannotStart with the end of the log if the program ends at once.
+    It gets `variables` where this process has none of that name. Raises CannotStart with the end of the log if the
+    program ends at once.
     """
     try:
         done = subprocess.run(
             ["/bin/sh", "-c", _DETACH, "sh", *map(str, arguments)],
-            env={**environment(), "DETACHED_LOG": str(log)},
+            env={**(variables or {}), **environment(), "DETACHED_LOG": str(log)},
             cwd="/",
             stdout=subprocess.PIPE,
             start_new_session=True,

@@ -30,6 +30,11 @@ LETTING_GO_SECONDS = 2.0
 
 ADDRESS = "127.0.0.1"
 
+#: Settings of the C library's `malloc` in the server, for glibc; others ignore them. The filing of a backlog leaves
+#: free pieces all over the heap. With the default of 7 cached pieces of each size, each script takes its short-lived
+#: values from all over it, and an admission beside 100,000 waiting jobs takes a fifth longer than with these.
+VARIABLES = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=4000"}
+
 
 @dataclass(frozen=True)
 class Valkey:
@@ -90,7 +95,8 @@ def start(folder: Path, port: int | None = None, *, durable: bool = True, beginn
         chosen = _free(candidate)
         if chosen is None:
             continue
-        server = Valkey(daemon.start(_arguments(folder, chosen, durable), _log(folder)), chosen)
+        arguments = _arguments(folder, chosen, durable)
+        server = Valkey(daemon.start(arguments, _log(folder), variables=VARIABLES), chosen)
         try:
             _wait(server, folder, beginning)
         except BaseException as error:

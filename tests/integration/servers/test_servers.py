@@ -93,6 +93,22 @@ def test_the_first_command_starts_a_migrated_pair_and_the_second_finds_it(shared
     assert str(shared.home) in servers.describe(first)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells a process's variables")
+@pytest.mark.parametrize("own", [None, "glibc.malloc.tcache_count=5"])
+def test_valkey_gets_its_settings_of_malloc_unless_the_caller_has_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if own is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", own)
+    server = valkey.start(tmp_path, 0, durable=False)
+    try:
+        variables = psutil.Process(server.process.pid).environ()
+    finally:
+        server.kill()
+    assert variables["GLIBC_TUNABLES"] == (own or "glibc.malloc.tcache_count=4000")
+
+
 def test_a_start_that_is_given_up_leaves_no_server(shared: Settings) -> None:
     beginning = Start()
     with ThreadPoolExecutor(1) as pool:
