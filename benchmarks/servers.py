@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,16 +104,23 @@ def pair_of(checkout: Path, folder: Path) -> Iterator[Pair]:
 def versions(pair: Pair) -> dict[str, str]:
     """Return name and version of both servers, as the servers report them."""
     with redis.Redis.from_url(pair.redis_url) as client:
-        about = client.info("server")
+        about = {**client.info("server"), **client.info("memory")}
     name = about.get("server_name", "redis")
     engine = sqlalchemy.create_engine(pair.database_url)
     with engine.connect() as connection:
         postgres = connection.execute(sqlalchemy.text("SHOW server_version")).scalar_one()
     engine.dispose()
     return {
-        name.capitalize(): str(about.get(f"{name}_version", about["redis_version"])),
+        name.capitalize(): f"{about.get(f'{name}_version', about['redis_version'])} with {_allocator(about)}",
         "PostgreSQL": str(postgres).split()[0],
     }
+
+
+def _allocator(about: Mapping[str, object]) -> str:
+    """Return the name of the allocator of a Redis on this machine. It does not know of one that was preloaded."""
+    maps = Path(f"/proc/{about['process_id']}/maps")
+    preloaded = maps.exists() and "libjemalloc" in maps.read_text()
+    return "jemalloc" if preloaded else str(about["mem_allocator"])
 
 
 def sync_ms(folder: Path) -> float:

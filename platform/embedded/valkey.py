@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import signal
 import socket
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
 import psutil
@@ -30,10 +32,13 @@ LETTING_GO_SECONDS = 2.0
 
 ADDRESS = "127.0.0.1"
 
-#: Settings of the C library's `malloc` in the server, for glibc; others ignore them. The filing of a backlog leaves
-#: free pieces all over the heap. With the default of 7 cached pieces of each size, each script takes its short-lived
-#: values from all over it, and an admission beside 100,000 waiting jobs takes a fifth longer than with these.
-VARIABLES = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=4000"}
+#: Where systems keep jemalloc, the allocator that Redis's own builds contain.
+JEMALLOC = ("/usr/lib/*-linux-gnu/libjemalloc.so.2", "/usr/lib64/libjemalloc.so.2", "/usr/lib/libjemalloc.so.2")
+
+#: Pieces of each size that glibc's `malloc` keeps at hand, where there is no jemalloc. Other C libraries ignore it.
+#: The filing of a backlog leaves free pieces all over the heap, and with the default of 7 each script takes its
+#: short-lived values from all over it.
+TUNABLES = "glibc.malloc.tcache_count=4000"
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def start(folder: Path, port: int | None = None, *, durable: bool = True, beginn
         if chosen is None:
             continue
         arguments = _arguments(folder, chosen, durable)
-        server = Valkey(daemon.start(arguments, _log(folder), variables=VARIABLES), chosen)
+        server = Valkey(daemon.start(arguments, _log(folder), variables=allocator()), chosen)
         try:
             _wait(server, folder, beginning)
         except BaseException as error:
@@ -126,6 +131,18 @@ def _arguments(folder: Path, port: int, durable: bool) -> list[str | Path]:
         *keep,
         *tests,
     ]
+
+
+def allocator() -> Mapping[str, str]:
+    """Return the variables that give the server a fast allocator: jemalloc, or glibc's with a larger cache.
+
+    Beside 10,000 workers and 100,000 waiting jobs an admission took 3.7 times a bare EVALSHA with glibc's defaults,
+    3.2 with the larger cache, and 2.7 with jemalloc.
+    """
+    for pattern in JEMALLOC:
+        for library in glob(pattern):
+            return {"LD_PRELOAD": library}
+    return {"GLIBC_TUNABLES": TUNABLES}
 
 
 def binary() -> Path:

@@ -93,20 +93,27 @@ def test_the_first_command_starts_a_migrated_pair_and_the_second_finds_it(shared
     assert str(shared.home) in servers.describe(first)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells a process's variables")
-@pytest.mark.parametrize("own", [None, "glibc.malloc.tcache_count=5"])
-def test_valkey_gets_its_settings_of_malloc_unless_the_caller_has_some(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str | None
+@pytest.mark.parametrize("library", [None, "libjemalloc.so.2"])
+@pytest.mark.parametrize("own", [{}, {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=5", "LD_PRELOAD": ""}])
+def test_valkey_gets_jemalloc_where_it_is_unless_the_caller_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str | None, own: dict[str, str]
 ) -> None:
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    if own is not None:
-        monkeypatch.setenv("GLIBC_TUNABLES", own)
-    server = valkey.start(tmp_path, 0, durable=False)
+    names = ("GLIBC_TUNABLES", "LD_PRELOAD")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    # The system says that it cannot preload an empty file, and goes on without.
+    if library is not None:
+        (tmp_path / library).touch()
+    monkeypatch.setattr(valkey, "JEMALLOC", (str(tmp_path / "libjemalloc*"),))
+    server = valkey.start(tmp_path / "redis", 0, durable=False)
     try:
         variables = psutil.Process(server.process.pid).environ()
     finally:
         server.kill()
-    assert variables["GLIBC_TUNABLES"] == (own or "glibc.malloc.tcache_count=4000")
+    chosen = {"GLIBC_TUNABLES": valkey.TUNABLES} if library is None else {"LD_PRELOAD": str(tmp_path / library)}
+    assert {name: variables[name] for name in names if name in variables} == {**chosen, **own}
 
 
 def test_a_start_that_is_given_up_leaves_no_server(shared: Settings) -> None:

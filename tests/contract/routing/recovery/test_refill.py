@@ -21,7 +21,7 @@ from celery_capacity.routing.ledger.connection import quick_client
 from celery_capacity.routing.ledger.replies import CancelVerdict, LedgerClosed, SubmitVerdict
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.policy.placement import order
-from celery_capacity.routing.recovery import rebuild, reconcile, refill, resubmit
+from celery_capacity.routing.recovery import rebuild, reconcile, refill
 from celery_capacity.routing.store import backlog
 from celery_capacity.workers.app.install import create_app
 from celery_capacity.workers.client import priorities
@@ -194,7 +194,7 @@ def test_process_that_dies_while_it_fetches_loses_no_job(stage: Head, monkeypatc
 
 
 def test_rows_that_come_too_late_are_overtaken_by_none(stage: Head, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resubmit, "CHUNK", 1)
+    monkeypatch.setattr(refill, "CHUNK", 1)
     stage.worker("w", cpus=1000)
     jobs = [stage.add() for _ in range(LEAST + 6)]
     stage.apply()
