@@ -177,6 +177,28 @@ def test_messages_that_were_set_aside_are_dropped_and_put_back(stage: Stage, vis
     assert stage.redis.lpop("celery") == b"x"
 
 
+def test_page_of_messages_follows_and_keeps_what_is_chosen(stage: Stage, visitor: Visitor) -> None:
+    add = "INSERT INTO quarantine (raw, queue, reason) VALUES ('x', 'celery', :said)"
+    stage.sql(add, said="not_json: first")
+    log_in(visitor)
+    page = visitor.visit("/quarantine")
+    page.get_by_role("checkbox").press("Space")
+    stage.sql(add, said="not_json: second")
+    expect(page.locator("tbody tr")).to_have_count(2)
+    expect(page.locator("tbody tr").first).to_contain_text("second")
+    chosen = page.get_by_label("Message 1", exact=True)
+    expect(chosen).to_be_checked()
+    expect(chosen).to_be_focused()
+    expect(page.get_by_label("Message 2", exact=True)).not_to_be_checked()
+    page.locator("#drop").focus()
+    stage.sql("DELETE FROM quarantine WHERE id = 2")
+    expect(page.locator("tbody tr")).to_have_count(1)
+    expect(chosen).to_be_checked()
+    expect(page.locator("#drop")).to_be_focused()
+    stage.sql("DELETE FROM quarantine")
+    expect(page.locator("#quarantine")).to_have_text("No message was set aside.")
+
+
 def test_keyboard_alone_drains_a_worker(stage: Stage, visitor: Visitor) -> None:
     stage.worker("a", cpus=4000)
     page = log_in(visitor)

@@ -20,12 +20,18 @@ function show(state) {
   sign.textContent = sign.dataset[state];
 }
 
-// A focused element keeps the focus if the new part has its like, by id or by the place that it leads to.
+// A focused element keeps the focus if the new part has its like, by id, by the place that it leads to, or by name and
+// value.
 function focusKey(element) {
   if (!element || element === document.body) return null;
   if (element.id) return `#${CSS.escape(element.id)}`;
+  if (element.name) return boxKey(element);
   const link = element.getAttribute("href");
   return link ? `[href="${CSS.escape(link)}"]` : null;
+}
+
+function boxKey(box) {
+  return `[name="${CSS.escape(box.name)}"][value="${CSS.escape(box.value)}"]`;
 }
 
 function exchange(next) {
@@ -35,10 +41,13 @@ function exchange(next) {
     if (!other || other.isEqualNode(part)) continue;
     const key = part.contains(document.activeElement) ? focusKey(document.activeElement) : null;
     const { scrollLeft, scrollTop } = part;
+    const checked = [...part.querySelectorAll("input:checked")].map(boxKey);
     part.replaceWith(document.importNode(other, true));
     const now = document.getElementById(other.id);
     now.scrollLeft = scrollLeft;
     now.scrollTop = scrollTop;
+    // What somebody has chosen stays chosen, unless it is gone.
+    for (const box of checked.map((each) => now.querySelector(each))) if (box) box.checked = true;
     if (key) now.querySelector(key)?.focus({ preventScroll: true });
   }
 }
