@@ -1,6 +1,7 @@
 """Flower on an app of the platform: it listens on this machine alone, and has a tab that leads to the dashboard.
 
-Its buttons work, or say why the platform refuses. A rate limit, for one, is of the cluster, and not of a worker.
+Its pages show the amounts of tasks and workers (`workers/app/flower_amounts.py`). Its buttons work, or say why the
+platform refuses. A rate limit, for one, is of the cluster, and not of a worker.
 
 Flower is a plug-in of Celery, which imports it for every command if it is installed. So it is imported already when an
 app is made, and nothing here imports it: a program that submits pays nothing.
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from celery_capacity.routing.errors import PlatformError, SettingsError
+from celery_capacity.workers.app import flower_amounts
 from celery_capacity.workers.process.stores import Stores
 
 #: Address where Flower listens unless FLOWER_ADDRESS, its file or --address say another.
@@ -26,6 +28,8 @@ END_OF_TABS: Final = "      </ul>"
 TASK: Final = "task.html"
 REVOCABLE: Final = 'task.state == "RECEIVED"'
 ALSO_WAITING: Final = 'task.state in ("WAITING", "ADMITTED", "RECEIVED")'
+#: Template of the page of a worker.
+WORKER: Final = "worker.html"
 #: Setting of Tornado for the loader of templates.
 LOADER: Final = "template_loader"
 
@@ -38,10 +42,11 @@ def prepare(stores: Stores) -> None:
     command.options.address = LOOPBACK
     command.settings.setdefault(LOADER, _loader(command.settings["template_path"], stores))
     explain_refusals(sys.modules["flower.api"].BaseApiHandler)
+    flower_amounts.ask_before_showing(sys.modules["flower.views.workers"].WorkerView)
 
 
 def _loader(folder: str, stores: Stores) -> Any:
-    """Return the loader of Flower's templates that adds the tab, and a button for jobs that wait.
+    """Return the loader of Flower's templates that adds the tab, amounts, and a button for jobs that wait.
 
     A template of another Flower, without the places of these, stays as it is.
     """
@@ -49,7 +54,8 @@ def _loader(folder: str, stores: Stores) -> Any:
 
     edits = {
         NAVBAR: lambda source: source.replace(END_OF_TABS, tab(page_of(stores)) + END_OF_TABS, 1),
-        TASK: lambda source: source.replace(REVOCABLE, ALSO_WAITING, 1),
+        TASK: lambda source: flower_amounts.task_page(source.replace(REVOCABLE, ALSO_WAITING, 1)),
+        WORKER: flower_amounts.worker_page,
     }
 
     edited: dict[str, Template] = {}
@@ -63,7 +69,7 @@ def _loader(folder: str, stores: Stores) -> Any:
                 edited[name] = Template(edits[name](source), name=name, loader=self)
             return edited[name]
 
-    return Edited(folder)
+    return Edited(folder, namespace=flower_amounts.NAMESPACE)
 
 
 def explain_refusals(handler: Any) -> None:

@@ -1,4 +1,4 @@
-"""Flower in a browser, on a running platform: the tab Capacity, and its buttons, which work or say why not.
+"""Flower in a browser, on a running platform: amounts, the tab Capacity, and its buttons, which work or say why not.
 
 One Flower, one worker and one browser serve the whole file, so the worker's end is the last step of the last test.
 """
@@ -103,10 +103,31 @@ def test_task_is_revoked_and_terminated(page: Page, submitter: Submitter) -> Non
     running = submitter.send(HOLD, "flower", cpus=2)
     tasks.started(submitter.platform.redis, "flower")
     waiting = submitter.send(HOLD, "flower", cpus=2)
+    _open_task(page, waiting, "#task-revoke")
+    assert _facts(page) == ("2 CPUs", "none: it waits")
+    _open_task(page, running, "#task-terminate")
+    assert _facts(page) == ("2 CPUs", "2 CPUs on a, attempt 1")
+    assert _cpus(page) == ["2 CPUs", "2 CPUs", "0 CPUs"]
     for job, button in ((waiting, "#task-revoke"), (running, "#task-terminate")):
         _open_task(page, job, button)
         click(page, button, says=f"Revoked '{job}'")
         assert submitter.ended(job).state == "cancelled"
+    # The page of a worker has the amounts of now, though Flower knows those of before.
+    until(lambda: _cpus(page) == ["2 CPUs", "0 CPUs", "2 CPUs"] or None, lambda: _cpus(page))
+    page.goto(f"/task/{running}")
+    assert _facts(page) == ("2 CPUs", "none: released")
+
+
+def _facts(page: Page) -> tuple[str, str]:
+    """Return the request and the allocation on the page of a task."""
+    rows = {name: page.locator(f".detail-row:has(dt:text-is('{name}')) dd") for name in ("Request", "Allocation")}
+    return rows["Request"].inner_text(), rows["Allocation"].inner_text()
+
+
+def _cpus(page: Page) -> list[str]:
+    """Return capacity, allocated and free CPUs on the page of the worker."""
+    open_worker(page, "Pool")
+    return page.locator("#platform-capacity tr:has(td:text-is('CPUs')) td").all_inner_texts()[1:]
 
 
 def _open_task(page: Page, job: str, button: str) -> None:
