@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from celery_capacity.platform.console import render
 from celery_capacity.platform.console.estimates import start_sentence
 from celery_capacity.routing.inspect.explanation import Explanation, OverQuota
 from celery_capacity.routing.model.amounts import CPUS, MEMORY, SLOTS, format_amount, format_cpus, format_memory
@@ -154,6 +155,11 @@ MEANINGS: Final = {
         "look at the job that replaced it",
     ),
 }
+
+
+def sentences(why: Explanation) -> list[str]:
+    """Explain why a job waits: the reason, its place, what each worker lacks, and when it starts."""
+    return [*render.reasons(why), *details(why)]
 
 
 def details(why: Explanation) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -44,7 +44,7 @@ class Moment:
     """The cluster at a moment. `groups`: None where Postgres does not answer, for the reason `why`."""
 
     seen: Overview
-    groups: list[dict[str, Any]] | None
+    groups: Sequence[Mapping[str, Any]] | None
     why: str
     silent: float
 

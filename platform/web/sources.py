@@ -17,7 +17,7 @@ from celery_capacity.platform.web import held_jobs, holes, last_hour, missing_wo
 from celery_capacity.platform.web.metrics import reading
 from celery_capacity.platform.web.metrics.ended_jobs import EndedJobs
 from celery_capacity.platform.web.metrics.exposition import Reads, families
-from celery_capacity.platform.web.waiting_groups import WaitingGroups
+from celery_capacity.platform.web.waiting_groups import Group, WaitingGroups
 from celery_capacity.platform.web.workflow import Workflow
 from celery_capacity.routing.database import audit, job_lines
 from celery_capacity.routing.database.job_lines import Position
@@ -104,7 +104,7 @@ class Sources:
         with self.stores.engine.connect() as connection:
             return held_jobs.read(connection, workers)
 
-    def groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> list[Group]:
         with self.stores.engine.connect() as connection:
             return self._groups.read(connection, self.client, self.stores.settings)
 

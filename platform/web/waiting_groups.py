@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import redis
 from sqlalchemy import Connection
 
-from celery_capacity.platform.console import render, wording
+from celery_capacity.platform.console import wording
 from celery_capacity.platform.web import group_rows
 from celery_capacity.platform.web.group_rows import GroupFilter, GroupRow
 from celery_capacity.routing.forecast import starts
@@ -32,6 +32,14 @@ ESTIMATED: Final = 2000
 ALL: Final = GroupFilter()
 
 
+class Group(dict[str, Any]):
+    """A group as an object of JSON. `explanation`: the value behind its `reasons`, for other languages."""
+
+    def __init__(self, values: Mapping[str, Any], explanation: Explanation | None) -> None:
+        super().__init__(values)
+        self.explanation = explanation
+
+
 class WaitingGroups:
     """Reader of the groups for one picture after the other.
 
@@ -50,7 +58,7 @@ class WaitingGroups:
 
     def read(
         self, connection: Connection, client: redis.Redis, settings: Any, chosen: GroupFilter = ALL
-    ) -> list[dict[str, Any]]:
+    ) -> list[Group]:
         """Return the groups that meet the conditions, those first that no worker can ever take."""
         reading = LedgerReading(client)
         rows = group_rows.read(connection, reading, chosen)
@@ -75,16 +83,16 @@ class WaitingGroups:
         return sorted(groups, key=lambda group: not group["blocked"])
 
 
-def document(seen: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+def document(seen: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the object of `backlog --json` and `/api/v1/backlog`. `seen`: the object of `cluster --json`."""
     shown = {name: seen[name] for name in ("backlog", "pauses", "source", "at")}
     return {"waiting": seen["resources"]["waiting_jobs"], "groups": groups, **shown}
 
 
-def _group(row: GroupRow, why: Explanation | None) -> dict[str, Any]:
+def _group(row: GroupRow, why: Explanation | None) -> Group:
     waits = why is not None and why.waits
     at = why.estimate.at if why is not None and why.estimate is not None else None
-    return {
+    values = {
         "task": row.name,
         "queue": row.queue,
         "priority": row.priority,
@@ -96,8 +104,9 @@ def _group(row: GroupRow, why: Explanation | None) -> dict[str, Any]:
         "oldest_seconds": round(max(0.0, row.oldest), 3),
         "first": row.first,
         "why": why.why.value if why is not None and waits else None,
-        "reasons": [*render.reasons(why), *wording.details(why)] if why is not None and waits else [],
+        "reasons": wording.sentences(why) if why is not None and waits else [],
         "blocked": why is not None and why.why in BLOCKING,
         "position": why.position if why is not None else None,
         "estimated_start": None if at is None else at.isoformat(),
     }
+    return Group(values, why)

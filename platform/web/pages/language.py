@@ -7,7 +7,10 @@ from typing import Final
 
 from starlette.requests import Request
 
+from celery_capacity.platform.console import wording
+from celery_capacity.platform.web.pages import chinese_reasons
 from celery_capacity.platform.web.pages.action_texts import ACTION_TEXTS
+from celery_capacity.routing.inspect.explanation import Explanation
 from celery_capacity.routing.model.reasons import Reason
 
 COOKIE: Final = "capacity_language"
@@ -166,9 +169,7 @@ CHINESE: Final = ACTION_TEXTS | {
     "not submitted": "尚未提交",
     "Dashed: to the body of a chord, or to a replacement.": "虚线：指向 chord 的主体或替换作业。",
     "more are not drawn.": "个未绘出。",
-    "Jobs that were submitted much later are left out, unless a message names them.": (
-        "很久以后提交的作业不显示，除非消息中指明。"
-    ),
+    "The workflow has more jobs than are read.": "工作流的作业太多，未全部读取。",
     "All jobs of the workflow": "工作流的所有作业",
     "Repeated": "重试历史",
     "archived": "已归档",
@@ -282,3 +283,10 @@ def reason_words(reason: str | None, language: str) -> str:
     """Return a reason to wait in short; "" for none."""
     words = {kind.value: texts for kind, texts in REASONS.items()}.get(reason or "")
     return reason or "" if words is None else words[language == "zh"]
+
+
+def reason_sentences(why: Explanation | None, language: str) -> list[str]:
+    """Return the reason of a job in sentences; [] for a job that does not wait, or without an explanation."""
+    if why is None or not why.waits:
+        return []
+    return chinese_reasons.sentences(why) if language == "zh" else wording.sentences(why)

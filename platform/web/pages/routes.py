@@ -17,7 +17,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from celery_capacity.platform.console import render, wording
+from celery_capacity.platform.console import render
 from celery_capacity.platform.console.command import problem_of_store
 from celery_capacity.platform.console.fitting import shorten
 from celery_capacity.platform.console.terminal import harmless
@@ -30,7 +30,14 @@ from celery_capacity.platform.web.http.problems import wrong_parameter
 from celery_capacity.platform.web.http.security import Rates
 from celery_capacity.platform.web.pages import bars, graph, lines, timeline, worker_list
 from celery_capacity.platform.web.pages.acting import Acting, body_of
-from celery_capacity.platform.web.pages.language import COOKIE, LANGUAGES, language_of, reason_words, translator
+from celery_capacity.platform.web.pages.language import (
+    COOKIE,
+    LANGUAGES,
+    language_of,
+    reason_sentences,
+    reason_words,
+    translator,
+)
 from celery_capacity.platform.web.pages.worker_list import Wanted
 from celery_capacity.platform.web.prepared import Prepared
 from celery_capacity.platform.web.sources import PAGE
@@ -126,6 +133,7 @@ class Pages:
         html = self._templates.get_template(f"{name}.html").render(
             t=translator(language),
             reason=lambda kind: reason_words(kind, language),
+            sentences=lambda why: reason_sentences(why, language),
             language=language,
             languages=LANGUAGES,
             current=request.url.path + (f"?{query}" if query else ""),
@@ -221,7 +229,7 @@ class Pages:
             call={name: _value(text) for name, text in document.call.items()},
             readable=file.job["message_bytes"] is not None,
             why=why.why.value if why is not None and waits else None,
-            reasons=[*render.reasons(why), *wording.details(why)] if why is not None and waits else [],
+            explanation=why,
             expected=duration_text(file.job["expected_ms"]) if file.job["expected_ms"] else "",
             progress=render.progress(file.job["progress"]),
             final=file.job["state"] in FINAL,

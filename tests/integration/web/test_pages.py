@@ -120,6 +120,21 @@ def test_page_speaks_language_of_browser_or_switch(
     assert f"<h1>{words}</h1>" in client.get("/", headers=headers).text
 
 
+@pytest.mark.parametrize(
+    ("language", "words"), [("zh", "它需要 8 CPU，最接近的 a 空闲时也只有 4 CPU。"), ("en", "it needs 8 CPUs")]
+)
+def test_reason_of_a_wait_is_in_the_language_of_the_page(
+    language: str, words: str, stage: Stage, client: httpx.Client
+) -> None:
+    stage.worker("a", cpus=4000)
+    job = stage.submit(cpus=8000)
+    for path in ("/waiting", f"/jobs/{job}"):
+        page = client.get(path, headers={"Accept-Language": language}).text
+        assert words in page
+        assert ("it needs" in page) == (language == "en")
+    assert "it needs 8 CPUs" in client.get("/api/v1/backlog").json()["groups"][0]["reasons"][0]
+
+
 def test_every_text_of_templates_has_chinese() -> None:
     folder = Path(__file__).resolve().parents[3] / "platform" / "web" / "pages" / "templates"
     pages = [path.read_text("utf-8") for path in folder.iterdir()]
