@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["HEAD", "MAX_COUNTED", "check", "count_jobs", "current", "downgrade", "upgrade"]
 
 #: Newest revision. Kept as a constant so that `check` needs no import of Alembic; a test compares it.
-HEAD: Final = "0028"
+HEAD: Final = "0029"
 
 #: Revision that replaces all earlier ones, none of which is here any more.
 FIRST: Final = "0011"

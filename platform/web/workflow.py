@@ -1,8 +1,9 @@
 """The workflow of a job: its parents and children, and the steps of its canvas, as far as the rows tell.
 
-No index of jobs has their workflows. So the jobs whose numbers of submission are near are looked through, a bounded
-number of them. Parents are read by their ids. So are the steps that a message names: Celery chooses the ids of the
-later steps of a chain, and of the body of a chord, before they are submitted.
+Jobs that others published are found by their root, and parents by their ids, in the archive too. A message names the
+later steps of a chain, and the body of a chord: Celery chooses their ids before they are submitted. The archive keeps
+no messages, so an archived job names no steps and no group. No index has the groups: a part of a group that nothing
+precedes is its own root. Such parts are searched among the jobs whose numbers of submission are near.
 """
 
 from __future__ import annotations
@@ -19,11 +20,9 @@ from sqlalchemy import Connection, func, select, text
 from celery_capacity.routing.database.job_conditions import group_header
 from celery_capacity.routing.model.states import State
 
-#: Numbers of submission that are looked through. Postgres reads so many rows in some 20 ms.
-NEAR: Final = 10_000
 #: Numbers on both sides of a job among which its group is searched. The jobs of a group are submitted together.
 GROUP_NEAR: Final = 1000
-#: Jobs of a workflow that are read, and bytes of a message that is read for its steps.
+#: Jobs of a workflow that are read of each table, and bytes of a message that is read for its steps.
 MAX_JOBS: Final = 500
 MAX_MESSAGE: Final = 65_536
 #: Parents of parents, and further looks for steps that messages name.
@@ -33,21 +32,25 @@ MAX_LOOKS: Final = 5
 MAX_RETRIES: Final = 50
 
 _COLUMNS: Final = "id, seq, name, state, parent_id, replaces"
+_ARCHIVED: Final = "id, seq, name, state, parent_id, NULL AS replaces, NULL AS message"
 _MESSAGE: Final = f"CASE WHEN octet_length(message) <= {MAX_MESSAGE} THEN message END AS message"
 
+# Of an id that came again after its first job had moved to the archive, the later job counts.
 _ANCESTORS: Final = text("""
 WITH RECURSIVE up AS (
-  SELECT id, seq, root_id, parent_id, attempt > 1 OR retries > 0 AS moved, 0 AS depth FROM jobs WHERE id = :id
+  SELECT CAST(NULL AS text) AS id, CAST(NULL AS bigint) AS seq, CAST(NULL AS text) AS root_id,
+    CAST(:id AS text) AS parent_id, -1 AS depth
   UNION ALL
-  SELECT j.id, j.seq, j.root_id, j.parent_id, j.attempt > 1 OR j.retries > 0, depth + 1
-  FROM jobs AS j JOIN up ON j.id = up.parent_id WHERE depth < :most
-) SELECT * FROM up ORDER BY depth
+  SELECT next.id, next.seq, next.root_id, next.parent_id, depth + 1 FROM up CROSS JOIN LATERAL (
+    SELECT id, seq, root_id, parent_id FROM jobs WHERE jobs.id = up.parent_id
+    UNION ALL SELECT id, seq, root_id, parent_id FROM jobs_archive AS a WHERE a.id = up.parent_id
+    ORDER BY seq DESC LIMIT 1
+  ) AS next WHERE depth < :most
+) SELECT * FROM up WHERE depth >= 0 ORDER BY depth
 """)
-_NEAR: Final = """
-SELECT near.* FROM unnest(CAST(:states AS text[])) AS s (state) CROSS JOIN LATERAL (
-  SELECT {columns} FROM jobs
-  WHERE jobs.state = s.state AND seq BETWEEN :low AND :high AND root_id = :root ORDER BY seq LIMIT :most
-) AS near
+# The second condition is that of the index `jobs_root`, which leaves out jobs that are their own root.
+_OF_ROOT: Final = """
+SELECT {columns} FROM {table} WHERE root_id = :root AND root_id <> id ORDER BY seq LIMIT :most
 """
 # Each task of a group that nothing precedes is its own root. Messages alone name their group.
 _GROUP: Final = f"""
@@ -60,11 +63,7 @@ SELECT near.* FROM unnest(CAST(:states AS text[])) AS s (state) CROSS JOIN LATER
 _BY_ID: Final = (
     "SELECT {columns} FROM jobs WHERE id = ANY(CAST(:ids AS text[])) OR replaces = ANY(CAST(:ids AS text[]))"
 )
-_NEWEST: Final = text("""
-SELECT max(newest.seq) FROM unnest(CAST(:states AS text[])) AS s (state) CROSS JOIN LATERAL (
-  SELECT seq FROM jobs WHERE jobs.state = s.state ORDER BY seq DESC LIMIT 1
-) AS newest
-""")
+_ARCHIVED_BY_ID: Final = f"SELECT {_ARCHIVED} FROM jobs_archive WHERE id = ANY(CAST(:ids AS text[])) ORDER BY seq DESC"
 # The job that was repeated first, then its retries, each with its state. A job in the archive has none.
 _RETRIES: Final = text("""
 WITH RECURSIVE before AS (
@@ -109,8 +108,8 @@ class Member:
 class Workflow:
     """Jobs by their ids, in the order of submission, and their links.
 
-    `whole`: False where later jobs were submitted than were looked through. `retries`: the job that was repeated first
-    and its retries, each with its state; none where nothing was repeated.
+    `whole`: False where the workflow has more jobs than were read. `retries`: the job that was repeated first and its
+    retries, each with its state; none where nothing was repeated.
     """
 
     root: str
@@ -127,7 +126,7 @@ class Workflow:
 
 
 def read(connection: Connection, job: str) -> Workflow:
-    """Return the workflow of a job; one without members for a job that is in the archive.
+    """Return the workflow of a job; one without members for an unknown job.
 
     Only messages name the steps ahead and the groups. A role that may not read them learns of the submitted jobs alone.
     """
@@ -135,30 +134,33 @@ def read(connection: Connection, job: str) -> Workflow:
     if not ancestors:
         return Workflow(job)
     its_row, root = ancestors[0], ancestors[0].root_id or job
-    low = min(row.seq for row in ancestors)
-    # A job that puts itself back has a new number, and one in the archive has none: its children may have lower ones.
-    if ancestors[-1].id != root or any(row.moved for row in ancestors):
-        low -= NEAR // 2
     readable = connection.execute(select(func.has_column_privilege("jobs", "message", "SELECT"))).scalar_one()
     columns = f"{_COLUMNS}, {_MESSAGE if readable else 'NULL AS message'}"
-    states = [state.value for state in State]
-    values = {"states": states, "low": low, "high": low + NEAR, "root": root, "most": MAX_JOBS}
-    family = _Family()
-    family.add(connection.execute(text(_NEAR.format(columns=columns)), values))
-    if group := family.group_of(job):
-        around = {"low": its_row.seq - GROUP_NEAR, "high": its_row.seq + GROUP_NEAR, "header": group_header(group)}
-        family.add(connection.execute(text(_GROUP.format(columns=columns)), values | around))
+    family, whole = _Family(), True
+    for table, selected in (("jobs", columns), ("jobs_archive", _ARCHIVED)):
+        statement = text(_OF_ROOT.format(columns=selected, table=table))
+        rows = connection.execute(statement, {"root": root, "most": MAX_JOBS}).all()
+        whole &= len(rows) < MAX_JOBS
+        family.add(rows)
     asked: set[str] = set()
-    ids = {row.id for row in ancestors}
+    ids = {root, *(row.id for row in ancestors)}
     for _ in range(MAX_LOOKS):
         family.add(connection.execute(text(_BY_ID.format(columns=columns)), {"ids": sorted(ids)}))
+        family.add(connection.execute(text(_ARCHIVED_BY_ID), {"ids": sorted(ids)}))
+        if not asked and (group := family.group_of(job)):
+            family.add(connection.execute(text(_GROUP.format(columns=columns)), _around(its_row.seq, group)))
         asked |= ids
         if not (ids := family.steps_ahead - asked) or len(asked) > MAX_JOBS:
             break
-    newest = connection.execute(_NEWEST, {"states": states}).scalar_one()
     repeated = connection.execute(_RETRIES, {"seq": its_row.seq, "id": job, "most": MAX_RETRIES}).all()
     retries = tuple((row.id, row.state) for row in repeated) if len(repeated) > 1 else ()
-    return Workflow(root, family.members(), frozenset(family.links), newest <= low + NEAR, retries)
+    return Workflow(root, family.members(), frozenset(family.links), whole, retries)
+
+
+def _around(seq: int, group: str) -> dict[str, Any]:
+    """Return the values of the search for the parts of a group around a number of submission."""
+    bounds = {"low": seq - GROUP_NEAR, "high": seq + GROUP_NEAR, "most": MAX_JOBS}
+    return {"states": [state.value for state in State], "header": group_header(group), **bounds}
 
 
 class _Family:

@@ -40,5 +40,5 @@ class Workflow(Closed):
     root: str
     jobs: list[WorkflowJob]
     links: list[WorkflowLink]
-    whole: bool = Field(description="false: later jobs were submitted than were looked through")
+    whole: bool = Field(description="false: the workflow has more jobs than were read")
     retries: list[Retried] = Field(description="the job that was repeated first, and its retries; empty without any")

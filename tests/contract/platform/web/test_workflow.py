@@ -125,19 +125,37 @@ def test_replacement_and_retries_belong_to_the_story(stage: Stage, app: Any) -> 
 
 
 @WRITTEN
-def test_jobs_submitted_far_behind_are_left_out_and_told(
-    stage: Stage, app: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workflow, "NEAR", 2)
-    first = submit(app, chain(app.signature("first"), app.signature("second")))
-    root = first.parent.id
-    for _ in range(4):
+def test_archived_jobs_belong_to_the_workflow(stage: Stage, app: Any) -> None:
+    root = submit(app, app.signature("root")).id
+    child = app.send_task("child", root_id=root, parent_id=root).id
+    last = app.send_task("last", root_id=root, parent_id=child).id
+    app.platform.sending.flush()
+    ended = "UPDATE jobs SET state = 'succeeded', step = 9, finished_at = now() - interval '1 s' WHERE id IN (:a, :b)"
+    stage.sql(ended, a=root, b=child)
+    stage.sql("SELECT archive_finished(0, 10)")
+    with stage.engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM jobs_archive")).scalar_one() == 2
+    for job in (root, child, last):
+        seen = read(stage, job)
+        assert links(seen) == {("root", "child", "child"), ("child", "last", "child")}
+        assert [seen.members[each].state for each in (root, child)] == ["succeeded", "succeeded"]
+        assert (seen.root, seen.whole, list(seen.members)) == (root, True, [root, child, last])
+    end_all(stage)
+
+
+@WRITTEN
+def test_workflow_with_more_jobs_than_are_read_is_told(stage: Stage, app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = submit(app, app.signature("root")).id
+    for number in range(3):
         submit(app, app.signature("other"))
-    app.send_task("second", task_id=first.id, root_id=root, parent_id=root)
-    app.send_task("unknown", root_id=root, parent_id=root)
+        app.send_task(f"child {number}", root_id=root, parent_id=root)
     app.platform.sending.flush()
     seen = read(stage, root)
-    assert {member.name: member.state is None for member in seen.members.values()} == {"first": False, "second": False}
+    assert seen.whole
+    assert [member.name for member in seen.members.values()] == ["root", "child 0", "child 1", "child 2"]
+    monkeypatch.setattr(workflow, "MAX_JOBS", 2)
+    seen = read(stage, root)
+    assert [member.name for member in seen.members.values()] == ["root", "child 0", "child 1"]
     assert not seen.whole
     end_all(stage)
 
@@ -153,11 +171,22 @@ def test_unreadable_message_and_unknown_job_have_no_steps(stage: Stage) -> None:
     assert read(stage, "nothing").members == {}
 
 
-def test_workflow_is_read_by_index_of_states(stage: Stage) -> None:
+def test_workflow_is_read_by_indexes(stage: Stage) -> None:
     values: dict[str, Any] = {"states": ["waiting"], "low": 1, "high": 9, "root": "x", "most": 9, "header": b"x"}
-    near, group_near = (query.format(columns=workflow._COLUMNS) for query in (workflow._NEAR, workflow._GROUP))
-    with stage.engine.connect() as connection:
-        for statement in (near, group_near, workflow._NEWEST.text):
+    values |= {"id": "x", "ids": ["x"]}
+    columns = workflow._COLUMNS
+    statements = {
+        workflow._GROUP.format(columns=columns): ["jobs_state_seq"],
+        workflow._OF_ROOT.format(columns=columns, table="jobs"): ["jobs_root"],
+        workflow._OF_ROOT.format(columns=workflow._ARCHIVED, table="jobs_archive"): ["root_id_seq_idx"],
+        workflow._ARCHIVED_BY_ID: ["_id_idx"],
+        workflow._BY_ID.format(columns=columns): ["jobs_pkey", "jobs_replaces"],
+        workflow._ANCESTORS.text: ["jobs_pkey", "_id_idx"],
+    }
+    with stage.engine.connect().execution_options(isolation_level="READ COMMITTED") as connection:
+        # The tables are nearly empty here, so that to read them whole would be as cheap.
+        connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+        for statement, indexes in statements.items():
             plan = "\n".join(connection.execute(text(f"EXPLAIN {statement}"), values).scalars())
-            assert "using jobs_state_seq on jobs" in plan, plan
+            assert [index for index in indexes if index not in plan] == [], plan
             assert "Seq Scan on jobs" not in plan
