@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from celery_capacity.platform.console.fitting import fit, shorten_end
 from celery_capacity.platform.console.render import age, table_with_bars
 from celery_capacity.platform.console.terminal import NOTHING, harmless
-from celery_capacity.routing.model.amounts import DEFAULT_QUEUE
+from celery_capacity.routing.model.amounts import DEFAULT_QUEUE, format_memory
 from celery_capacity.routing.model.request import Request, alternatives_text
 from celery_capacity.routing.policy.tenants import DEFAULT_TENANT
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 BAR_ROOM: Final = 12
 #: Fewest columns of a reason on a terminal.
 SHORTEST_WHY: Final = 24
+#: Columns of the figures of tasks that a narrow terminal leaves out, the first of them first.
+LESS_ASKED: Final = ("memory", "CPUs")
 #: Columns of the backlog that may be narrower than their content on a terminal, with the fewest characters of each.
 ELASTIC: Final = {"task": 12, "request": 12, "queue": 6, "tenant": 6}
 
@@ -63,7 +65,10 @@ def _clock(start: str | None) -> str:
 
 
 def statistics(console: Console, figures: Mapping[str, Any]) -> None:
-    """Print a line for each task, on a terminal with its share of failures as a bar."""
+    """Print a line for each task, on a terminal with its share of failures as a bar.
+
+    `CPUs` and `memory` are those that its jobs ask for. Where the screen has no room for them, they are left out.
+    """
     tasks = figures["tasks"]
     if not tasks:
         console.print("no jobs")
@@ -77,12 +82,23 @@ def statistics(console: Console, figures: Mapping[str, Any]) -> None:
             for what in ("wait", "run")
             for rank in ("p50", "p95")
         },
+        "CPUs": [_range(*(f"{task[f'cpus_{end}']:g}" for end in ("least", "most"))) for task in tasks],
+        "memory": [_range(*(_memory(task[f"memory_{end}"]) for end in ("least", "most"))) for task in tasks],
     }
     if console.is_terminal:
-        columns = fit(columns, console.width - BAR_ROOM, {"task": 12}, dispensable=())
+        columns = fit(columns, console.width - BAR_ROOM, {"task": 12}, LESS_ASKED)
     ended = [(task["failed"], task["failed"] + task["succeeded"]) for task in tasks]
     rows = list(zip(*columns.values(), strict=True))
     meters = {list(columns).index("failed %"): ended}
     table_with_bars(console, list(columns), rows, meters, right=range(1, len(columns)))
     if figures["sample"] >= figures["limit"]:
         console.print(f"over the newest {figures['limit']:,} jobs")
+
+
+def _range(least: str, most: str) -> str:
+    """Return what jobs of a task ask for: "4", or "1 to 4"."""
+    return least if least == most else f"{least} to {most}"
+
+
+def _memory(size: int) -> str:
+    return format_memory(size) if size else NOTHING

@@ -116,7 +116,10 @@ def test_stats_have_the_figures_of_a_task(stage: Stage, run: Run) -> None:
     counted = {name: figures[name] for name in ("jobs", "waiting", "running", "succeeded", "failed")}
     assert counted == {"jobs": 5, "waiting": 2, "running": 1, "succeeded": 1, "failed": 1}
     assert answer(run, "stats", "--task", "video.*")["tasks"] == []
-    assert "50  " in run("stats").stdout.splitlines()[1]
+    head, line = run("stats").stdout.splitlines()
+    assert head.split()[-2:] == ["CPUs", "memory"]
+    assert line.split()[-4:] == ["3", "to", "9", "-"]
+    assert "50  " in line
     stage.sql("INSERT INTO declarations (name, request) VALUES ('other', '{}')")
     assert "None of the newest 20,000 jobs is of other." in run("stats", "--task", "other").stderr
     unknown = run("stats", "--task", "tusk", "--json")
@@ -125,6 +128,26 @@ def test_stats_have_the_figures_of_a_task(stage: Stage, run: Run) -> None:
     console = terminal(80)
     tables.statistics(console, {"tasks": [{**figures, "name": "a" * 80}], "sample": 5, "limit": 5})
     assert "…" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("width", "cpus", "memory", "words"),
+    [
+        (160, (0.5, 4), (0, 2**30), ["0.5 to 4", "- to 1 GiB"]),
+        (160, (2, 2), (2**30, 2**30), ["   2   1 GiB"]),
+        (80, (2, 2), (2**30, 2**30), []),
+    ],
+)
+def test_stats_show_what_jobs_ask_for_where_there_is_room(
+    width: int, cpus: Any, memory: Any, words: list[str], stage: Stage, run: Run
+) -> None:
+    (figures,) = answer(run, "stats")["tasks"]
+    figures |= dict(zip(("cpus_least", "cpus_most", "memory_least", "memory_most"), (*cpus, *memory), strict=True))
+    console = terminal(width)
+    tables.statistics(console, {"tasks": [figures], "sample": 5, "limit": 10})
+    head, line = console.file.getvalue().splitlines()[:2]  # type: ignore[attr-defined]
+    assert ("CPUs" in head, "memory" in head) == (bool(words), bool(words))
+    assert [word for word in words if word not in line] == []
 
 
 def test_names_of_tasks_and_workers_are_completed(
