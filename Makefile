@@ -1,6 +1,6 @@
 # `make demo` and `make test` work as the first command in a clean clone: they make .venv and install into it, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser test-celery test-docker test-servers test-installed test-pythons check docs reference pictures screenshots bench bench-costs check-costs store-costs bench-load bench-peers soak bench-size bench-page bench-whatif bench-all chaos clean
+.PHONY: help demo test browser font test-celery test-docker test-servers test-installed test-pythons check docs reference pictures screenshots bench bench-costs check-costs store-costs bench-load bench-peers soak bench-size bench-page bench-whatif bench-all chaos clean
 
 # Some machines tell Python to keep no bytecode. The tests start about a thousand processes, and each would compile the
 # package anew.
@@ -62,6 +62,14 @@ browser:
 	        install --yes --quiet --no-install-recommends chromium >/dev/null </dev/null; } || \
 	    echo 'There is no Chromium, so the tests of the pages in a browser are skipped. Debian: apt install chromium'
 
+# Pages have Chinese words, which a browser without such a font draws as boxes.
+font:
+	@command -v fc-list >/dev/null && test -n "$$(fc-list :lang=zh family)" || \
+	    { command -v apt-get >/dev/null && test "$$(id -u)" = 0 && \
+	        DEBIAN_FRONTEND=noninteractive timeout 300 apt-get -o Acquire::http::Timeout=20 -o DPkg::Lock::Timeout=60 \
+	        install --yes --quiet --no-install-recommends fontconfig fonts-noto-cjk >/dev/null </dev/null; } || \
+	    echo 'There is no font with Chinese characters, so no pictures are taken. Debian: apt install fonts-noto-cjk'
+
 test-docker: $(INSTALLED)
 	$(BIN)/python -m pytest -n 0 -m docker $(ARGS)
 
@@ -111,7 +119,7 @@ reference: $(INSTALLED)
 	@$(BIN)/python -m docs.site.reference
 
 # Look at each picture before you commit it.
-screenshots: $(INSTALLED) browser
+screenshots: $(INSTALLED) browser font
 	@$(BIN)/python -m docs.site.screenshots
 
 pictures: $(INSTALLED)
