@@ -41,26 +41,26 @@ WITH_ITS_CODE: Final = "启动带有其代码的工作节点：在 PLATFORM_IMPO
 
 def sentences(why: Explanation) -> list[str]:
     """Explain why a job waits: the reason, its place, what each worker lacks, and when it starts."""
-    said = [REASONS[why.why](why)]
+    worded = [REASONS[why.why](why)]
     if why.place is not None:
-        said.append(f"它在相同请求的作业中排第 {why.place} 位；有 {why.position or 0} 个作业会先于它开始。")
+        worded.append(f"它在相同请求的作业中排第 {why.place} 位；有 {why.position or 0} 个作业会先于它开始。")
     if why.large_enough is not None and why.why in (Reason.NO_ROOM, Reason.BEHIND_SHAPE):
-        said.append(f"存活的 {why.live_workers} 个工作节点中，有 {why.large_enough} 个足够大。")
+        worded.append(f"存活的 {why.live_workers} 个工作节点中，有 {why.large_enough} 个足够大。")
     if not why.declared:
-        said.append("没有工作节点声明此任务，因此使用默认请求；认识此任务的工作节点可能声明另一个请求。")
+        worded.append("没有工作节点声明此任务，因此使用默认请求；认识此任务的工作节点可能声明另一个请求。")
     if len(why.over_quota) > 1:
         for line in why.over_quota:
             needed, left = (_amount(line.resource, max(0, amount)) for amount in (line.asked, line.free))
-            said.append(f"备选请求 {_request(line.request)} 需要 {needed}，配额剩余 {left}。")
+            worded.append(f"备选请求 {_request(line.request)} 需要 {needed}，配额剩余 {left}。")
     if why.why in LISTED and len(why.missing) > 1:
-        said += [f"{line.worker}：{_shortage(line)}。" for line in why.missing]
+        worded += [f"{line.worker}：{_shortage(line)}。" for line in why.missing]
         if why.more_missing:
-            said.append(f"另有 {why.more_missing} 个工作节点也没有空位。")
+            worded.append(f"另有 {why.more_missing} 个工作节点也没有空位。")
     if why.unblocked_by is not None:
-        said.append(f"{why.unblocked_by.worker} 上的作业 {_listed(why.unblocked_by.jobs)} 结束后即有空位。")
+        worded.append(f"{why.unblocked_by.worker} 上的作业 {_listed(why.unblocked_by.jobs)} 结束后即有空位。")
     if why.estimate is not None:
-        said.append(_start(why.estimate))
-    return said
+        worded.append(_start(why.estimate))
+    return worded
 
 
 def _no_worker(why: Explanation) -> str:
