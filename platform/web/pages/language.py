@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from starlette.requests import Request
@@ -290,3 +290,9 @@ def reason_sentences(why: Explanation | None, language: str) -> list[str]:
     if why is None or not why.waits:
         return []
     return chinese_reasons.sentences(why) if language == "zh" else wording.sentences(why)
+
+
+def paragraph(sentences: Sequence[str]) -> str:
+    """Join sentences. A space follows a sentence, unless it ends with a full stop of Chinese, which has its own."""
+    joined = "".join(sentence if sentence.endswith("。") else f"{sentence} " for sentence in sentences)
+    return joined.rstrip()

@@ -12,7 +12,7 @@ import pytest
 
 from celery_capacity.platform.console import wording
 from celery_capacity.platform.web.pages import chinese_reasons
-from celery_capacity.platform.web.pages.language import reason_sentences
+from celery_capacity.platform.web.pages.language import paragraph, reason_sentences
 from celery_capacity.routing.forecast.record import Errors
 from celery_capacity.routing.forecast.starts import EstimatedStart
 from celery_capacity.routing.insert.key_lines import HeldBy
@@ -103,3 +103,12 @@ def test_page_has_sentences_of_its_language_for_jobs_that_wait_alone() -> None:
     assert reason_sentences(PLAIN, "en")[0].startswith("No worker has room now: it needs 4 CPUs,")
     assert reason_sentences(replace(PLAIN, why=Reason.RUNS), "zh") == []
     assert reason_sentences(None, "zh") == []
+
+
+def test_sentences_are_joined_as_their_language_does() -> None:
+    assert paragraph(["No.", "It waits."]) == "No. It waits."
+    assert (
+        paragraph(["没有。", "启动：celery -A platform worker", "它等待。"])
+        == "没有。启动：celery -A platform worker 它等待。"
+    )
+    assert paragraph([]) == ""
