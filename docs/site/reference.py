@@ -1,6 +1,6 @@
 """Generated blocks of the documents: options, settings, errors, signatures, reasons, crashes, as the code has them.
 
-`make reference` writes them.
+`make reference` writes them, and the schemas of what the commands print.
 
 A block stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Everything around it is written by hand. A test
 compares the pages with the blocks.
@@ -11,10 +11,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from pkgutil import walk_packages
 from typing import Any, Final
 
 import click
@@ -27,6 +25,7 @@ from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.model.reasons import EXPLAINED, Reason
 from celery_capacity.workers.plugin import COMMANDS, SCRIPT
 from celery_capacity.workers.process.exit_codes import Exit
+from docs.site import schemas
 
 DOCS: Final = Path(__file__).resolve().parents[1]
 BLOCK: Final = "<!-- {0}:begin -->\n{1}\n<!-- {0}:end -->"
@@ -132,14 +131,12 @@ def _row(kind: type[PlatformError], name: str) -> list[str]:
 
 
 def of_errors() -> Blocks:
-    package = import_module("celery_capacity.platform")
-    for module in walk_packages(package.__path__, f"{package.__name__}."):
-        import_module(module.name)
+    schemas.load_platform()
     public = [kind for kind in kinds(PlatformError) if kind.__name__ in celery_capacity.__all__]
     other = [
         kind
         for kind in kinds(PlatformError)
-        if kind not in public and kind.__module__.startswith(package.__name__) and "reference" in vars(kind)
+        if kind not in public and kind.__module__.startswith("celery_capacity.platform") and "reference" in vars(kind)
     ]
     return {
         "errors": table(
@@ -268,7 +265,7 @@ def filled(page: str, blocks: Blocks) -> str:
 
 
 def main() -> None:
-    """Make all blocks anew, and say which pages changed."""
+    """Make all blocks and schemas anew, and say which files changed."""
     for name, blocks in PAGES.items():
         path = DOCS / name
         before = path.read_text(encoding="utf-8")
@@ -276,6 +273,8 @@ def main() -> None:
         if after != before:
             path.write_text(after, encoding="utf-8")
             print(f"{path.name} has changed")
+    for file in schemas.write():
+        print(f"schemas/{file} has changed")
 
 
 if __name__ == "__main__":

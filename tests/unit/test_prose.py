@@ -37,7 +37,7 @@ VAGUE: Final = frozenset({"within", "place", "places", "hand", "one"})
 #: Layers whose names keep to the glossary.
 KEPT_LAYERS: Final = ("platform", "routing", "workers")
 #: Fields of the JSON of `celery -A platform job`, which keep their names.
-FIELDS: Final = {("routing/inspect/explanation.py", "place")}
+FIELDS: Final = {("routing/inspect/explanation.py", "place"), ("platform/documents/reasons.py", "place")}
 #: A parameter in a statement.
 BOUND: Final = re.compile(r"(?<![:\w]):([a-z]\w*)")
 #: Names that a line of Lua declares.

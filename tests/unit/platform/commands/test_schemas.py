@@ -1,21 +1,26 @@
-"""The schemas of the commands' output: complete, closed, and of one voice."""
+"""The schemas of the commands' output: as the models have them, complete, closed, and of one voice."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
 
 from celery_capacity.migrations import HEAD
+from celery_capacity.platform.console.render import BLOCKED
 from celery_capacity.platform.web.http import problems
 from celery_capacity.routing.errors import PlatformError
 from celery_capacity.routing.model.reasons import EXPLAINED, Refusal
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.policy.pauses import Kind
+from docs.site import schemas
 from tests.fixtures.documents.shapes import SCHEMAS, assert_shape, commands, prints_json, schema
 from tests.fixtures.processes.platforms import ROOT
 
@@ -34,6 +39,29 @@ def parts(of: Any, path: str = "$") -> Iterator[tuple[str, dict[str, Any]]]:
     for word in ("prefixItems", "anyOf"):
         for number, inner in enumerate(of.get(word, [])):
             yield from parts(inner, f"{path}.{word}[{number}]")
+
+
+def test_schemas_are_as_the_models_have_them() -> None:
+    stored = {path.name: path.read_text(encoding="utf-8") for path in SCHEMAS.glob("*.json")}
+    assert stored == schemas.files(), "`make reference` makes them anew"
+
+
+def test_write_makes_changed_schemas_anew_and_deletes_others(tmp_path: Path) -> None:
+    assert set(schemas.write(tmp_path)) == schemas.files().keys()
+    (tmp_path / "cluster.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "former-command.json").write_text("{}", encoding="utf-8")
+    assert schemas.write(tmp_path) == ["cluster.json", "former-command.json"]
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == schemas.files()
+
+
+def test_commands_load_without_the_models() -> None:
+    code = (
+        "import sys\nfrom celery_capacity.workers.plugin import COMMANDS\n"
+        "for stand_in in COMMANDS: stand_in.load()\n"
+        "print(*({'pydantic', 'celery_capacity.platform.documents'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == ""
 
 
 def test_every_command_with_json_has_a_schema_and_no_other_is_there() -> None:
@@ -67,7 +95,7 @@ def test_what_two_schemas_call_by_one_name_is_one_thing() -> None:
         for word, definition in schema(name).get("$defs", {}).items():
             assert shared.setdefault(word, definition) == definition, f"{word} of {name}"
     extra = {"attempts", "why"}
-    line, file = schema("jobs")["items"]["properties"], schema("job")["properties"]
+    line, file = schema("jobs")["$defs"]["Job"]["properties"], schema("job")["properties"]
     assert {word: file[word] for word in line} == line
     assert extra <= set(file) - set(line)
 
@@ -84,10 +112,13 @@ def test_the_words_of_the_schemas_are_those_of_the_code() -> None:
     assert issubclass(problems.TooManyRequests, PlatformError)
     ours = {kind.reference for kind in every(PlatformError) if not kind.__module__.startswith("tests.")}
     assert set(schema("error")["properties"]["reference"]["enum"]) == ours
-    assert schema("jobs")["$defs"]["state"]["enum"] == [state.value for state in State]
-    reasons = schema("jobs")["$defs"]["quarantine"]["properties"]["reasons"]["items"]["properties"]["reason"]
+    assert schema("jobs")["$defs"]["State"]["enum"] == [state.value for state in State]
+    reasons = schema("jobs")["$defs"]["UnreadableOfQueue"]["properties"]["reason"]
     assert reasons["enum"] == [refusal.word for refusal in Refusal if refusal.startswith("set_aside.")]
-    assert schema("job")["properties"]["why"]["properties"]["why"]["enum"] == [why.value for why in EXPLAINED]
+    why = schema("job")["$defs"]["Explanation"]["properties"]["why"]
+    assert why["enum"] == [why.value for why in EXPLAINED]
+    blocked = schema("cluster")["$defs"]["BacklogLine"]["properties"]["blocked"]["anyOf"][0]
+    assert set(blocked["enum"]) == {reason.value for reason in BLOCKED}
 
 
 @pytest.mark.parametrize("name", ["backlog", "cluster", "job", "pause", "resume", "top"])
