@@ -9,6 +9,9 @@ from fastapi import APIRouter, Depends, FastAPI, Path, Request
 from starlette.responses import Response
 
 from celery_capacity.platform.console.job_ids import whole_ids
+from celery_capacity.platform.documents.actions import Cancelled, Moved, RetryResult
+from celery_capacity.platform.documents.checks import Reconciled
+from celery_capacity.platform.documents.orders import OrderedWorker, PausedPart
 from celery_capacity.platform.operations import controls, jobs, submitting
 from celery_capacity.platform.operations.submitting import Submission
 from celery_capacity.platform.web.api import action_models as models
@@ -67,14 +70,14 @@ def _results(results: Sequence[Any]) -> Response:
 
 
 def _add_jobs(router: APIRouter, sources: Sources) -> None:
-    @router.post("/jobs/{job_id}/cancel", **answers(models.Results))
+    @router.post("/jobs/{job_id}/cancel", **answers(models.Results[Cancelled]))
     def cancel(job_id: JobId, by: Operator, body: models.Cancel | None = None) -> Response:
         """Cancel a job for good. A running one goes on to its end, unless `terminate` ends its process."""
         app, stores = sources.acting()
         ids = whole_ids(stores.engine, [job_id], exact=True)
         return _results(list(jobs.cancel(app, stores, by, ids, terminate=body is not None and body.terminate)))
 
-    @router.post("/jobs/{job_id}/retry", **answers(models.Results))
+    @router.post("/jobs/{job_id}/retry", **answers(models.Results[RetryResult]))
     def retry(job_id: JobId, by: Operator, body: models.Retry | None = None) -> Response:
         """Run an ended job again, as a new job with the same message and request."""
         app, stores = sources.acting()
@@ -84,7 +87,7 @@ def _add_jobs(router: APIRouter, sources: Sources) -> None:
             raise result.refused
         return _results([result])
 
-    @router.post("/jobs/{job_id}/priority", **answers(models.Results))
+    @router.post("/jobs/{job_id}/priority", **answers(models.Results[Moved]))
     def priority(job_id: JobId, by: Operator, body: models.Priority) -> Response:
         """Give a job another priority: a waiting one has its new place at once, a running one at its next attempt."""
         _, stores = sources.acting()
@@ -103,7 +106,7 @@ def check_confirmed(ids: Sequence[str], confirm: int | None) -> None:
 
 
 def _add_many(router: APIRouter, sources: Sources) -> None:
-    @router.post("/cancel", **answers(models.Results))
+    @router.post("/cancel", **answers(models.Results[Cancelled]))
     def cancel_many(by: Operator, body: models.CancelMany) -> Response:
         """Cancel all jobs that meet the conditions, once their number is confirmed."""
         app, stores = sources.acting()
@@ -116,7 +119,7 @@ def _add_many(router: APIRouter, sources: Sources) -> None:
         results = jobs.cancel(app, stores, by, ids, terminate=body.terminate, chosen=chosen) if ids else ()
         return _results(list(results))
 
-    @router.post("/retry", **answers(models.Results))
+    @router.post("/retry", **answers(models.Results[RetryResult]))
     def retry_many(by: Operator, body: models.RetryMany) -> Response:
         """Retry all failed and lost jobs that meet the conditions, once their number is confirmed."""
         app, stores = sources.acting()
@@ -136,24 +139,24 @@ def _check(words: dict[str, str | None]) -> None:
 
 
 def _add_workers(router: APIRouter, sources: Sources) -> None:
-    @router.post("/workers/{name}/cordon", **answers(models.Results))
+    @router.post("/workers/{name}/cordon", **answers(models.Results[OrderedWorker]))
     def cordon(name: WorkerName, by: Operator, body: models.Reason | None = None) -> Response:
         """Admit nothing more to a worker. What runs there goes on."""
         return _results(controls.cordon(sources.acting()[1], by, [name], reason=None if body is None else body.reason))
 
-    @router.post("/workers/{name}/uncordon", **answers(models.Results))
+    @router.post("/workers/{name}/uncordon", **answers(models.Results[OrderedWorker]))
     def uncordon(name: WorkerName, by: Operator) -> Response:
         """Admit jobs to a worker again. It ends a drain, too."""
         return _results(controls.uncordon(sources.acting()[1], by, [name]))
 
-    @router.post("/workers/{name}/drain", **answers(models.Results))
+    @router.post("/workers/{name}/drain", **answers(models.Results[OrderedWorker]))
     def drain(name: WorkerName, by: Operator, body: models.Drain | None = None) -> Response:
         """Admit nothing more to a worker, and let it become empty."""
         order = body or models.Drain()
         stores, deadline = sources.acting()[1], order.deadline_seconds
         return _results(controls.drain(stores, by, [name], reason=order.reason, deadline=deadline))
 
-    @router.post("/workers/{name}/shutdown", **answers(models.Results))
+    @router.post("/workers/{name}/shutdown", **answers(models.Results[OrderedWorker]))
     def shutdown(name: WorkerName, by: Operator, body: models.Drain | None = None) -> Response:
         """Drain a worker, and end its process once it is empty."""
         order = body or models.Drain()
@@ -162,30 +165,30 @@ def _add_workers(router: APIRouter, sources: Sources) -> None:
 
 
 def _add_parts(router: APIRouter, sources: Sources) -> None:
-    @router.post("/pause", **answers(models.Results))
+    @router.post("/pause", **answers(models.Results[PausedPart]))
     def pause(by: Operator, body: models.Pause) -> Response:
         """Start nothing more of a queue, a task, a tenant or the platform. Submissions are accepted, and wait."""
         scope = Scope.of(body.queue, body.task, body.tenant)
         return _results([controls.pause(sources.acting()[1], by, scope, reason=body.reason)])
 
-    @router.post("/resume", **answers(models.Results))
+    @router.post("/resume", **answers(models.Results[PausedPart]))
     def resume(by: Operator, body: models.Part) -> Response:
         """Start a queue, a task, a tenant or the platform again."""
         return _results([controls.resume(sources.acting()[1], by, Scope.of(body.queue, body.task, body.tenant))])
 
-    @router.post("/reconcile", **answers(models.Results))
+    @router.post("/reconcile", **answers(models.Results[Reconciled]))
     def reconcile(by: Operator) -> Response:
         """Make the ledger equal Postgres, and say what differed."""
         done, _ = controls.reconcile_stores(sources.acting()[1], by)
         return json_answer({"results": [{**done.to_json(), "all_repaired": done.all_repaired}]})
 
-    @router.post("/quarantine/drop", **answers(models.Results))
+    @router.post("/quarantine/drop", **answers(models.Results[models.Dropped]))
     def drop(by: Operator, body: models.Messages) -> Response:
         """Delete messages that were set aside."""
         ids = list(dict.fromkeys(body.ids))
         return json_answer({"results": [{"dropped": controls.drop_quarantined(sources.acting()[1], by, ids)}]})
 
-    @router.post("/quarantine/requeue", **answers(models.Results))
+    @router.post("/quarantine/requeue", **answers(models.Results[models.RequeuedMessage]))
     def requeue(by: Operator, body: models.Messages) -> Response:
         """Put messages that were set aside back where they came from. Why another one stays is in its result."""
         app, stores = sources.acting()

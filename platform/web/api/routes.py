@@ -8,6 +8,9 @@ from fastapi import APIRouter, FastAPI, Header, Path, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from celery_capacity.platform.documents import cluster, errors
+from celery_capacity.platform.documents import job as job_documents
+from celery_capacity.platform.documents.parts import Closed
 from celery_capacity.platform.web import missing_workers, waiting_groups
 from celery_capacity.platform.web.api import models
 from celery_capacity.platform.web.api.feed import Feed
@@ -35,7 +38,7 @@ from celery_capacity.workers.supervision import exposition
 
 #: Errors that each path may answer with.
 _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    status: {"model": models.Problem, "content": {MEDIA_TYPE: {}}}
+    status: {"model": errors.Problem, "content": {MEDIA_TYPE: {}}}
     for status in (400, 401, 403, 404, 409, 411, 413, 421, 429, 500, 501, 503)
 }
 
@@ -65,11 +68,11 @@ def json_answer(body: bytes | dict[str, Any]) -> Response:
     return Tagged(body if isinstance(body, bytes) else to_json(body))
 
 
-def answers(model: type[models.Closed]) -> dict[str, Any]:
+def answers(model: type[Closed]) -> dict[str, Any]:
     return {"responses": {200: {"model": model}, **_ERRORS}, "response_class": Response}
 
 
-def reads(model: type[models.Closed]) -> dict[str, Any]:
+def reads(model: type[Closed]) -> dict[str, Any]:
     """Return the answers of a path that reads: a client that has the value already is told so."""
     answer = answers(model)
     return {**answer, "responses": {**answer["responses"], 304: {"description": "the value that If-None-Match names"}}}
@@ -87,7 +90,7 @@ def add_routes(app: FastAPI, values: Values, feed: Feed) -> None:
 
 
 def _add_cluster(router: APIRouter, values: Values) -> None:
-    @router.get("/dashboard", **reads(models.Dashboard))
+    @router.get("/dashboard", **reads(cluster.Dashboard))
     async def dashboard() -> Response:
         """Return the cluster at a moment, as `cluster --json` prints it."""
         return json_answer(await values.dashboard.body())
@@ -103,7 +106,7 @@ def _add_cluster(router: APIRouter, values: Values) -> None:
         document = {"workers": page, "missing": missing, "next_cursor": rest}
         return json_answer({**document, "source": seen["source"], "at": seen["at"]})
 
-    @router.get("/backlog", **reads(models.Backlog))
+    @router.get("/backlog", **reads(cluster.Backlog))
     async def backlog() -> Response:
         """Return what waits, why, and since when; first what no worker can ever take."""
         return json_answer(waiting_groups.document(await values.dashboard.value(), await values.groups.value()))
@@ -113,7 +116,7 @@ def _add_cluster(router: APIRouter, values: Values) -> None:
         """Return the last hour minute by minute: allocated CPUs, waiting jobs, starts, ends and waits."""
         return json_answer(await values.last_hour.body())
 
-    @router.get("/tasks", **reads(models.Tasks))
+    @router.get("/tasks", **reads(job_documents.Tasks))
     async def tasks() -> Response:
         """Return the figures of each task over the newest jobs."""
         return json_answer(await values.tasks.body())
@@ -137,7 +140,7 @@ def _add_jobs(router: APIRouter, values: Values) -> None:
         wanted = filter_of(state, task=task, queue=queue, worker=worker, group=group, text=text, times=(since, until))
         return json_answer(await run_in_threadpool(values.sources.jobs, wanted, limit, cursor))
 
-    @router.get("/jobs/{job_id}", **reads(models.JobDetail))
+    @router.get("/jobs/{job_id}", **reads(job_documents.JobDetail))
     async def job(
         job_id: Annotated[str, Path(max_length=MAX_JOB_ID, description="an id, or its beginning")],
     ) -> Response:
