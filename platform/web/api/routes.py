@@ -178,7 +178,9 @@ def _add_runs(router: APIRouter, sources: Sources) -> None:
     @router.get("/runs/hole", **reads(models.Hole))
     async def hole(
         worker: Annotated[str, Query(min_length=1, max_length=MAX_TEXT)],
-        at: Annotated[str, Query(min_length=1, max_length=MAX_TEXT, description="a time that is over")],
+        at: Annotated[
+            str, Query(min_length=1, max_length=MAX_TEXT, description="a time that is over", examples=["10min"])
+        ],
     ) -> Response:
         """Return what was free on a worker at a moment, and which jobs waited then, as far as Postgres keeps it."""
         return json_answer(await run_in_threadpool(sources.hole, text_of("worker", worker), moment_of("at", at)))

@@ -31,6 +31,7 @@ def add_security_schemes(app: FastAPI, *, open_reading: bool, user_header: str |
 
     def document() -> dict[str, Any]:
         made = make()
+        _without_foreign_errors(made)
         made.setdefault("components", {})["securitySchemes"] = schemes
         for path in made["paths"].values():
             for method, operation in path.items():
@@ -38,6 +39,15 @@ def add_security_schemes(app: FastAPI, *, open_reading: bool, user_header: str |
         return made
 
     app.openapi = document  # type: ignore[method-assign]
+
+
+def _without_foreign_errors(document: dict[str, Any]) -> None:
+    """Take out the answer 422 that FastAPI writes for itself: here a wrong request is answered 400, with a problem."""
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document.get("components", {}).get("schemas", {}).pop(name, None)
 
 
 def _schemes(user_header: str | None) -> dict[str, Any]:

@@ -64,6 +64,8 @@ OPEN: Final = ("/health", "/healthz", "/readyz", "/login")
 FILES: Final = "/static/"
 #: Path of the metrics, which only programs ask for: without a login they get an error, and no page.
 METRICS: Final = "/metrics"
+#: Path of the page about the API. A person who opens it is led to the login.
+DOCS: Final = "/api/v1/docs"
 _HOST: Final = re.compile(r"[A-Za-z0-9._:\[\]%-]+")
 
 
@@ -152,7 +154,7 @@ class Guard:
             or self._login.knows(headers)
         ):
             return None
-        if path.startswith("/api/") or path == METRICS:
+        if (path.startswith("/api/") and path != DOCS) or path == METRICS:
             return problem_response(NotLoggedIn().to_problem(), {"WWW-Authenticate": "Bearer"})
         query = scope["query_string"].decode("latin-1")
         target = path + (f"?{query}" if query else "")

@@ -19,6 +19,32 @@ LANGUAGES: Final = {"en": "English", "zh": "中文"}
 
 #: Chinese by English. A text that is missing here stays English; a test holds the templates to this table.
 CHINESE: Final = ACTION_TEXTS | {
+    "HTTP API": "HTTP 接口",
+    "All paths below /api/v1, made from the document that programs read:": (
+        "/api/v1 下的全部路径，由供程序读取的文档生成："
+    ),
+    "In the examples, TOKEN is PLATFORM_TOKEN for the role operator, or PLATFORM_VIEWER_TOKEN for the role viewer."
+    " Words in capitals stand for values of yours.": (
+        "示例中，操作员的 TOKEN 为 PLATFORM_TOKEN，只读者的为 PLATFORM_VIEWER_TOKEN。大写单词请换成您自己的值。"
+    ),
+    "Paths": "路径",
+    "Read": "读取",
+    "Act": "操作",
+    "Needs the role": "所需角色：",
+    "viewer": "只读者",
+    "operator": "操作员",
+    "Needs no token.": "无需令牌。",
+    "Parameters": "参数",
+    "path": "路径",
+    "query": "查询",
+    "header": "请求头",
+    "required": "必填",
+    "Body": "请求体",
+    "Answer": "响应",
+    "Fields of the answer": "响应字段",
+    "Errors, as application/problem+json:": "错误（application/problem+json）：",
+    "Example": "示例",
+    "Objects": "对象",
     "Cluster": "集群",
     "Waiting": "等待",
     "Jobs": "作业",

@@ -27,8 +27,8 @@ from celery_capacity.platform.web.api.routes import Values
 from celery_capacity.platform.web.http import login as logins
 from celery_capacity.platform.web.http.login import Login, Role
 from celery_capacity.platform.web.http.problems import wrong_parameter
-from celery_capacity.platform.web.http.security import Rates
-from celery_capacity.platform.web.pages import bars, graph, lines, timeline, worker_list
+from celery_capacity.platform.web.http.security import DOCS, Rates
+from celery_capacity.platform.web.pages import api_reference, bars, graph, lines, timeline, worker_list
 from celery_capacity.platform.web.pages.acting import Acting, body_of
 from celery_capacity.platform.web.pages.language import (
     COOKIE,
@@ -259,6 +259,12 @@ class Pages:
     async def tasks(self, request: Request) -> Response:
         return self.page(request, "tasks", figures=await self._values.tasks.value())
 
+    async def api(self, request: Request) -> Response:
+        """Return the page about the API. The first one makes its document, which takes some time."""
+        address = f"{request.url.scheme}://{request.url.netloc}"
+        reference = await run_in_threadpool(lambda: api_reference.read(request.app.openapi(), address))
+        return self.page(request, "api", reference=reference)
+
     async def choose_language(self, request: Request) -> Response:
         code = request.path_params["code"]
         target = logins.path_of_this_server(request.query_params.get("next", "/"))
@@ -341,6 +347,7 @@ def add_pages(app: FastAPI, values: Values, login: Login | None) -> None:
         "/audit/{seq}": acting.action,
         "/quarantine": acting.quarantine,
         "/language/{code}": pages.choose_language,
+        DOCS: pages.api,
     }
     for path, read in paths.items():
         app.add_route(path, with_problems(read), methods=["GET"], include_in_schema=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -38,7 +39,9 @@ pytestmark = pytest.mark.skipif(
 PATIENCE = 60_000
 #: A name of a dashboard that does not mean the browser's own machine.
 NAME = "dashboard.test"
-PAGES = ("/", "/waiting", "/jobs", "/jobs/job-1", "/jobs/job-2", "/jobs/nothing", "/runs", "/tasks")
+PAGES = ("/", "/waiting", "/jobs", "/jobs/job-1", "/jobs/job-2", "/jobs/nothing", "/runs", "/tasks", "/api/v1/docs")
+#: Pages that do not change.
+STILL = ("/api/v1/docs",)
 #: Texts that would run as a script, or break out of an element, on a page that shows them as they are.
 PAYLOADS = tuple(
     text
@@ -114,6 +117,8 @@ class Visitor:
     def visit(self, path: str) -> Page:
         """Open a page, and wait until it follows the events."""
         self.page.goto(path)
+        if path in STILL:
+            return self.page
         try:
             self.page.wait_for_selector("#live[data-state=live]")
         except OutOfPatience as error:
@@ -176,6 +181,18 @@ def test_page_has_no_fault_in_language_and_scheme(
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
         assert page.get_by_role("link", name=title, exact=True).is_visible()
     visitor.context.close()
+    assert visitor.troubles == []
+
+
+def test_page_about_the_api_is_read_by_keyboard_alone(stage: Stage, visitor: Visitor) -> None:
+    page = visitor.visit("/")
+    page.get_by_role("link", name="HTTP API").press("Enter")
+    page.get_by_role("link", name="GET /api/v1/jobs", exact=True).press("Enter")
+    expect(page).to_have_url(re.compile("/api/v1/docs#get-api-v1-jobs$"))
+    answer = page.locator("article", has=page.locator("#get-api-v1-jobs")).locator("details")
+    answer.locator("summary").press("Enter")
+    answer.get_by_role("link", name="Job", exact=True).press("Enter")
+    expect(page.locator("#object-job")).to_be_in_viewport()
     assert visitor.troubles == []
 
 

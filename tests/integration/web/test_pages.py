@@ -36,6 +36,7 @@ PAGES = (
     "/runs",
     "/runs/hole?worker=a&at=1min",
     "/audit",
+    "/api/v1/docs",
 )
 PAYLOADS = (
     "<script>alert(1)</script>",
@@ -102,7 +103,9 @@ def test_page_has_strict_policy_and_no_inline_code(path: str, stage: Stage, clie
         assert answer.headers[name] == HEADERS[name]
     assert "<style" not in answer.text
     assert not re.search(r"<script(?![^>]* src=)", answer.text)
-    assert "http://" not in answer.text.replace("http://www.w3.org", "")
+    # The page about the API has examples with the address of this server.
+    own_address = str(client.base_url).rstrip("/")
+    assert "http://" not in answer.text.replace("http://www.w3.org", "").replace(own_address, "")
 
 
 @pytest.mark.parametrize(
