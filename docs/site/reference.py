@@ -237,6 +237,21 @@ def of_api() -> Blocks:
     return {**blocks, **lists}
 
 
+# -- the documents of the commands
+
+
+def of_documents() -> Blocks:
+    """Return the table of all documents, and a table of fields for each object."""
+    header = ("field", "type", "means")
+    objects = []
+    for name, text, fields in schemas.objects():
+        objects.append(f"### {name}\n\n{text}" + (f"\n\n{table(header, iter(fields))}" if fields else ""))
+    return {
+        "documents": table(("command", "document", "is"), schemas.documents()),
+        "objects": "\n\n".join(objects),
+    }
+
+
 #: Pages, and what makes their blocks.
 PAGES: Final[Mapping[str, Callable[[], Blocks]]] = {
     "explanation/protocol.md": of_protocol,
@@ -245,6 +260,7 @@ PAGES: Final[Mapping[str, Callable[[], Blocks]]] = {
     "reference/commands.md": of_commands,
     "reference/errors.md": of_errors,
     "reference/exit-codes.md": of_exit_codes,
+    "reference/json.md": of_documents,
     "reference/settings.md": of_settings,
 }
 
