@@ -144,7 +144,11 @@ def type_of(schema: Schema) -> tuple[Word, ...]:
 
 
 def _limits(schema: Schema) -> Iterator[Word]:
-    limits = [words.format(f"{schema[word]:,.0f}") for word, words in _LIMITS.items() if word in schema]
+    limits = [
+        (words.removesuffix("s") if schema[word] == 1 else words).format(f"{schema[word]:,.0f}")
+        for word, words in _LIMITS.items()
+        if word in schema
+    ]
     if limits:
         yield Word(f" ({', '.join(limits)})")
 

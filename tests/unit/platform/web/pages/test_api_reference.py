@@ -38,6 +38,7 @@ def body(schema: dict[str, Any]) -> dict[str, Any]:
     [
         ({"type": "integer", "minimum": 0, "maximum": 31_536_000.0}, "integer (at least 0, at most 31,536,000)"),
         ({"anyOf": [{"type": "string", "maxLength": 9}, {"type": "null"}]}, "string (at most 9 characters) or null"),
+        ({"type": "string", "minLength": 1}, "string (at least 1 character)"),
         ({"type": "array", "items": {"$ref": "#/components/schemas/Part"}}, "list of Part"),
         ({"type": "array", "prefixItems": [{"type": "string"}, {"type": "null"}]}, "list of string, then null"),
         ({"type": "object", "additionalProperties": {"type": "number"}}, "object of number"),
