@@ -9,7 +9,7 @@ from sqlalchemy import Connection, text
 
 from celery_capacity.routing.model.amounts import CPUS, from_people
 from celery_capacity.routing.model.request import Request
-from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, Rule, Sharing, tenant_term
+from celery_capacity.routing.policy.tenants import DEFAULT_TENANT, Rule, Sharing
 
 
 def tenant_rules(connection: Connection) -> dict[str, Rule]:
@@ -88,23 +88,6 @@ SELECT name FROM t WHERE name IS NOT NULL
 def waiting_tenants(connection: Connection) -> list[str]:
     """Return the tenants of which jobs wait, and the default tenant, in as many steps in an index."""
     return [DEFAULT_TENANT, *connection.execute(_WAITING_TENANTS).scalars()]
-
-
-_OF_PRIORITY: Final = text(f"""
-SELECT EXISTS (SELECT FROM jobs WHERE state IN ('accepted', 'waiting') AND priority = :priority
-  AND coalesce({OF_TENANT}, 'default') = :tenant)
-""")
-
-
-def tenant_before(connection: Connection, use: Sharing, shape: str, priority: int) -> str | None:
-    """Return the tenant whose waiting jobs of one priority come before those of a shape; None for none."""
-    turns = ((use.turn(tenant_term(tenant)), tenant) for tenant in waiting_tenants(connection))
-    for turn, tenant in sorted(turns):
-        if turn >= use.turn(shape):
-            break
-        if connection.execute(_OF_PRIORITY, {"tenant": tenant, "priority": priority}).scalar_one():
-            return tenant
-    return None
 
 
 def waiting_by_tenant(connection: Connection) -> dict[str, int]:

@@ -28,12 +28,16 @@ def read_shares(connection: Connection, client: redispy.Redis | None, halves_in:
 
 def with_past(sharing: Sharing, client: redispy.Redis, halves_in: float) -> Shares:
     """Return the shares with the past use of the ledger. Without the ledger nobody has past use, as after its loss."""
-    try:
-        past = _past(client)
-    except RedisError:
-        past = {}
-    bare = Sharing(sharing.rules, past=past, total=sharing.total)
+    bare = Sharing(sharing.rules, past=past_use(client), total=sharing.total)
     return Shares(bare, mean_time(halves_in))
+
+
+def past_use(client: redispy.Redis) -> Mapping[str, float]:
+    """Return the past use of tenants by the ledger. Without the ledger nobody has past use, as after its loss."""
+    try:
+        return _past(client)
+    except RedisError:
+        return {}
 
 
 def _past(client: redispy.Redis) -> Mapping[str, float]:

@@ -16,11 +16,12 @@ from sqlalchemy import Connection, func, select
 
 from celery_capacity.routing.database import schema, tenants
 from celery_capacity.routing.forecast.cluster import TooLarge, live_books
-from celery_capacity.routing.forecast.shares import read_shares, with_past
+from celery_capacity.routing.forecast.line import Line, read_rivals
+from celery_capacity.routing.forecast.shares import past_use, read_shares, with_past
 from celery_capacity.routing.forecast.starts import EstimatedStart, estimated_start
 from celery_capacity.routing.insert import key_lines
 from celery_capacity.routing.inspect import held_back, running_jobs, waiting
-from celery_capacity.routing.inspect.explanation import Explanation, OverQuota
+from celery_capacity.routing.inspect.explanation import Explanation, over_quota
 from celery_capacity.routing.inspect.waiting import LedgerReading
 from celery_capacity.routing.ledger import snapshot
 from celery_capacity.routing.model.reasons import Reason
@@ -35,12 +36,9 @@ from celery_capacity.routing.model.request import (
 from celery_capacity.routing.model.states import FINAL, HOLDING, State, Store
 from celery_capacity.routing.policy.feasibility import (
     count_before,
-    is_large_enough,
+    first_possible,
     judge,
-    kind_of,
-    kinds_of,
-    with_named,
-    without_doubles,
+    large_workers,
 )
 from celery_capacity.routing.policy.labels import place_of, words_of_labels
 from celery_capacity.routing.policy.missing import missing_on_each, unblocked_by
@@ -123,15 +121,17 @@ def explain_by(
     if (pause := controls.pause_of(connection, row.queue, row.name, tenant_of(row.shape))) is not None:
         return Explanation(job, state, Reason.PAUSED, request, row.declared, pause=pause)
     sharing = tenants.sharing_in_use(connection)
+    if sharing is not None:
+        sharing = replace(sharing, past=past_use(reading.client))
     alternatives = alternatives_of(row.shape)
     exceeded = [sharing.exceeded(tenant_of(row.shape), it) for it in alternatives] if sharing else []
     if sharing is not None and all(exceeded):
-        return _over_quota(job, row, sharing)
+        return over_quota(job, row, sharing)
     if connection.execute(select(schema.authority.c.authority)).scalar_one_or_none() == Store.POSTGRES:
         explanation = Explanation(job, state, Reason.LEDGER_STANDS_BACK, request, row.declared)
         return replace(explanation, estimate=_estimated_by_rows(connection, job, row, rules, most_losses, worker_ttl))
     try:
-        seen = _read_ledger(reading, connection, job, row, most_losses)
+        seen = _read_ledger(reading, connection, job, row, most_losses, sharing is not None)
     except RedisError:
         return Explanation(job, state, Reason.LEDGER_UNREACHABLE, request, row.declared)
     if seen is None:
@@ -140,11 +140,9 @@ def explain_by(
     explanation = _explain_waiting(connection, job, row, seen, most_losses, passed_over)
     if sharing is not None and passed_over and explanation.why in (Reason.TOO_LARGE, Reason.UNKNOWN_RESOURCE):
         # No worker could hold what the quota leaves.
-        return _over_quota(job, row, sharing)
-    if sharing is not None and explanation.why is Reason.NO_ROOM:
-        first = tenants.tenant_before(connection, sharing, row.shape, row.priority)
-        if first is not None:
-            explanation = replace(explanation, why=Reason.TENANT_SHARE, tenant=first)
+        return over_quota(job, row, sharing)
+    if sharing is not None:
+        explanation = _in_line(connection, explanation, row, seen, sharing)
     if sharing is not None and explanation.why is Reason.RESERVED:
         explanation = _by_turns(explanation, seen, order(row.priority, row.seq), sharing)
     if rules is None or explanation.why not in ESTIMATED:
@@ -169,38 +167,12 @@ def _estimated_by_rows(
     return estimated_start(connection, job, (row.priority, row.seq), books, rules, most_losses, shares)
 
 
-def _over_quota(job: str, row: Any, sharing: Sharing) -> Explanation:
-    """Explain a job that the quota of its tenant holds back, by the first of the alternatives that it does not allow.
-
-    Each of them is told where the job has several.
-    """
-    tenant, alternatives = tenant_of(row.shape), alternatives_of(row.shape)
-    quota, used = sharing.rule(tenant).quota, sharing.used.get(tenant, {})
-    exceeded = [
-        OverQuota(request, resource, request.get(resource), quota[resource] - used.get(resource, 0))
-        for request in alternatives
-        if (resource := sharing.exceeded(tenant, request))
-    ]
-    return Explanation(
-        job,
-        State(row.state),
-        Reason.TENANT_QUOTA,
-        exceeded[0].request,
-        row.declared,
-        resource=exceeded[0].resource,
-        asked=exceeded[0].asked,
-        free=exceeded[0].free,
-        tenant=tenant,
-        over_quota=tuple(exceeded) if len(alternatives) > 1 else (),
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Ledger:
     """The ledger as one job sees it. `held`: the request that its next attempt holds. `registered`: all workers.
 
     `before`: the waiting jobs that come before the job, by the shape under which they are filed. `reservations`: those
-    of the workers, by name.
+    of the workers, by name. `higher`: those of `before` that have a higher priority.
     """
 
     held: Request
@@ -208,36 +180,49 @@ class _Ledger:
     registered: Sequence[Book]
     live: frozenset[str]
     before: Mapping[str, int]
+    higher: Mapping[str, int]
     reservations: Mapping[str, Reservation]
 
 
 def _read_ledger(
-    reading: LedgerReading, connection: Connection, job: str, row: Any, most_losses: int
+    reading: LedgerReading, connection: Connection, job: str, row: Any, most_losses: int, shared: bool
 ) -> _Ledger | None:
-    """Read the books and the backlog; return None where the ledger is cold. Raises `RedisError`."""
+    """Read the books and the backlog; return None where the ledger is cold. Raises `RedisError`.
+
+    `shared`: tenants are in use.
+    """
     client, head = reading.client, reading.head
     if head.epoch is None:
         return None
     card = snapshot.read_cards(client, [job]).get(job)
     filed = card.shape if card is not None and card.shape else filed_shape(row.shape, row.name)
-    position = order(row.priority, row.seq)
-    # A shape whose jobs all stand at its border or behind it is not among the waiting shapes.
-    borders = reading.borders
-    before = Counter(waiting.count_before(client, list({*head.shapes, *borders}), position))
-    if head.staying:
-        before.update(reading.staying_before(connection, row.priority, row.seq))
-    if head.left:
-        before.update(waiting.count_left(client, connection, borders, most_losses, position))
+    before = _count_before(reading, connection, row.priority, row.seq, most_losses)
     tasks = {split_shape(shape).task for shape in (filed, *before)} - {""}
     registered = reading.registered(tasks)
     return _Ledger(
-        held=_first_possible(filed, registered),
+        held=first_possible(filed, registered),
         filed=filed,
         registered=registered,
         live=frozenset(book.worker for book in reading.books if head.is_live(book)),
         before=before,
+        higher=_count_before(reading, connection, row.priority, 0, most_losses) if shared else {},
         reservations={book.worker: book.reservation for book in reading.books if book.reservation is not None},
     )
+
+
+def _count_before(
+    reading: LedgerReading, connection: Connection, priority: int, seq: int, most_losses: int
+) -> Counter[str]:
+    """Count the waiting jobs that come before a place, by the shape under which they are filed."""
+    client, head, position = reading.client, reading.head, order(priority, seq)
+    # A shape whose jobs all stand at its border or behind it is not among the waiting shapes.
+    borders = reading.borders
+    before = Counter(waiting.count_before(client, list({*head.shapes, *borders}), position))
+    if head.staying:
+        before.update(reading.staying_before(connection, priority, seq))
+    if head.left:
+        before.update(waiting.count_left(client, connection, borders, most_losses, position))
+    return before
 
 
 def _explain_waiting(
@@ -265,7 +250,7 @@ def _explain_waiting(
     if cordon is not None:
         why, refusal = Reason.CORDONED, Refusal(Reason.CORDONED, worker=cordon.worker)
     missing = missing_on_each(seen.held, seen.registered, task, bound, terms) if why in SHORT_OF_ROOM else []
-    large = _large_workers(alternatives_of(row.shape), seen.registered, task, terms)
+    large = large_workers(alternatives_of(row.shape), seen.registered, task, terms)
     unblocking = None
     if why in (Reason.NO_ROOM, Reason.ALONE):
         workers = [line.worker for line in missing if line.admits and line.worker in large][:LOOKED_AT]
@@ -312,27 +297,32 @@ def _by_turns(explanation: Explanation, seen: _Ledger, position: int, sharing: S
     return explanation if tenant == tenant_of(seen.filed) else replace(explanation, tenant=tenant)
 
 
+def _in_line(
+    connection: Connection, explanation: Explanation, row: Any, seen: _Ledger, sharing: Sharing
+) -> Explanation:
+    """Return the explanation of a job with its place in the line of all tenants, and with the tenant that is first."""
+    pauses = Pauses(frozenset(pause.scope for pause in controls.pauses(connection)))
+
+    def may_start(filed: str) -> bool:
+        tenant, requests = tenant_of(filed), alternatives_of(filed)
+        is_held_back = pauses.hold_back(filed) or all(sharing.exceeded(tenant, request) for request in requests)
+        return not is_held_back and count_before({filed: 1}, seen.registered) == 1
+
+    startable = {filed: number for filed, number in seen.before.items() if number > 0 and may_start(filed)}
+    higher = {filed: seen.higher.get(filed, 0) for filed in startable}
+    earlier = {filed: number - higher[filed] for filed, number in startable.items()}
+    line = Line(read_rivals(connection, tenant_of(seen.filed), row.priority), sharing, may_start)
+    position = line.count_before(seen.filed, row.seq, higher, earlier)
+    first = line.first_tenant(seen.filed) if explanation.why is Reason.NO_ROOM else None
+    if first is None:
+        return replace(explanation, position=position)
+    return replace(explanation, position=position, why=Reason.TENANT_SHARE, tenant=first)
+
+
 def _like(filed: str, before: Mapping[str, int]) -> int:
     """Return how many of these jobs are like a filed shape, whatever run time is expected."""
     kind = (*split_shape(filed)[:2], terms_of(filed))
     return sum(number for other, number in before.items() if (*split_shape(other)[:2], terms_of(other)) == kind)
-
-
-def _first_possible(filed: str, registered: Sequence[Book]) -> Request:
-    """Return the first alternative of a filed shape that a worker could ever hold; else the first one."""
-    requests, terms = alternatives_of(filed), terms_of(filed)
-    if len(requests) == 1:
-        return requests[0]
-    kinds = with_named(kinds_of(registered), registered, terms)
-    allowed = [book for book in kinds if book.allows(terms)]
-    return next((it for it in requests if any(is_large_enough(it, book) for book in allowed)), requests[0])
-
-
-def _large_workers(requests: Sequence[Request], registered: Sequence[Book], task: str, terms: str) -> set[str]:
-    """Return the workers that may run the task there, and would have room for an alternative if they were empty."""
-    kinds = [book for book in kinds_of(without_doubles(registered)) if book.knows(task)]
-    large = {kind_of(book) for book in kinds if any(is_large_enough(request, book) for request in requests)}
-    return {book.worker for book in registered if kind_of(book) in large and book.allows(terms)}
 
 
 def _row(connection: Connection, job: str) -> Any:

@@ -11,9 +11,10 @@ from celery_capacity.routing.insert.key_lines import HeldBy
 from celery_capacity.routing.model import amounts
 from celery_capacity.routing.model.amounts import CPUS
 from celery_capacity.routing.model.reasons import Reason
-from celery_capacity.routing.model.request import Request
+from celery_capacity.routing.model.request import Request, alternatives_of
 from celery_capacity.routing.model.states import State
 from celery_capacity.routing.policy.missing import Missing, Unblocking
+from celery_capacity.routing.policy.tenants import Sharing, tenant_of
 from celery_capacity.routing.store.controls import Cordon, Pause
 
 
@@ -44,7 +45,7 @@ class Explanation:
 
     `place` is the job's place, from 1, among the jobs with an equal request. `before` is the number of all waiting jobs
     that come earlier in order, for any request. `position` is the number of those that would start before it: without
-    the jobs that are paused, and those that no registered worker could ever take.
+    the jobs that are paused, and those that no registered worker could ever take. Among tenants it goes by their turns.
     """
 
     job: str
@@ -130,3 +131,29 @@ def _missing(line: Missing) -> dict[str, Any]:
 
 def _number(resource: str | None, amount: int | None) -> int | float | None:
     return amounts.cpus_number(amount) if amount is not None and resource == CPUS else amount
+
+
+def over_quota(job: str, row: Any, sharing: Sharing) -> Explanation:
+    """Explain a job that the quota of its tenant holds back, by the first of the alternatives that it does not allow.
+
+    Each of them is told where the job has several.
+    """
+    tenant, alternatives = tenant_of(row.shape), alternatives_of(row.shape)
+    quota, used = sharing.rule(tenant).quota, sharing.used.get(tenant, {})
+    exceeded = [
+        OverQuota(request, resource, request.get(resource), quota[resource] - used.get(resource, 0))
+        for request in alternatives
+        if (resource := sharing.exceeded(tenant, request))
+    ]
+    return Explanation(
+        job,
+        State(row.state),
+        Reason.TENANT_QUOTA,
+        exceeded[0].request,
+        row.declared,
+        resource=exceeded[0].resource,
+        asked=exceeded[0].asked,
+        free=exceeded[0].free,
+        tenant=tenant,
+        over_quota=tuple(exceeded) if len(alternatives) > 1 else (),
+    )

@@ -266,3 +266,20 @@ def with_named(kinds: Sequence[Book], books: Iterable[Book], terms: str) -> Sequ
     """Return a book of each kind, and before them the book of the worker that these terms name."""
     name = named_worker(terms)
     return kinds if not name else [*(book for book in books if book.worker == name), *kinds]
+
+
+def first_possible(filed: str, registered: Sequence[Book]) -> Request:
+    """Return the first alternative of a filed shape that a worker could ever hold; else the first one."""
+    requests, terms = alternatives_of(filed), terms_of(filed)
+    if len(requests) == 1:
+        return requests[0]
+    kinds = with_named(kinds_of(registered), registered, terms)
+    allowed = [book for book in kinds if book.allows(terms)]
+    return next((it for it in requests if any(is_large_enough(it, book) for book in allowed)), requests[0])
+
+
+def large_workers(requests: Sequence[Request], registered: Sequence[Book], task: str, terms: str) -> set[str]:
+    """Return the workers that may run the task there, and would have room for an alternative if they were empty."""
+    kinds = [book for book in kinds_of(without_doubles(registered)) if book.knows(task)]
+    large = {kind_of(book) for book in kinds if any(is_large_enough(request, book) for request in requests)}
+    return {book.worker for book in registered if kind_of(book) in large and book.allows(terms)}
