@@ -175,6 +175,26 @@ class Submitter:
             self._pending.append(task.apply_async((seconds,), **options))
         return self.gather()
 
+    def timed(self, task: str, arguments: list[Any], options: dict[str, Any]) -> tuple[float, str]:
+        """Submit a task, keep its result for `gather`, and return the monotonic time before it, and its id."""
+        began = time.monotonic()
+        result = self._app.tasks[task].apply_async(arguments, **options)
+        self._pending.append(result)
+        return began, str(result.id)
+
+    def revoke(self) -> None:
+        """Revoke the tasks that were submitted since the last call of `gather`."""
+        for result in self._pending:
+            result.revoke()
+
+    def forget(self) -> None:
+        """Wait for none of the tasks that were submitted."""
+        self._pending = []
+
+    def flood(self, task: str, arguments: list[Any], count: int, options: dict[str, Any]) -> None:
+        """Submit `count` tasks with these arguments and options in one call, and wait for none."""
+        self._app.submit_many(self._app.tasks[task], (arguments for _ in range(count)), **options)
+
 
 def serve(submitter: Submitter, requests: TextIO, replies: TextIO) -> None:
     """Answer requests until there are no more."""

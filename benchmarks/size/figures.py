@@ -6,7 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.bench import Bench
-from benchmarks.size import comparing, head, keeping, ledger_alone, page, rates, rebuild, rules, streaming, working
+from benchmarks.size import (
+    comparing,
+    head,
+    keeping,
+    ledger_alone,
+    page,
+    rates,
+    rebuild,
+    rules,
+    seen,
+    streaming,
+    working,
+)
 from benchmarks.size.scale import Scale
 
 #: A function that measures several figures at once: name -> value.
@@ -207,6 +219,31 @@ PARTS: Mapping[str, Part] = {
         (
             Figure("bulk_memory_mb", "MB", "a submitter's growth from 10,000 to a million jobs", at_most=32),
             Figure("bulk_jobs_s", "jobs/s", "submitted meanwhile, all of them to wait"),
+        ),
+    ),
+    "seen": Part(
+        seen.seen,
+        (
+            Figure(
+                "seen_infeasible_s",
+                "s",
+                "until `cluster` and `job` tell that no worker could run a new job, p50",
+            ),
+            Figure("seen_infeasible_max_s", "s", "the slowest of these", at_most=1),
+            Figure("seen_cleared_s", "s", "from the registration of a worker until they have it no more, p50"),
+            Figure("seen_cleared_max_s", "s", "the slowest of these", at_most=1),
+            Figure("seen_tenant_s", "s", "from `tenant set` until a job starts by the new quota, p50"),
+            Figure("seen_tenant_max_s", "s", "the slowest of these", at_most=1),
+            Figure("seen_tenant_duty_s", "s", "the same where the program dies before it tells the ledger, p50"),
+            Figure("seen_tenant_duty_max_s", "s", "the slowest of these"),
+        ),
+    ),
+    "flood": Part(
+        seen.flooded,
+        (
+            Figure("flood_first_start_s", "s", "the first job of a tenant behind 100,000 of another, p50"),
+            Figure("flood_first_start_max_s", "s", "the slowest of these", at_most=1),
+            Figure("flood_ratio", "×", "such a start, beside one on a full cluster without the flood"),
         ),
     ),
 }

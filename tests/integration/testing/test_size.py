@@ -117,4 +117,5 @@ def test_no_two_figures_have_one_name_and_none_has_two_targets() -> None:
     assert len({figure.name for figure in all_of_them}) == len(all_of_them)
     assert not [figure for figure in all_of_them if figure.at_most is not None and figure.at_least is not None]
     parts = {"reconcile", "rebuild", "head", "workers", "ledger", "rules", "rates", "retention", "bulk", "page"}
+    parts |= {"seen", "flood"}
     assert set(PARTS) == parts
