@@ -24,8 +24,8 @@ QUANTILE: Final = 0.8
 LOW_QUANTILE: Final = 0.2
 #: Jobs after which the weight of a run is half of what it was.
 HALF_WEIGHT: Final = 50
-#: Jobs from which a time counts as known. Among fewer, the quantile is that of the longest run.
-FEWEST: Final = 5
+#: Jobs from which a time counts as known, as in Tsafrir et al. 2007. The quantile of so few is the longest run.
+FEWEST: Final = 2
 
 _DECAY: Final = 0.5 ** (1 / HALF_WEIGHT)
 #: The end of a class over its middle.

@@ -75,8 +75,8 @@ def test_pass_learns_from_jobs_that_succeeded_since_the_last_one(engine: Engine)
 
 def test_pass_goes_on_with_the_histogram_of_the_passes_before(engine: Engine) -> None:
     other = Request.of({"cpus": 2000}).shape
-    ended(engine, *[SECOND] * 4)
-    ended(engine, *[MINUTE] * 5, shape=other)
+    ended(engine, *[SECOND] * (FEWEST - 1))
+    ended(engine, *[MINUTE] * FEWEST, shape=other)
     learn(engine)
     assert learned(engine) == {("task", other): expected_class(MINUTE)}
     forget_pass(engine)
