@@ -10,7 +10,7 @@ jobs of the same priority are read. Behind these the order of submission decides
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from sqlalchemy import Connection, text
@@ -50,6 +50,11 @@ class Rivals(NamedTuple):
     by_tenant: Mapping[str, Sequence[Rival]]
     most: int
 
+    @property
+    def shapes(self) -> set[str]:
+        """Return the filed shapes of these jobs."""
+        return {rival.filed for rows in self.by_tenant.values() for rival in rows}
+
 
 def read_rivals(connection: Connection, tenant: str, priority: int) -> Rivals:
     """Read the first waiting jobs of the tenants other than this one, of one priority."""
@@ -66,13 +71,11 @@ def read_rivals(connection: Connection, tenant: str, priority: int) -> Rivals:
 
 
 class Line:
-    """The line of all tenants for a job. `may_start`: True for a filed shape whose jobs wait for nothing but room."""
+    """The line of all tenants for a job. `startable`: the filed shapes whose jobs wait for nothing but room."""
 
-    def __init__(self, rivals: Rivals, sharing: Sharing, may_start: Callable[[str], bool]) -> None:
+    def __init__(self, rivals: Rivals, sharing: Sharing, startable: Collection[str]) -> None:
         self._sharing = sharing
         self._most = rivals.most
-        judged = {rival.filed for rows in rivals.by_tenant.values() for rival in rows}
-        startable = {filed for filed in judged if may_start(filed)}
         self._rivals = {
             tenant: [rival for rival in rows if rival.filed in startable] for tenant, rows in rivals.by_tenant.items()
         }

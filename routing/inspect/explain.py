@@ -39,6 +39,7 @@ from celery_capacity.routing.policy.feasibility import (
     first_possible,
     judge,
     large_workers,
+    startable_shapes,
 )
 from celery_capacity.routing.policy.labels import place_of, words_of_labels
 from celery_capacity.routing.policy.missing import missing_on_each, unblocked_by
@@ -302,16 +303,18 @@ def _in_line(
 ) -> Explanation:
     """Return the explanation of a job with its place in the line of all tenants, and with the tenant that is first."""
     pauses = Pauses(frozenset(pause.scope for pause in controls.pauses(connection)))
-
-    def may_start(filed: str) -> bool:
-        tenant, requests = tenant_of(filed), alternatives_of(filed)
-        is_held_back = pauses.hold_back(filed) or all(sharing.exceeded(tenant, request) for request in requests)
-        return not is_held_back and count_before({filed: 1}, seen.registered) == 1
-
-    startable = {filed: number for filed, number in seen.before.items() if number > 0 and may_start(filed)}
+    rivals = read_rivals(connection, tenant_of(seen.filed), row.priority)
+    admissible = [
+        filed
+        for filed in {*seen.before, *rivals.shapes}
+        if not pauses.hold_back(filed)
+        and not all(sharing.exceeded(tenant_of(filed), request) for request in alternatives_of(filed))
+    ]
+    may_start = startable_shapes(admissible, seen.registered)
+    startable = {filed: number for filed, number in seen.before.items() if number > 0 and filed in may_start}
     higher = {filed: seen.higher.get(filed, 0) for filed in startable}
     earlier = {filed: number - higher[filed] for filed, number in startable.items()}
-    line = Line(read_rivals(connection, tenant_of(seen.filed), row.priority), sharing, may_start)
+    line = Line(rivals, sharing, may_start)
     position = line.count_before(seen.filed, row.seq, higher, earlier)
     first = line.first_tenant(seen.filed) if explanation.why is Reason.NO_ROOM else None
     if first is None:

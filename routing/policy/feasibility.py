@@ -243,11 +243,17 @@ def count_before(waiting: Mapping[str, int], registered: Iterable[Book]) -> int:
     `waiting`: the number of these jobs by the shape under which they are filed. A job that no registered worker could
     ever take, or that outlives each one that could, holds up no other, and does not count.
     """
+    startable = startable_shapes((filed for filed, number in waiting.items() if number > 0), registered)
+    return sum(waiting[filed] for filed in startable)
+
+
+def startable_shapes(shapes: Iterable[str], registered: Iterable[Book]) -> set[str]:
+    """Return the filed shapes whose jobs some registered worker could ever take, and would outlive."""
     books = list(registered)
     distinct = {likeness(book): book for book in books}
     # Of each kind the worker that lives longest takes all that others of its kind would take.
     kinds = list({kind_of(book): book for book in sorted(distinct.values(), key=_lifetime)}.values())
-    return sum(number for filed, number in waiting.items() if number > 0 and _can_start(filed, kinds, books))
+    return {filed for filed in shapes if _can_start(filed, kinds, books)}
 
 
 def _can_start(filed: str, kinds: Sequence[Book], books: Sequence[Book]) -> bool:
