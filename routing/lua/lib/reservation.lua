@@ -85,10 +85,16 @@ local function first_option(book, shape, order, options, now, sharing)
   return nil
 end
 
--- One of these reserved workers on which the first job of a shape may start now, '' for none. Such workers stand in no
--- index, so no search finds them. At most LIMIT.candidates of them are looked at.
+-- True if a worker with free CPUs is a better fit for a shape than one with `other` free CPUs and an earlier name.
+local function fits_better(shape, cpus, other)
+  return (is_spread(shape) and cpus >= other) or (not is_spread(shape) and cpus < other)
+end
+
+-- The best fit among the reserved workers on which the first job of a shape may start now, '' for none: by its first
+-- alternative that may start on any, as `find_worker`. Such workers stand in no index, so no search finds them. At most
+-- LIMIT.candidates of them are looked at, by their names.
 local function passing_worker(facts, shape, order, options, epoch, now)
-  local looked, sharing = 0, nil
+  local looked, sharing, best, least, free = 0, nil, '', nil, nil
   for worker in string.gmatch(facts.reserved, '%S+') do
     looked = looked + 1
     local book = looked <= LIMIT.candidates and read_book(worker, epoch)
@@ -96,10 +102,11 @@ local function passing_worker(facts, shape, order, options, epoch, now)
         and serves(book, shape) and fits_any(book, options) and takes(book, shape) then
       read_reservation(book, redis.call('ZSCORE', KEY.shapes, book.kept) or 'inf')
       sharing = sharing or open_sharing(facts)
-      if first_option(book, shape, tonumber(order), options, now, sharing) then
-        return book.worker
+      local number, cpus = first_option(book, shape, tonumber(order), options, now, sharing), room(book, 'cpus')
+      if number and (not least or number < least or (number == least and fits_better(shape, cpus, free))) then
+        best, least, free = book.worker, number, cpus
       end
     end
   end
-  return ''
+  return best
 end
