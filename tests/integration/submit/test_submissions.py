@@ -8,8 +8,12 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
+from celery_capacity.routing.config import timeouts
 from celery_capacity.routing.inspect import backlog_limit
 from celery_capacity.routing.ledger import keys
+from celery_capacity.workers.dispatch import circuit
 from tests.fixtures.jobs.submitting import Submitter
 from tests.fixtures.processes.platforms import Platform
 from tests.fixtures.waiting import PATIENCE
@@ -97,7 +101,13 @@ def test_a_program_that_ends_right_after_it_sent_jobs_has_told_the_ledger(
     assert {submitter.ended(job).state for job in sent} == {"succeeded"}
 
 
-def test_what_a_program_asks_the_ledger_comes_behind_what_it_has_sent(platform: Platform, submitter: Submitter) -> None:
+def test_what_a_program_asks_the_ledger_comes_behind_what_it_has_sent(
+    platform: Platform, submitter: Submitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a busy machine too, no job is left to the duties after a slow answer.
+    monkeypatch.setattr(circuit, "SLOW", float("inf"))
+    for name in ("QUICK_ANSWER", "QUICK_ATTEMPT"):
+        monkeypatch.setattr(timeouts, name, 10 * getattr(timeouts, name))
     worker = platform.worker("a", 1, "threads")
     assert submitter.value(submitter.send(ADD, 0, 0)) == 0
     worker.signal(signal.SIGSTOP)
