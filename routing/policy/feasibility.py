@@ -248,7 +248,7 @@ def count_before(waiting: Mapping[str, int], registered: Iterable[Book]) -> int:
 
 
 def startable_shapes(shapes: Iterable[str], registered: Iterable[Book]) -> set[str]:
-    """Return the filed shapes whose jobs some registered worker could ever take, and would outlive."""
+    """Return the filed shapes whose jobs some registered worker could ever take, and that it outlives."""
     books = list(registered)
     distinct = {likeness(book): book for book in books}
     # Of each kind the worker that lives longest takes all that others of its kind would take.

@@ -42,8 +42,10 @@ def parts(of: Any, path: str = "$") -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def test_schemas_are_as_the_models_have_them() -> None:
-    stored = {path.name: path.read_text(encoding="utf-8") for path in SCHEMAS.glob("*.json")}
-    assert stored == schemas.files(), "`make reference` makes them anew"
+    # Values are compared, since the order of a schema's words is that of the installed pydantic.
+    stored = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in SCHEMAS.glob("*.json")}
+    made = {name: json.loads(text) for name, text in schemas.files().items()}
+    assert stored == made, "`make reference` makes them anew"
 
 
 def test_write_makes_changed_schemas_anew_and_deletes_others(tmp_path: Path) -> None:
